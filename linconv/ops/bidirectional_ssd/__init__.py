@@ -1,0 +1,54 @@
+"""State space dual scan of Mamba-2 in both directions of time, in one call."""
+
+import torch
+
+from linconv.ops import dispatch
+from linconv.ops.bidirectional_ssd import reference
+from linconv.ops.ssd import arguments
+
+INF = float("inf")
+DIAGONALS = ("both", "once", "shifted")
+
+
+def bidirectional_ssd(
+    x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, INF), diagonal="both", seq_lens=None,
+    cu_seqlens=None, backend=None,
+):  # fmt: skip
+    """`linconv.ops.ssd` forward and backward in time over the same frames.
+
+    Any of x, dt, A, B, C, D, dt_bias may carry a leading axis of 2 (forward, backward direction), or not, and is then
+    shared. The usual regimes are *separate* (all per direction: the BiMamba2 of CALD, arXiv 2410.06846), *hydra*
+    (x shared; dt, B, C per direction: Hydra, arXiv 2407.09941), *quasiseparable* (only dt and A per direction) and
+    *tied* (all shared). With p the inclusive prefix sum of A dt^f over time and q the inclusive suffix sum of A dt^b:
+
+        y_i = sum_{j<=i} e^{p_i - p_j} dt^f_j (C^f_i . B^f_j) x_j + sum_{j>=i} e^{q_i - q_j} dt^b_j (C^b_i . B^b_j) x_j + D x_i
+
+    Args:
+        x: (batch, L, heads, headdim) or (2, batch, L, heads, headdim), headdim 1 to 256, any strides, any L.
+        dt: (batch, L, heads) or (2, batch, L, heads).
+        A, D, dt_bias: (heads,) or (2, heads). With x shared, a shared D counts once and a per-direction D is summed.
+        B, C: (batch, L, groups, dstate) or (2, batch, L, groups, dstate), dstate 1 to 256.
+        dt_softplus, dt_limit, seq_lens, cu_seqlens, backend: as for `linconv.ops.ssd`. The backward direction starts
+            at each sequence's own last frame.
+        diagonal: "both" counts j = i once per direction; "once" counts it in the forward direction alone; "shifted"
+            moves each direction's result one frame on, so that both triangles are strict, as Hydra does (D is not
+            moved, and is then the whole diagonal).
+
+    Returns:
+        The two directions summed, (batch, L, heads, headdim), where x is shared; (2, batch, L, heads, headdim) where x
+        is per direction. In x's dtype, exactly zero at padded frames.
+
+    Raises:
+        ValueError, TypeError: an argument whose shape, dtype, device or value does not fit; the message names it.
+    """
+    arguments.check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, directions=2)
+    if diagonal not in DIAGONALS:
+        raise ValueError(f"diagonal is {diagonal!r}, wanted one of {', '.join(map(repr, DIAGONALS))}")
+    if dispatch.pick("bidirectional_ssd", x.device, backend) == "reference":
+        return reference.bidirectional_ssd(
+            x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, diagonal=diagonal,
+            seq_lens=seq_lens, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    return torch.ops.linconv.bidirectional_ssd(
+        x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), diagonal, seq_lens, cu_seqlens
+    )

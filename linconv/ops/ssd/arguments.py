@@ -1,0 +1,71 @@
+"""What `ssd` and `bidirectional_ssd` ask of their arguments, checked before any kernel runs."""
+
+import torch
+
+from linconv.ops import checks
+
+# What each argument's dimensions are when both directions share it; a leading axis of 2 holds (forward, backward).
+DIMS = dict(
+    x=("batch", "L", "heads", "headdim"),
+    dt=("batch", "L", "heads"),
+    A=("heads",),
+    B=("batch", "L", "groups", "dstate"),
+    C=("batch", "L", "groups", "dstate"),
+    D=("heads",),
+    dt_bias=("heads",),
+)
+MAX_SIZE = 256  # of headdim and of dstate
+
+
+def check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, *, directions):
+    """Raises ValueError or TypeError naming the argument, what it got and what it wants.
+
+    directions: 2 where arguments may carry a leading axis of 2, else 1. Returns the sizes by name.
+    """
+    sizes = {}
+    tensors = dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)
+    for name, tensor in tensors.items():
+        if tensor is None and name in ("D", "dt_bias"):
+            continue
+        checks.floating_tensor(name, tensor)
+        dims = DIMS[name]
+        per_direction = directions == 2 and tensor.dim() == len(dims) + 1
+        shape = tuple(tensor.shape[1:]) if per_direction else tuple(tensor.shape)
+        wanted = "(" + ", ".join(dims) + ("," if len(dims) == 1 else "") + ")"
+        if directions == 2:
+            wanted += f" or (2, {', '.join(dims)})"
+        known = ", ".join(f"{k} = {v}" for k, v in sizes.items() if k in dims)
+        if len(shape) != len(dims) or (per_direction and tensor.shape[0] != 2):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted {wanted}")
+        for dim, size in zip(dims, shape):
+            if sizes.setdefault(dim, size) != size:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted {wanted} with {known}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, wanted {x.device} as x")
+        if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}, wanted torch.float64 for all or for none")
+    for dim in ("headdim", "dstate"):
+        if not 1 <= sizes[dim] <= MAX_SIZE:
+            raise ValueError(f"{dim} is {sizes[dim]} ({'x' if dim == 'headdim' else 'B'}), wanted 1 to {MAX_SIZE}")
+    if sizes["groups"] < 1 or sizes["heads"] % sizes["groups"]:
+        raise ValueError(f"B has {sizes['groups']} groups, wanted a divisor of the {sizes['heads']} heads of x")
+    low, high = dt_limit
+    if not low <= high:
+        raise ValueError(f"dt_limit is {tuple(dt_limit)}, wanted (low, high) with low <= high")
+    checks.sequence_bounds(seq_lens, cu_seqlens, sizes["batch"], sizes["L"], x.device)
+    return sizes
+
+
+def check_states(initial_states, sizes, cu_seqlens, x):
+    """The same for the states a scan starts from."""
+    if initial_states is None:
+        return
+    checks.floating_tensor("initial_states", initial_states)
+    sequences = sizes["batch"] if cu_seqlens is None else cu_seqlens.numel() - 1
+    wanted = (sequences, sizes["heads"], sizes["headdim"], sizes["dstate"])
+    if tuple(initial_states.shape) != wanted:
+        raise ValueError(
+            f"initial_states has shape {tuple(initial_states.shape)}, wanted (sequences, heads, headdim, dstate) = {wanted}"
+        )
+    if initial_states.device != x.device:
+        raise ValueError(f"initial_states is on {initial_states.device}, wanted {x.device} as x")
