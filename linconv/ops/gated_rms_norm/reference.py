@@ -1,0 +1,32 @@
+"""Gated root mean square norm in plain torch."""
+
+import torch
+import torch.nn.functional as F
+
+
+def directions(x, z, weight):
+    """x and z with their leading axis of directions, (1 or 2, ..., d) each, and weight (1 or 2, d)."""
+    if weight.dim() == 1:
+        return x[None], z[None], weight[None]
+    dims = max(x.dim(), z.dim())
+    return *(t if t.dim() == dims else t[None] for t in (x, z)), weight
+
+
+def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None):
+    """The function of `linconv.ops.gated_rms_norm`, differentiable by torch."""
+    math = torch.promote_types(x.dtype, torch.float32)
+    dtype, per_direction = x.dtype, weight.dim() == 2
+    x, z, weight = directions(x, z, weight)
+    if seq_lens is not None:  # before any product: 0 * NaN is NaN, in gradients too
+        valid = (torch.arange(x.shape[-2], device=x.device) < seq_lens[:, None])[..., None]
+        x, z = (t.masked_fill(~valid, 0) for t in (x, z))
+    d = x.shape[-1]
+    y = x.to(math) * F.silu(z.to(math))
+    # Directions next to last, so that the rows of both lie beside each other for one projection of their concatenation.
+    y = y.movedim(0, -2).unflatten(-1, (-1, group_size or d))  # (..., directions, groups, group_size)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    y = (y.flatten(-2) * weight.to(math)).to(dtype)
+    if seq_lens is not None:
+        y = y.masked_fill(~valid[..., None, :], 0)
+    y = y.movedim(-2, 0)
+    return y if per_direction else y[0]
