@@ -1,0 +1,106 @@
+// Small dense products over scratch that fits a core's caches, register-blocked in vector extensions.
+//
+// C (rows x cols) = or += A (rows x depth) B (depth x cols). A is read one element at a time and broadcast, so either
+// of its strides may be anything (a transposed A costs nothing); B and C are read in vectors along cols. Callers pad:
+// rows to a multiple of kTileRows, cols to a multiple of the vector width, both inside the buffers they own.
+#pragma once
+
+#include <cstdint>
+
+#include "common/vec.h"
+
+namespace linconv::LINCONV_ISA {
+
+// Accumulators fill about half the register file; the rest holds one row of B and the broadcast element of A.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileVectors = 2;
+
+// Which part of depth reaches a tile, or which tiles are wanted, when a factor or the result is lower triangular.
+enum class Triangle {
+  kNone,
+  kLeft,        // A is lower triangular: depth < row + kTileRows
+  kTransposed,  // A is the transpose of a lower triangular matrix: depth >= row
+  kRight,       // B is lower triangular: depth >= first column of the tile
+  kResult,      // only tiles of C that touch or lie below the diagonal are computed
+};
+
+constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class T>
+struct Strided {  // A: element (row, k) at data[row * row_stride + k * depth_stride]
+  const T* data;
+  int64_t row_stride, depth_stride;
+};
+
+// What becomes of a finished tile row: C = product, C += product, C = scale * C + product, C = rows[row] * product.
+enum class Update { kStore, kAdd, kDecay, kScaleRows };
+
+template <class T, Update update, int vectors>
+static inline __attribute__((always_inline)) void gemm_tile(
+    int depth_begin, int depth_end, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t ldb, T* c,
+    int64_t ldc, const T* old, int64_t ld_old, T scale, const T* row_scales) {
+  using V = Vec<T>;
+  V acc[kTileRows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) acc[i][v] = splat<T>(0);
+  a += depth_begin * a_depth;
+  b += depth_begin * ldb;
+  for (int k = depth_begin; k < depth_end; ++k) {
+    V row[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) row[v] = load(b + v * kWidth<T>);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      const V element = splat<T>(a[i * a_row]);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) acc[i][v] += element * row[v];
+    }
+    a += a_depth;
+    b += ldb;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      T* to = c + i * ldc + v * kWidth<T>;
+      const V product = acc[i][v];
+      if constexpr (update == Update::kStore) store(to, product);
+      if constexpr (update == Update::kAdd) store(to, load(to) + product);
+      if constexpr (update == Update::kDecay) store(to, splat<T>(scale) * load(old + i * ld_old + v * kWidth<T>) + product);
+      if constexpr (update == Update::kScaleRows) store(to, splat<T>(row_scales[i]) * product);
+    }
+}
+
+template <class T, Update update, Triangle triangle>
+static inline void gemm(int rows, int cols, int depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
+                        const T* old = nullptr, T scale = 0, const T* row_scales = nullptr) {
+  constexpr int panel = kTileVectors * kWidth<T>;
+  // A panel of B stays in L1 while the rows of A go by.
+  for (int col = 0; col < cols; col += panel) {
+    for (int row = 0; row < rows; row += kTileRows) {
+      int begin = 0, end = depth;
+      if (triangle == Triangle::kLeft) end = row + kTileRows < depth ? row + kTileRows : depth;
+      if (triangle == Triangle::kTransposed) begin = row;
+      if (triangle == Triangle::kRight) begin = col;
+      if (triangle == Triangle::kResult && col >= row + kTileRows) continue;
+      const T* a_tile = a.data + row * a.row_stride;
+      T* c_tile = c + row * ldc + col;
+      const T* old_tile = update == Update::kDecay ? old + row * ldc + col : nullptr;
+      const T* scales = update == Update::kScaleRows ? row_scales + row : nullptr;
+      if (col + panel <= cols)
+        gemm_tile<T, update, kTileVectors>(begin, end, a_tile, a.row_stride, a.depth_stride, b + col, ldb, c_tile, ldc,
+                                           old_tile, ldc, scale, scales);
+      else
+        gemm_tile<T, update, 1>(begin, end, a_tile, a.row_stride, a.depth_stride, b + col, ldb, c_tile, ldc, old_tile,
+                                ldc, scale, scales);
+    }
+  }
+}
+
+}  // namespace linconv::LINCONV_ISA

@@ -1,0 +1,103 @@
+"""Builds the compiled libraries with CMake and packs them as plain files of the package.
+
+They use torch's stable ABI and no Python.h: one wheel (py3-none-<platform>) serves every Python and torch >= 2.11.
+"""
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def tool(name: str) -> str:
+    """The program as pip installed it beside this Python, else the one on PATH."""
+    found = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    if found is None:
+        raise SystemExit(f"linconv's build needs {name}: pip install {name}")
+    return found
+
+
+def torch_dir() -> Path:
+    """The folder of the torch package, found without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit("linconv's build needs torch >= 2.11 in the environment that builds it: pip install torch")
+    return Path(spec.origin).parent
+
+
+class build_native(Command):
+    """Configure, build and install the compiled libraries into linconv/lib."""
+
+    description = "build the compiled libraries (CMake)"
+    user_options = [("inplace", "i", "put the libraries into the source tree"), ("build-lib=", None, "build folder")]
+    boolean_options = ["inplace"]
+
+    def initialize_options(self) -> None:
+        self.inplace = False
+        self.editable_mode = False  # set by setuptools for `pip install -e`
+        self.build_lib = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def get_source_files(self) -> list[str]:
+        return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*")) if p.is_file()]
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def run(self) -> None:
+        in_tree = self.inplace or self.editable_mode
+        target = (ROOT if in_tree else Path(self.build_lib).resolve()) / "linconv" / "lib"
+        work = ROOT / "build" / "cmake"
+        work.mkdir(parents=True, exist_ok=True)
+        cmake, ninja = tool("cmake"), tool("ninja")
+        options = {
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "TORCH_DIR": torch_dir(),
+            "LINCONV_VERSION": self.distribution.get_version(),
+            "LINCONV_CUDA": os.environ.get("LINCONV_CUDA", "auto"),
+        }
+        if "LINCONV_CUDA_ARCHS" in os.environ:
+            options["LINCONV_CUDA_ARCHS"] = os.environ["LINCONV_CUDA_ARCHS"]
+        with open(work.parent / "cmake.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree wait for each other
+            define = [f"-D{key}={value}" for key, value in options.items()]
+            subprocess.run([cmake, "-S", ROOT, "-B", work, "-G", "Ninja", *define], check=True)
+            subprocess.run([cmake, "--build", work], check=True)
+            subprocess.run([cmake, "--install", work, "--prefix", target], check=True)
+
+
+class build_with_native(build):
+    sub_commands = [*build.sub_commands, ("build_native", None)]
+
+
+class platform_wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class BinaryDistribution(Distribution):
+    def has_ext_modules(self) -> bool:  # the wheel is for one platform
+        return True
+
+
+if sys.platform != "linux":
+    raise SystemExit(f"linconv builds on Linux, not on {sys.platform}")
+setup(
+    distclass=BinaryDistribution,
+    cmdclass={"build": build_with_native, "build_native": build_native, "bdist_wheel": platform_wheel},
+)
