@@ -1,0 +1,58 @@
+"""The arguments of a distillation: those of transformers' Trainer and the weights of the losses."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+__all__ = ["DistillationArguments"]
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """``loss = alpha_ce * task + alpha_kd * KL(teacher‖student) + alpha_ld * layerwise MSE``.
+
+    Each of the three is a mean over the valid frames (clips, where the head gives one answer a clip) of everything
+    that goes into one optimizer step: all micro-batches on all processes.
+    """
+
+    alpha_ce: float = field(default=1.0, metadata={"help": "Weight of the task's own loss."})
+    alpha_kd: float = field(default=1.0, metadata={"help": "Weight of KL(teacher‖student) of the outputs."})
+    alpha_ld: float = field(default=15.0, metadata={"help": "Weight of the layer-wise MSE of the hidden states."})
+    temperature: float = field(default=2.0, metadata={"help": "Softens both outputs before the KL."})
+    scale_by_t2: bool = field(default=False, metadata={"help": "Multiply the KL by the temperature squared."})
+    layer_norm: bool = field(default=True, metadata={"help": "Normalise hidden states (no affine) before the MSE."})
+    layer_weights: list[float] | None = field(default=None, metadata={"help": "A factor for each layer."})
+    layer_reduction: str = field(default="mean", metadata={"help": "Over the layers: mean or sum."})
+    include_embeddings: bool = field(
+        default=False, metadata={"help": "Count what the first layer is given as one more hidden state."}
+    )
+    exponential_decay_to: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay the learning rate exponentially after the warm-up, to this share of itself at the last "
+            "step, in place of lr_scheduler_type."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("alpha_ce", "alpha_kd", "alpha_ld"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; want a number from 0 up")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: got {self.temperature}; want a number above 0")
+        if self.layer_reduction not in ("mean", "sum"):
+            raise ValueError(f"layer_reduction: got {self.layer_reduction!r}; want mean or sum")
+        if self.exponential_decay_to is not None and not 0 < self.exponential_decay_to <= 1:
+            raise ValueError(f"exponential_decay_to: got {self.exponential_decay_to}; want a share in (0, 1]")
+        if self.gradient_checkpointing:
+            # Re-entrant checkpointing runs a layer without a graph: what a hook catches there teaches nothing.
+            kwargs = self.gradient_checkpointing_kwargs or {}
+            if kwargs.get("use_reentrant"):
+                raise ValueError("gradient_checkpointing_kwargs: got use_reentrant=True; want use_reentrant=False")
+            # Newer releases of transformers call the same thing activation_checkpointing.
+            for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+                if hasattr(self, name):
+                    setattr(self, name, {**kwargs, "use_reentrant": False})
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor: not supported; the task's loss is that of the head")

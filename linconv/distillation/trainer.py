@@ -1,0 +1,259 @@
+"""Training of a converted student beside its teacher, on transformers' Trainer."""
+
+import json
+import logging
+import os
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from linconv.conversion import encoder_layers, frame_lengths
+from linconv.distillation.arguments import DistillationArguments
+from linconv.distillation.augmentation import SharedSpecAugment
+from linconv.distillation.heads import Head
+from linconv.distillation.hooks import LayerStates
+from linconv.distillation.schedules import Mode, TargetGuided, Unguided
+from linconv.ops.distillation_loss import kd_loss, layerwise_mse
+
+__all__ = ["METRICS_FILE", "DistillationTrainer"]
+
+METRICS_FILE = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+class DistillationTrainer(Trainer):
+    """Trains ``model``, the student, on its task and, as ``mode`` has it, on what ``teacher`` shows.
+
+    Everything that transformers' Trainer does it does here too: resuming, Accelerate's ways of running on many
+    devices, bf16, streaming data sets, gradient checkpointing, logging. Beside that:
+
+    - The three losses are means over all that goes into one optimizer step (see :class:`DistillationArguments`).
+    - The teacher is in evaluation mode, frozen, not an optimizer parameter and not in the student's checkpoints. It is
+      given the student's batch with the student's SpecAugment mask. Layer drop is turned off in the student, each of
+      whose layers has its counterpart to follow.
+    - Each log record holds the parts of the loss, and per layer the MSE and the cosine between student and teacher
+      (``layer_mse/1``, ...), over the optimizer step that was logged. All records also go to ``metrics.jsonl`` in
+      ``output_dir``.
+    - Resuming from a checkpoint gives the same losses as a run never stopped, bit for bit on one CPU.
+
+    Args:
+        model: the student.
+        args: :class:`DistillationArguments`.
+        teacher: a model with as many transformer layers as the student, and of the same widths. It may be None when
+            ``mode`` is Unguided; if given then, it is only measured against.
+        mode: None is ``TargetGuided()`` with a teacher, ``Unguided()`` without.
+        **kwargs: as for transformers' Trainer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DistillationArguments,
+        *,
+        teacher: PreTrainedModel | None = None,
+        mode: Mode | None = None,
+        **kwargs,
+    ):
+        if not isinstance(args, DistillationArguments):
+            raise TypeError(f"args: got {type(args).__name__}; want DistillationArguments")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: the task's loss is that of the head; it cannot be replaced")
+        if args.n_gpu > 1:
+            raise ValueError("several GPUs in one process (DataParallel) are not supported: start with torchrun")
+        if mode is None:
+            mode = Unguided() if teacher is None else TargetGuided()
+        if teacher is None and not isinstance(mode, Unguided):
+            raise ValueError(f"teacher: got None; want a model, for the mode is {mode}")
+        super().__init__(model, args, **kwargs)
+        # Both say that compute_loss has divided by what is in the whole accumulated batch.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self.mode = mode
+        self.head = Head.of(model)
+        self.student_layers = encoder_layers(model)
+        self.teacher = None if teacher is None else self._prepare_teacher(teacher)
+        self._measures: dict[str, Tensor] = {}
+        self.add_callback(_TrimMetrics())
+
+    def _prepare_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        self.teacher_layers = encoder_layers(teacher)
+        if len(self.teacher_layers) != len(self.student_layers):
+            got, want = len(self.teacher_layers), len(self.student_layers)
+            raise ValueError(f"teacher: got a model of {got} layers; want {want}, as many as the student has")
+        if {id(p) for p in teacher.parameters()} & {id(p) for p in self.model.parameters()}:
+            raise ValueError("teacher: it shares parameters with the student; freezing it would freeze the student")
+        holders = [m for m in self.model.modules() if self.student_layers[0] in m.modules()]
+        for owner in (self.model.config, *holders):
+            for name in ("layerdrop", "encoder_layerdrop"):
+                if getattr(owner, name, 0.0):
+                    logger.warning("%s of the student is set to 0: every layer follows the teacher's", name)
+                    setattr(owner, name, 0.0)
+        return teacher.to(self.args.device).eval().requires_grad_(False)
+
+    # ---- The loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, with [answers, frames] summed over them and over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        for batch in batches:
+            frame_mask = self._frame_mask(batch)
+            answers = self.head.valid_answers(batch.get("labels"), frame_mask)
+            counts += torch.stack([answers.sum(), frame_mask.sum()]).to(device)
+        self._measures = {}
+        return batches, self.accelerator.reduce(counts, "sum").clamp(min=1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """In training, this micro-batch's share of the loss of its optimizer step; else the task's mean loss."""
+        frame_mask = self._frame_mask(inputs)  # (batch, L)
+        labels = inputs.get("labels")
+        answers = self.head.valid_answers(labels, frame_mask)
+        if not model.training:
+            outputs = model(**self.head.model_inputs(inputs))
+            loss = self.head.task_loss(outputs, labels, frame_mask, self.model.config) / answers.sum()
+            return (loss, outputs) if return_outputs else loss
+
+        all_answers, all_frames = num_items_in_batch
+        share_of_answers, share_of_frames = answers.sum() / all_answers, frame_mask.sum() / all_frames
+        lessons = self.mode.lessons(self.state.global_step)
+        augment = SharedSpecAugment(self.model, frame_mask)
+        student = LayerStates(self.student_layers)
+        with student, augment.applied_to(self.model):
+            outputs = model(**self.head.model_inputs(inputs), **augment.arguments)
+
+        loss = outputs.logits.new_zeros((), dtype=torch.float32)
+        if labels is not None:
+            task = self.head.task_loss(outputs, labels, frame_mask, self.model.config) / all_answers
+            loss = loss + self.args.alpha_ce * task
+            self._measure(task_loss=task)
+        with_layers, with_kd = lessons.layers and self.args.alpha_ld > 0, lessons.kd and self.args.alpha_kd > 0
+        measured = self.teacher is not None and self._logs_this_step()
+        if with_layers or with_kd or measured:
+            teacher_outputs, teacher = self._teach(inputs, augment)
+        if with_layers:
+            layers = share_of_frames * layerwise_mse(
+                self._states(student),
+                self._states(teacher),
+                mask=frame_mask,
+                weights=self.args.layer_weights,
+                layer_norm=self.args.layer_norm,
+                reduction=self.args.layer_reduction,
+            )
+            loss = loss + self.args.alpha_ld * layers
+            self._measure(layer_loss=layers)
+        if with_kd:
+            kd = share_of_answers * kd_loss(
+                outputs.logits,
+                teacher_outputs.logits,
+                temperature=self.args.temperature,
+                mask=answers,
+                scale_by_t2=self.args.scale_by_t2,
+            )
+            loss = loss + self.args.alpha_kd * kd
+            self._measure(kd_loss=kd)
+        if measured:
+            mse, cosine = self._compare_layers(student, teacher, frame_mask)
+            self._measure(layer_mse=share_of_frames * mse, layer_cosine=share_of_frames * cosine)
+        # Processes average their gradients, where the sum is wanted: all_answers and all_frames are those of all.
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _teach(self, inputs, augment: SharedSpecAugment):
+        states = LayerStates(self.teacher_layers)
+        with states, augment.applied_to(self.teacher), self.accelerator.autocast():
+            outputs = self.teacher(**self.head.model_inputs(inputs), **augment.arguments)
+        return outputs, states
+
+    def _states(self, states: LayerStates) -> list[Tensor]:
+        return [states.before, *states.after] if self.args.include_embeddings else states.after
+
+    def _frame_mask(self, inputs) -> Tensor:
+        """bool (batch, L): the frames of the hidden states that stand for input, not padding."""
+        x, mask = inputs[self.model.main_input_name], inputs.get("attention_mask")
+        lengths = torch.full((x.shape[0],), x.shape[-1], device=x.device) if mask is None else mask.sum(-1)
+        frames = frame_lengths(self.model, torch.cat([lengths, lengths.new_tensor([x.shape[-1]])]))
+        return torch.arange(int(frames[-1]), device=x.device) < frames[:-1, None]
+
+    # ---- Reports
+
+    def _logs_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        first = self.args.logging_first_step and step == 1
+        return self.args.logging_strategy != "steps" or step % self.state.logging_steps == 0 or first
+
+    @torch.no_grad()
+    def _compare_layers(self, student: LayerStates, teacher: LayerStates, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error and mean cosine over the valid frames, each (layers,)."""
+        s, t = self._states(student), self._states(teacher)
+        mse = layerwise_mse(s, t, mask=frame_mask, layer_norm=self.args.layer_norm, reduction="none")
+        frames = frame_mask.sum().clamp(min=1)
+        cosine = [F.cosine_similarity(a[frame_mask].float(), b[frame_mask].float(), dim=-1) for a, b in zip(s, t)]
+        return mse, torch.stack(cosine).sum(-1) / frames
+
+    def _measure(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self._measures[name] = self._measures.get(name, 0) + value.detach()
+
+    def log(self, logs, start_time=None):
+        record = {}
+        if "loss" in logs:
+            for name, value in self._measures.items():
+                record[name] = self.accelerator.reduce(value, "sum").tolist()
+                if isinstance(record[name], list):
+                    start = 0 if self.args.include_embeddings else 1
+                    logs.update({f"{name}/{i}": v for i, v in enumerate(record[name], start)})
+                else:
+                    logs[name] = record[name]
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            record = {"step": self.state.global_step, **{k: v for k, v in logs.items() if "/" not in k}, **record}
+            with open(os.path.join(self.args.output_dir, METRICS_FILE), "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.head.kind == "ctc" and isinstance(logits, Tensor):
+            # What CTC says of padding is not part of the answer: all blank, which decoding drops.
+            padding = ~self._frame_mask(self._prepare_inputs(inputs))
+            logits[padding] = torch.finfo(logits.dtype).min
+            logits[..., self.model.config.pad_token_id].masked_fill_(padding, 0)
+        return loss, logits, labels
+
+    # ---- The learning rate
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.args.exponential_decay_to is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            factor = partial(
+                _exponential, warmup=warmup, steps=num_training_steps, decay_to=self.args.exponential_decay_to
+            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def _exponential(step: int, *, warmup: int, steps: int, decay_to: float) -> float:
+    if step < warmup:
+        return step / warmup
+    return decay_to ** ((step - warmup) / max(steps - warmup, 1))
+
+
+class _TrimMetrics(TrainerCallback):
+    """Drops the records of steps that a run, killed after its last checkpoint, is about to do again."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = os.path.join(args.output_dir, METRICS_FILE)
+        if not state.is_world_process_zero or not os.path.exists(path):
+            return
+        with open(path) as file:
+            # A kill may have cut the last line short.
+            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+        with open(path, "w") as file:
+            file.writelines(lines)
