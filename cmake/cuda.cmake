@@ -1,0 +1,31 @@
+# The CUDA library: every csrc/*/cuda.cu, against any torch, a CPU-only one too.
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
+
+# Machine code for each architecture, and PTX of the last for those still to come.
+set(CMAKE_CUDA_ARCHITECTURES ${LINCONV_CUDA_ARCHS})
+list(POP_BACK CMAKE_CUDA_ARCHITECTURES newest)
+list(TRANSFORM CMAKE_CUDA_ARCHITECTURES APPEND "-real")
+list(APPEND CMAKE_CUDA_ARCHITECTURES "${newest}-real" "${newest}-virtual")
+enable_language(CUDA)
+message(STATUS "CUDA library: nvcc ${CMAKE_CUDA_COMPILER_VERSION}, ${CMAKE_CUDA_ARCHITECTURES}")
+
+add_library(linconv_cuda MODULE ${LINCONV_CUDA_SOURCES})
+target_link_libraries(linconv_cuda PRIVATE linconv_flags linconv_torch)
+target_compile_definitions(linconv_cuda PRIVATE USE_CUDA)  # the CUDA part of torch's stable headers
+target_compile_options(linconv_cuda PRIVATE
+  $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xcompiler=-Wall,-Wextra,-Werror;-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=>)
+set_target_properties(linconv_cuda PROPERTIES PREFIX "lib" SUFFIX ".so" CUDA_VISIBILITY_PRESET hidden)
+
+# torch's libraries are found by name among those that `import torch` has loaded. A CPU-only torch has no
+# libtorch_cuda.so to link against, so an empty stand-in bears the name, everywhere: the same binary either way.
+file(WRITE "${CMAKE_BINARY_DIR}/empty.cpp" "")
+foreach(name torch_cpu torch_cuda)
+  add_library(stand_in_${name} SHARED "${CMAKE_BINARY_DIR}/empty.cpp")
+  set_target_properties(stand_in_${name} PROPERTIES OUTPUT_NAME ${name} LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/stand_in")
+  target_link_libraries(linconv_cuda PRIVATE stand_in_${name})
+endforeach()
+target_link_options(linconv_cuda PRIVATE -Wl,--no-as-needed -Wl,-z,now)
+install(TARGETS linconv_cuda LIBRARY DESTINATION .)
