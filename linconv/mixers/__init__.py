@@ -1,0 +1,43 @@
+"""Modules that take attention's place, by name: ``linconv.mixers.get("bimamba2")``."""
+
+import difflib
+
+from linconv.mixers.bimamba2 import BiMamba2
+from linconv.mixers.hydra import Hydra
+from linconv.mixers.mamba2 import Mamba2, Mamba2State
+from linconv.mixers.protocol import Mixer
+
+__all__ = ["BiMamba2", "Hydra", "Mamba2", "Mamba2State", "Mixer", "get", "names", "register"]
+
+_REGISTRY: dict[str, type[Mixer]] = {"bimamba2": BiMamba2, "hydra": Hydra, "mamba2": Mamba2}
+
+
+def get(name: str) -> type[Mixer]:
+    """The mixer class of that name.
+
+    Raises:
+        ValueError: no such mixer; the message has the nearest name.
+    """
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(str(name), _REGISTRY, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"mixer is {name!r}, wanted one of {', '.join(names())}{hint}")
+    return _REGISTRY[name]
+
+
+def names() -> list[str]:
+    """The names `get` knows."""
+    return sorted(_REGISTRY)
+
+
+def register(name: str, mixer: type[Mixer]) -> None:
+    """Makes ``mixer`` known as ``name``, to `linconv.convert` and to checkpoints that name it.
+
+    Raises:
+        TypeError: not a subclass of `Mixer`.
+        ValueError: a name already taken by another class.
+    """
+    if not (isinstance(mixer, type) and issubclass(mixer, Mixer)):
+        raise TypeError(f"mixer is {mixer!r}, wanted a subclass of linconv.mixers.Mixer")
+    if _REGISTRY.setdefault(name, mixer) is not mixer:
+        raise ValueError(f"name is {name!r}, already the mixer {_REGISTRY[name].__name__}")

@@ -1,0 +1,111 @@
+"""Two Mamba-2 layers over the same frames, one in each direction of time, summed (CALD, arXiv 2410.06846)."""
+
+import torch
+from torch import nn
+
+from linconv import ops
+from linconv.mixers.protocol import DepthwiseConv, GatedRMSNorm, StateSpaceMixer, scan_flops
+
+# Where a parameter of mamba_ssm's Mamba2 stands in the stacked one: as row block, column block or entry `direction`.
+_ROWS, _COLUMNS = ("in_proj.weight",), ("out_proj.weight",)
+
+
+class BiMamba2(StateSpaceMixer):
+    """Forward and backward Mamba-2 as one computation: each of its five steps does both directions at once.
+
+    Neither the input nor a state is flipped or copied. Parameters are those of two `mamba_ssm` Mamba2 layers without
+    linear bias, with convolution bias and gated RMS norm (eps 1e-5, after the gate), stacked:
+    in_proj.weight (2 d_in_proj, d_model), forward rows (z, x, B, C, dt) first; conv1d.weight (2, conv_dim, d_conv) and
+    conv1d.bias (2, conv_dim); A_log, D, dt_bias (2, heads); norm.weight (2, d_inner); out_proj.weight
+    (d_model, 2 d_inner), forward columns first.
+
+    Args:
+        d_model: width of the hidden states.
+        d_state: size of each head's state per channel, 1 to 256.
+        d_conv: width of the short convolution, 2 to 4.
+        expand: d_inner / d_model.
+        headdim: channels of a head, 1 to 256, a divisor of d_inner.
+        ngroups: groups of heads that share B and C.
+        chunk_size: taken for mamba_ssm's sake and not used: the kernels choose their chunk, the result is the same.
+
+    Raises:
+        ValueError: sizes that do not divide; the message names the argument.
+    """
+
+    def __init__(self, d_model, d_state=128, d_conv=4, expand=1, headdim=64, ngroups=1, chunk_size=None):
+        super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, directions=2)
+        self.conv_dim = self.d_inner + 2 * ngroups * d_state
+        self.d_in_proj = self.d_inner + self.conv_dim + self.nheads
+        self.in_proj = nn.Linear(d_model, 2 * self.d_in_proj, bias=False)
+        self.conv1d = DepthwiseConv(2, self.conv_dim, width=d_conv)
+        self.norm = GatedRMSNorm(2, self.d_inner)
+        self.out_proj = nn.Linear(2 * self.d_inner, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        # Each direction's output projection starts as that of a layer of its own, as its fan-in says.
+        bound = self.d_inner**-0.5
+        nn.init.uniform_(self.out_proj.weight, -bound, bound)
+
+    def forward(self, hidden_states, seq_lens=None):
+        zxBCdt = self.in_proj(hidden_states).unflatten(-1, (2, self.d_in_proj)).movedim(-2, 0)  # (2, b, L, d_in_proj)
+        z, xBC, dt = zxBCdt.split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
+        xBC = ops.bidirectional_short_conv(xBC, self.conv1d.weight, self.conv1d.bias, seq_lens=seq_lens)
+        x, B, C = xBC.split((self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state), dim=-1)
+        y = ops.bidirectional_ssd(
+            x.unflatten(-1, (self.nheads, self.headdim)),  # (2, b, L, heads, headdim)
+            dt,
+            self.A,
+            B.unflatten(-1, (self.ngroups, self.d_state)),  # (2, b, L, groups, d_state)
+            C.unflatten(-1, (self.ngroups, self.d_state)),
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            seq_lens=seq_lens,
+        )
+        del x, B, C, xBC  # views of the largest tensor here: let it go before the norm's result is allocated
+        group_size = self.d_inner // self.ngroups
+        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm.weight, group_size=group_size, seq_lens=seq_lens)
+        return self.out_proj(y.movedim(0, -2).flatten(-2))  # (b, L, 2 d_inner), a view
+
+    def flops(self, length):
+        projections = self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv1d.weight.numel()
+        scan = scan_flops(length, self.nheads, self.headdim, self.d_state, self.ngroups, directions=2)
+        return 2 * length * projections + scan
+
+    @torch.no_grad()
+    def load_mamba_ssm(self, forward_layer: dict, backward_layer: dict) -> None:
+        """Takes the weights of two `mamba_ssm` Mamba2 layers, given as state dicts.
+
+        Raises:
+            ValueError: a state dict whose names or shapes are not those of a Mamba2 of these sizes.
+        """
+        wanted = self.mamba_ssm_state_dicts()
+        for argument, given, own in zip(("forward_layer", "backward_layer"), (forward_layer, backward_layer), wanted):
+            if given.keys() != own.keys():
+                missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+                raise ValueError(f"{argument} lacks {missing} and has {unknown}, wanted the names {sorted(own)}")
+            for name, tensor in given.items():
+                if tensor.shape != own[name].shape:
+                    shapes = tuple(tensor.shape), tuple(own[name].shape)
+                    raise ValueError(f"{argument}[{name!r}] has shape {shapes[0]}, wanted {shapes[1]}")
+        for given, own in zip((forward_layer, backward_layer), wanted):
+            for name, tensor in given.items():
+                own[name].copy_(tensor)
+
+    def mamba_ssm_state_dicts(self) -> tuple[dict, dict]:
+        """The two directions as state dicts of `mamba_ssm`'s Mamba2; the tensors are views of this layer's own."""
+        stacked = self.state_dict()
+        halves = {}, {}
+        for direction, half in enumerate(halves):
+            for name, tensor in stacked.items():
+                if name in _ROWS:
+                    half[name] = tensor.chunk(2, dim=0)[direction]
+                elif name in _COLUMNS:
+                    half[name] = tensor.chunk(2, dim=1)[direction]
+                elif name == "conv1d.weight":
+                    half[name] = tensor[direction].unsqueeze(1)  # (conv_dim, 1, d_conv), as torch.nn.Conv1d
+                else:
+                    half[name] = tensor[direction]
+        return halves

@@ -1,0 +1,67 @@
+"""Hydra: both directions of time as one quasiseparable matrix over shared inputs (arXiv 2407.09941)."""
+
+from torch import nn
+
+from linconv import ops
+from linconv.mixers.protocol import DepthwiseConv, GatedRMSNorm, StateSpaceMixer, scan_flops
+
+
+class Hydra(StateSpaceMixer):
+    """Bidirectional state space mixer whose directions share x, z, A and the norm, and have their own dt, B and C.
+
+    Each direction's scan is moved one frame on, so that both are strictly triangular, and D alone is the diagonal.
+    The short convolution is centred. Against the paper's code D does not depend on the frame.
+
+    in_proj.weight has the rows (z, x, B_f, C_f, B_b, C_b, dt_f, dt_b), conv1d.weight (conv_dim, d_conv), A_log, D and
+    dt_bias (heads,), norm.weight (d_inner,), out_proj.weight (d_model, d_inner).
+
+    Args:
+        d_model: width of the hidden states.
+        d_state: size of each head's state per channel, 1 to 256.
+        d_conv: width of the centred convolution, odd, 3 to 7.
+        expand, headdim, ngroups, chunk_size: as for `BiMamba2`.
+
+    Raises:
+        ValueError: sizes that do not fit; the message names the argument.
+    """
+
+    def __init__(self, d_model, d_state=64, d_conv=7, expand=1, headdim=64, ngroups=1, chunk_size=None):
+        super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, directions=1)
+        if d_conv % 2 == 0:
+            raise ValueError(f"d_conv is {d_conv}, wanted an odd width: the convolution is centred")
+        self.conv_dim = self.d_inner + 4 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_dim + 2 * self.nheads, bias=False)
+        self.conv1d = DepthwiseConv(self.conv_dim, width=d_conv)
+        self.norm = GatedRMSNorm(self.d_inner)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.reset_parameters()
+
+    def forward(self, hidden_states, seq_lens=None):
+        z, xBC, dt = self.in_proj(hidden_states).split((self.d_inner, self.conv_dim, 2 * self.nheads), dim=-1)
+        xBC = ops.short_conv(
+            xBC, self.conv1d.weight, self.conv1d.bias, lookahead=self.d_conv // 2, seq_lens=seq_lens
+        )  # (b, L, conv_dim)
+        x, BC = xBC.split((self.d_inner, 4 * self.ngroups * self.d_state), dim=-1)
+        BC = BC.unflatten(-1, (2, 2, self.ngroups, self.d_state))  # (b, L, direction, B or C, groups, d_state)
+        B, C = BC.movedim(2, 0).unbind(3)  # (2, b, L, groups, d_state) each
+        y = ops.bidirectional_ssd(
+            x.unflatten(-1, (self.nheads, self.headdim)),  # (b, L, heads, headdim)
+            dt.unflatten(-1, (2, self.nheads)).movedim(-2, 0),  # (2, b, L, heads)
+            self.A,
+            B,
+            C,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            diagonal="shifted",
+            seq_lens=seq_lens,
+        )
+        del x, B, C, BC, xBC
+        group_size = self.d_inner // self.ngroups
+        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm.weight, group_size=group_size, seq_lens=seq_lens)
+        return self.out_proj(y)
+
+    def flops(self, length):
+        projections = self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv1d.weight.numel()
+        scan = scan_flops(length, self.nheads, self.headdim, self.d_state, self.ngroups, directions=2)
+        return 2 * length * projections + scan
