@@ -20,10 +20,32 @@
 
 STABLE_TORCH_LIBRARY(linconv, m) {
   m.def("_build_info() -> str");
+
+  // x (1 or directions, batch, L, channels), weight (directions, channels, width), bias (directions, channels)
+  // -> (directions, batch, L, channels). Direction i runs mirrored in time if reverse != (i == 1).
+  m.def(
+      "short_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, int lookahead, Tensor? seq_lens, "
+      "Tensor? cu_seqlens) -> Tensor");
+  m.def(
+      "short_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, int lookahead, "
+      "Tensor? seq_lens, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)");
+
+  // x, z (1 or directions, batch, L, channels), weight (directions, channels)
+  // -> (directions, batch, L, channels), in memory (batch, L, directions, channels).
+  m.def("gated_rms_norm(Tensor x, Tensor z, Tensor weight, float eps, int group_size, Tensor? seq_lens) -> Tensor");
+  m.def(
+      "gated_rms_norm_backward(Tensor grad, Tensor x, Tensor z, Tensor weight, float eps, int group_size, "
+      "Tensor? seq_lens) -> (Tensor, Tensor, Tensor)");
 }
 
 namespace linconv {
 namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = __VERSION__;
+#else
+constexpr const char* kCompiler = "GCC " __VERSION__;
+#endif
 
 std::string quoted(const std::string& text) {
   std::string out = "\"";
@@ -44,10 +66,12 @@ std::string build_info() {
   }
   const IsaList list = isas();
   for (int i = 0; i < list.count; ++i) {
-    available += (i ? ", " : "") + quoted(isa_name(list.items[i].isa)) + ": " + (list.items[i].supported ? "true" : "false");
+    const auto& [name, supported] = list.items[i];
+    available += (i ? ", " : "") + quoted(isa_name(name)) + ": " + (supported ? "true" : "false");
   }
-  return "{\"version\": " + quoted(LINCONV_VERSION) + ", \"torch\": " + quoted(TORCH_VERSION) + ", \"compiler\": " +
-         quoted(__VERSION__) + ", \"isa\": " + chosen + ", \"isa_error\": " + error + ", \"isas\": {" + available + "}}";
+  return "{\"version\": " + quoted(LINCONV_VERSION) + ", \"torch\": " + quoted(TORCH_VERSION) +
+         ", \"compiler\": " + quoted(kCompiler) + ", \"isa\": " + chosen + ", \"isa_error\": " + error +
+         ", \"isas\": {" + available + "}, \"cuda\": " + quoted(LINCONV_CUDA_STATUS) + "}";
 }
 
 }  // namespace

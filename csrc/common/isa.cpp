@@ -41,7 +41,7 @@ static Isa choose() {
   if (wanted == nullptr || *wanted == '\0') {
     for (int i = list.count - 1; i >= 0; --i)
       if (list.items[i].supported) return list.items[i].isa;
-    throw std::runtime_error("this CPU has none of the instruction sets the library was built for: AVX2 and FMA (x86-64-v3)");
+    throw std::runtime_error("this CPU lacks AVX2 and FMA (x86-64-v3), the least that the library was built for");
   }
   std::string names;
   for (int i = 0; i < list.count; ++i) {

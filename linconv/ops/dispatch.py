@@ -57,7 +57,7 @@ def _load_cpu() -> tuple[str | None, dict]:
 def _load_cuda() -> str | None:
     name = "liblinconv_cuda.so"
     if not (LIBRARIES / name).exists():
-        return "the CUDA library is not built"
+        return _build_info.get("cuda") or f"{name} is not installed"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if _cpu_problem is not None:  # the CPU library holds the schemas
