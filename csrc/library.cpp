@@ -21,6 +21,21 @@
 STABLE_TORCH_LIBRARY(linconv, m) {
   m.def("_build_info() -> str");
 
+  // A, D, dt_bias and states are of the math dtype. Backward results stand in the order of the arguments they belong to;
+  // that of an absent one is empty.
+#define SSD_ARGUMENTS                                                                                    \
+  "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "    \
+  "float dt_min, float dt_max, "
+#define SEQUENCES "Tensor? seq_lens, Tensor? cu_seqlens"
+  m.def("ssd(" SSD_ARGUMENTS "Tensor? initial_states, " SEQUENCES ", bool reverse) -> (Tensor, Tensor)");
+  m.def("ssd_backward(Tensor dy, Tensor? dfinal_states, " SSD_ARGUMENTS "Tensor? initial_states, " SEQUENCES
+        ", bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("bidirectional_ssd(" SSD_ARGUMENTS "str diagonal, " SEQUENCES ") -> Tensor");
+  m.def("bidirectional_ssd_backward(Tensor dy, " SSD_ARGUMENTS "str diagonal, " SEQUENCES
+        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+#undef SSD_ARGUMENTS
+#undef SEQUENCES
+
   // x (1 or directions, batch, L, channels), weight (directions, channels, width), bias (directions, channels)
   // -> (directions, batch, L, channels). Direction i runs mirrored in time if reverse != (i == 1).
   m.def(

@@ -1,5 +1,14 @@
 #include "common/tensor.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <string>
+
 namespace linconv {
 
 DType dtype_of(const Tensor& tensor, const char* name) {
@@ -71,8 +80,39 @@ std::vector<Span> sequence_spans(const std::optional<Tensor>& seq_lens, const st
   return spans;
 }
 
+std::vector<Block> cut_into_blocks(const std::vector<Span>& spans, int64_t frames, int64_t frames_per_block) {
+  std::vector<Block> blocks;
+  for (size_t i = 0; i < spans.size(); ++i) {
+    const Span& span = spans[i];
+    const bool row_goes_on = i + 1 < spans.size() && spans[i + 1].row == span.row;
+    const int64_t end = row_goes_on ? spans[i + 1].begin : frames;
+    for (int64_t t = span.begin; t < end; t += frames_per_block)
+      blocks.push_back({span.row, span.begin, span.end, t, std::min(t + frames_per_block, end)});
+  }
+  return blocks;
+}
+
+// Fresh memory comes in pages that the kernel clears one fault at a time. Large ones make that several times cheaper.
+static void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kLargePage = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) & ~(kLargePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kLargePage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure is no error
+#endif
+}
+
+static bool poison() {
+  const char* value = std::getenv("LINCONV_POISON");
+  return value != nullptr && std::string(value) == "1";
+}
+
 Tensor empty(std::initializer_list<int64_t> sizes, DType dtype) {
-  return torch::stable::empty({sizes.begin(), sizes.size()}, scalar_type(dtype));
+  Tensor out = torch::stable::empty({sizes.begin(), sizes.size()}, scalar_type(dtype));
+  prefer_large_pages(out.data_ptr(), out.numel() * element_size(dtype));
+  static const bool poisoned = poison();
+  if (poisoned) torch::stable::fill_(out, std::numeric_limits<double>::quiet_NaN());
+  return out;
 }
 
 }  // namespace linconv

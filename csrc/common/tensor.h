@@ -69,7 +69,12 @@ void require_sizes(const View<N>& view, const int64_t (&sizes)[N], const char* n
 std::vector<Span> sequence_spans(const std::optional<Tensor>& seq_lens, const std::optional<Tensor>& cu_seqlens,
                                  int64_t rows, int64_t frames);
 
-// A new contiguous CPU tensor, not initialised.
+// Those sequences, and the padding behind each, cut into blocks of at most `frames_per_block` frames counted from the
+// sequence's own first: how a sequence is cut does not depend on what else is in the batch.
+std::vector<Block> cut_into_blocks(const std::vector<Span>& spans, int64_t frames, int64_t frames_per_block);
+
+// A new contiguous CPU tensor, not initialised; filled with NaN where the environment has LINCONV_POISON=1, by which tests
+// see that every element of a result is written.
 Tensor empty(std::initializer_list<int64_t> sizes, DType dtype);
 
 }  // namespace linconv

@@ -30,4 +30,9 @@ struct Span {
   int64_t row, begin, end;
 };
 
+// Frames begin <= t < end of a batch row, all of one sequence first <= t < last or padding behind it: one task's share.
+struct Block {
+  int64_t row, first, last, begin, end;
+};
+
 }  // namespace linconv

@@ -1,5 +1,105 @@
+"""Root mean square norm after a SiLU gate."""
+
+import math
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from linconv.ops import checks, dispatch
 from linconv.ops.gated_rms_norm import reference
+
+__all__ = ["gated_rms_norm"]
 
 
 def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None, backend=None):
-    return reference.gated_rms_norm(x, z, weight, eps=eps, group_size=group_size, seq_lens=seq_lens)
+    """``y * rsqrt(mean(y^2) + eps) * weight`` with ``y = x * silu(z)``, the mean over groups of channels.
+
+    Math in float32, in float64 for float64 input.
+
+    Args:
+        x, z: (..., d) both, or, with a weight per direction, (2, ..., d) for at least one of them: the other may be
+            shared by the directions. float32, bfloat16, float16 or float64, any strides.
+        weight: (d,), or (2, d) for one per direction.
+        eps: added to the mean square.
+        group_size: channels that share a mean, a divisor of d; None for all.
+        seq_lens: int32 or int64 (batch,), for x and z of (batch, L, d) or (2, batch, L, d): frames of each row that are
+            not padding. Padding is not read; the result there and its gradients are zero.
+        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+
+    Returns:
+        (..., d) in x's dtype, or (2, ..., d) laid out so that ``out.movedim(0, -2).flatten(-2)`` is a view (..., 2 d):
+        one projection of both directions' concatenation reads it without a copy.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+
+    Source: Dao and Gu, arXiv 2405.21060 (the norm before the output projection; Zhang and Sennrich, arXiv 1910.07467).
+    """
+    for name, value in (("x", x), ("z", z), ("weight", weight)):
+        checks.floating_tensor(name, value)
+        checks.like(name, value, "x", x)
+    lead, per_direction = _lead(x, z, weight)
+    d = weight.shape[-1]
+    if group_size is not None and (not isinstance(group_size, int) or group_size < 1 or d % group_size):
+        raise ValueError(f"group_size is {group_size!r}, wanted None or a divisor of d = {d}")
+    if not isinstance(eps, int | float):
+        raise TypeError(f"eps is {type(eps).__name__}, wanted a float")
+    if seq_lens is not None:
+        if len(lead) != 2:
+            shape = "(2, batch, L, d)" if per_direction else "(batch, L, d)"
+            raise ValueError(f"seq_lens is given with x of shape {tuple(x.shape)}, wanted {shape}")
+        checks.sequence_bounds(seq_lens, None, lead[0], lead[1], x.device)
+    if dispatch.pick("gated_rms_norm", x.device, backend) == "reference":
+        return reference.gated_rms_norm(x, z, weight, eps=eps, group_size=group_size, seq_lens=seq_lens)
+    x, z, weight = reference.directions(x, z, weight)
+    rows = (math.prod(lead[:-1]), lead[-1] if lead else 1)
+    out = torch.ops.linconv.gated_rms_norm(
+        x.reshape(x.shape[0], *rows, d), z.reshape(z.shape[0], *rows, d), weight, eps, group_size or d, seq_lens
+    )
+    if not per_direction:
+        return out[0].reshape(*lead, d)
+    return out.movedim(0, -2).reshape(*lead, 2, d).movedim(-2, 0)
+
+
+def _lead(x, z, weight):
+    """Check shapes against each other; the sizes before d and after directions, and whether there are directions."""
+    if weight.dim() not in (1, 2) or (weight.dim() == 2 and weight.shape[0] != 2):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, wanted (d,) or (2, d)")
+    d = weight.shape[-1]
+    if weight.dim() == 1:
+        checks.shape("x", x, (*x.shape[:-1], d), "(..., d)")
+        checks.shape("z", z, tuple(x.shape), "the shape of x")
+        return tuple(x.shape[:-1]), False
+    dims = max(x.dim(), z.dim())
+    lead = tuple((x if x.dim() == dims else z).shape[1:-1])
+    for name, value in (("x", x), ("z", z)):
+        own = (2,) if value.dim() == dims else ()
+        checks.shape(name, value, (*own, *lead, d), "(2, ..., d)" if own else "(..., d)")
+    return lead, True
+
+
+def _fake(x, z, weight, eps, group_size, seq_lens):
+    _, batch, length, d = x.shape
+    return x.new_empty(batch, length, weight.shape[0], d).permute(2, 0, 1, 3)
+
+
+def _fake_backward(grad, x, z, weight, eps, group_size, seq_lens):
+    return x.new_empty(x.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):
+    x, z, weight, *ctx.options, seq_lens = inputs
+    ctx.save_for_backward(x, z, weight, seq_lens)
+
+
+@once_differentiable
+def _backward(ctx, grad):
+    x, z, weight, seq_lens = ctx.saved_tensors
+    grads = torch.ops.linconv.gated_rms_norm_backward(grad, x, z, weight, *ctx.options, seq_lens)
+    return *grads, None, None, None
+
+
+if dispatch.compiled("gated_rms_norm"):
+    torch.library.register_fake("linconv::gated_rms_norm", _fake)
+    torch.library.register_fake("linconv::gated_rms_norm_backward", _fake_backward)
+    torch.library.register_autograd("linconv::gated_rms_norm", _backward, setup_context=_save)

@@ -1,18 +1,140 @@
+"""Short depthwise convolution over time, causal, anti-causal or both in one pass, with an optional SiLU."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from linconv.ops import checks, dispatch
 from linconv.ops.short_conv import reference
+
+__all__ = ["bidirectional_short_conv", "short_conv"]
+
+WIDTHS = range(2, 9)
 
 
 def short_conv(
     x, weight, bias=None, *, activation="silu", reverse=False, lookahead=0, seq_lens=None, cu_seqlens=None, backend=None
 ):  # fmt: skip
-    return reference.short_conv(
-        x, weight, bias, activation=activation, reverse=reverse, lookahead=lookahead, seq_lens=seq_lens,
-        cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    """Depthwise convolution over time: ``y_t = act(bias + sum_k weight[:, k] * x_{t - (width - 1) + k + lookahead})``.
+
+    Frames outside the sequence are zeros. Math in float32, in float64 for float64 input.
+
+    Args:
+        x: (batch, L, channels), float32, bfloat16, float16 or float64, any strides.
+        weight: (channels, width), 2 <= width <= 8.
+        bias: (channels,) or None.
+        activation: "silu" or None.
+        reverse: mirrored in time, so that frame t sees t and later ones (anti-causal, for lookahead=0).
+        lookahead: frames ahead that the window reaches, 0 <= lookahead < width; (width - 1) / 2 centres it.
+        seq_lens: int32 or int64 (batch,): frames of each row that are not padding. Padding is not read; the result
+            there and its gradient are zero.
+        cu_seqlens: int32 or int64 (sequences + 1,), where each of the sequences packed into a batch of 1 begins, and L.
+        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+
+    Returns:
+        (batch, L, channels) in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+
+    Source: Gu and Dao, arXiv 2312.00752 (causal); Hwang et al., arXiv 2407.09941 (centred).
+    """
+    checks.floating_tensor("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}, wanted (batch, L, channels)")
+    channels = x.shape[2]
+    checks.floating_tensor("weight", weight)
+    checks.shape("weight", weight, (channels, None), "(channels, width)")
+    if bias is not None:
+        checks.floating_tensor("bias", bias)
+        checks.shape("bias", bias, (channels,), "(channels,)")
+    _check(x, weight, bias, activation, lookahead, seq_lens, cu_seqlens)
+    if dispatch.pick("short_conv", x.device, backend) == "reference":
+        return reference.short_conv(
+            x, weight, bias, activation=activation, reverse=reverse, lookahead=lookahead, seq_lens=seq_lens,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    bias = None if bias is None else bias[None]
+    return torch.ops.linconv.short_conv(
+        x[None], weight[None], bias, activation == "silu", bool(reverse), lookahead, seq_lens, cu_seqlens
+    )[0]
 
 
 def bidirectional_short_conv(
     x, weight, bias=None, *, activation="silu", seq_lens=None, cu_seqlens=None, backend=None
 ):  # fmt: skip
-    return reference.bidirectional_short_conv(
-        x, weight, bias, activation=activation, seq_lens=seq_lens, cu_seqlens=cu_seqlens
+    """A causal and an anti-causal :func:`short_conv` of their own weights, in one pass over x where they share it.
+
+    Args:
+        x: (batch, L, channels), read by both directions, or (2, batch, L, channels), one for each.
+        weight: (2, channels, width), 2 <= width <= 8.
+        bias: (2, channels) or None.
+        activation, seq_lens, cu_seqlens, backend: as in :func:`short_conv`.
+
+    Returns:
+        (2, batch, L, channels) in x's dtype: the causal convolution, then the anti-causal one.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+    """
+    checks.floating_tensor("x", x)
+    if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[0] != 2):
+        raise ValueError(f"x has shape {tuple(x.shape)}, wanted (batch, L, channels) or (2, batch, L, channels)")
+    channels = x.shape[-1]
+    checks.floating_tensor("weight", weight)
+    checks.shape("weight", weight, (2, channels, None), "(2, channels, width)")
+    if bias is not None:
+        checks.floating_tensor("bias", bias)
+        checks.shape("bias", bias, (2, channels), "(2, channels)")
+    _check(x, weight, bias, activation, 0, seq_lens, cu_seqlens)
+    if dispatch.pick("short_conv", x.device, backend) == "reference":
+        return reference.bidirectional_short_conv(
+            x, weight, bias, activation=activation, seq_lens=seq_lens, cu_seqlens=cu_seqlens
+        )
+    x = x if x.dim() == 4 else x[None]
+    return torch.ops.linconv.short_conv(x, weight, bias, activation == "silu", False, 0, seq_lens, cu_seqlens)
+
+
+def _check(x, weight, bias, activation, lookahead, seq_lens, cu_seqlens):
+    """What both functions ask of their arguments besides shapes."""
+    checks.like("weight", weight, "x", x)
+    if bias is not None:
+        checks.like("bias", bias, "x", x)
+    width = weight.shape[-1]
+    if width not in WIDTHS:
+        raise ValueError(f"weight has width {width}, wanted {WIDTHS.start} to {WIDTHS.stop - 1}")
+    if activation not in ("silu", None):
+        raise ValueError(f"activation is {activation!r}, wanted 'silu' or None")
+    if not isinstance(lookahead, int):
+        raise TypeError(f"lookahead is {type(lookahead).__name__}, wanted an int")
+    if not 0 <= lookahead < width:
+        raise ValueError(f"lookahead is {lookahead}, wanted 0 to width - 1 = {width - 1}")
+    checks.sequence_bounds(seq_lens, cu_seqlens, x.shape[-3], x.shape[-2], x.device)
+
+
+def _fake(x, weight, bias, silu, reverse, lookahead, seq_lens, cu_seqlens):
+    return x.new_empty(weight.shape[0], *x.shape[1:])
+
+
+def _fake_backward(grad, x, weight, bias, silu, reverse, lookahead, seq_lens, cu_seqlens):
+    grad_bias = (weight if bias is None else bias).new_empty(weight.shape[:2])
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, *ctx.options, seq_lens, cu_seqlens = inputs
+    ctx.save_for_backward(x, weight, bias, seq_lens, cu_seqlens)
+
+
+@once_differentiable
+def _backward(ctx, grad):
+    x, weight, bias, seq_lens, cu_seqlens = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = torch.ops.linconv.short_conv_backward(
+        grad, x, weight, bias, *ctx.options, seq_lens, cu_seqlens
     )
+    return grad_x, grad_weight, None if bias is None else grad_bias, None, None, None, None, None
+
+
+if dispatch.compiled("short_conv"):
+    torch.library.register_fake("linconv::short_conv", _fake)
+    torch.library.register_fake("linconv::short_conv_backward", _fake_backward)
+    torch.library.register_autograd("linconv::short_conv", _backward, setup_context=_save)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 
 def tap_offsets(width, lookahead, reverse):
-    """Which frame, relative to its own, each tap of a frame reads: oldest first if causal, furthest ahead if mirrored."""
+    """Which frame, relative to its own, each tap of a frame reads: the oldest first if causal, the last if mirrored."""
     offsets = [k - (width - 1) + lookahead for k in range(width)]
     return [-offset for offset in offsets] if reverse else offsets
 

@@ -1,0 +1,287 @@
+#include "short_conv/kernel.h"
+
+#include "common/rows.h"
+
+// A direction with taps at offsets low, low + 1, ... from a frame: tap j of a causal one is weight[j], of a mirrored one
+// weight[width - 1 - j]. From there on both are the same code:
+//   pre[t] = bias + sum_j w[j] x[t + low + j],   y = silu(pre)
+//   dx[t] = sum_j w[j] dpre[t - low - j],        dw[j] = sum_t dpre[t] x[t + low + j]
+// Rows outside the sequence are read as zeros, so that a frame's arithmetic does not depend on what stands around it.
+namespace linconv::LINCONV_ISA {
+namespace {
+
+constexpr int kTile = 8;  // frames of a backward step
+constexpr int kSpan = kMaxConvWidth - 1;
+
+alignas(64) constexpr double kZeros[kConvChannels] = {};
+
+// One direction's filter over the task's channels.
+template <class T>
+struct alignas(64) Filter {
+  T w[kMaxConvWidth][kConvChannels];
+  T bias[kConvChannels];
+  int64_t low;  // offset of tap 0
+
+  void load(const ConvArgs& a, int64_t direction, int64_t channel, int n) {
+    const bool mirrored = a.reverse != (direction == 1);
+    low = mirrored ? -a.lookahead : a.lookahead - (a.width - 1);
+    for (int64_t j = 0; j < a.width; ++j)
+      load_row(at(a.weight, direction, channel, mirrored ? a.width - 1 - j : j), a.weight.dtype, a.weight.stride[1], n, w[j]);
+    if (a.bias.data) {
+      load_row(at(a.bias, direction, channel), a.bias.dtype, a.bias.stride[1], n, bias);
+    } else {
+      for (int i = 0; i < kConvChannels; ++i) bias[i] = 0;
+    }
+  }
+};
+
+// y = act(bias + sum_j w[j] x[j]) over n channels; x[j] is the row tap j reads.
+template <class T, int width, bool silu_>
+void convolve_row(const Filter<T>& f, const T* const* x, int n, T* y) {
+  for (int c = 0; c < n; c += kWidth<T>) {
+    Vec<T> sum = load(f.bias + c);
+#pragma GCC unroll 8
+    for (int j = 0; j < width; ++j) sum += load(f.w[j] + c) * load(x[j] + c);
+    store(y + c, silu_ ? silu(sum) : sum);
+  }
+}
+
+// dpre = dy * act'(pre), pre computed again.
+template <class T, int width, bool silu_>
+void gradient_row(const Filter<T>& f, const T* const* x, const T* dy, int n, T* dpre) {
+  for (int c = 0; c < n; c += kWidth<T>) {
+    Vec<T> d = load(dy + c);
+    if constexpr (silu_) {
+      Vec<T> sum = load(f.bias + c);
+#pragma GCC unroll 8
+      for (int j = 0; j < width; ++j) sum += load(f.w[j] + c) * load(x[j] + c);
+      const Vec<T> s = sigmoid(sum);
+      d *= s + sum * s * (splat<T>(1) - s);
+    }
+    store(dpre + c, d);
+  }
+}
+
+// dx (+)= sum_j w[j] dpre[-j]; dpre points at the row that tap 0 turns to.
+template <class T, int width, bool add>
+void transpose_row(const Filter<T>& f, const T* const* dpre, int n, T* dx) {
+  for (int c = 0; c < n; c += kWidth<T>) {
+    Vec<T> sum = add ? load(dx + c) : splat<T>(0);
+#pragma GCC unroll 8
+    for (int j = 0; j < width; ++j) sum += load(f.w[j] + c) * load(dpre[-j] + c);
+    store(dx + c, sum);
+  }
+}
+
+// sums[j] += sum_i dpre[i] x[i + j] over the kTile frames of a tile; sums[width] += sum_i dpre[i].
+template <class T, int width>
+void weight_tile(const T* const* dpre, const T* const* x, int n, T (*sums)[kConvChannels]) {
+  for (int c = 0; c < n; c += kWidth<T>) {
+    Vec<T> acc[width + 1];
+#pragma GCC unroll 9
+    for (int j = 0; j <= width; ++j) acc[j] = load(sums[j] + c);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) {
+      const Vec<T> d = load(dpre[i] + c);
+#pragma GCC unroll 8
+      for (int j = 0; j < width; ++j) acc[j] += d * load(x[i + j] + c);
+      acc[width] += d;
+    }
+#pragma GCC unroll 9
+    for (int j = 0; j <= width; ++j) store(sums[j] + c, acc[j]);
+  }
+}
+
+template <class T>
+struct Steps {  // the above for one width and activation
+  void (*convolve)(const Filter<T>&, const T* const*, int, T*);
+  void (*gradient)(const Filter<T>&, const T* const*, const T*, int, T*);
+  void (*transpose)(const Filter<T>&, const T* const*, int, T*);
+  void (*transpose_add)(const Filter<T>&, const T* const*, int, T*);
+  void (*weights)(const T* const*, const T* const*, int, T (*)[kConvChannels]);
+};
+
+template <class T, int width>
+Steps<T> steps_of(bool silu_) {
+  return {silu_ ? convolve_row<T, width, true> : convolve_row<T, width, false>,
+          silu_ ? gradient_row<T, width, true> : gradient_row<T, width, false>, transpose_row<T, width, false>,
+          transpose_row<T, width, true>, weight_tile<T, width>};
+}
+
+template <class T>
+Steps<T> steps(const ConvArgs& a) {
+  switch (a.width) {
+    case 2: return steps_of<T, 2>(a.silu);
+    case 3: return steps_of<T, 3>(a.silu);
+    case 4: return steps_of<T, 4>(a.silu);
+    case 5: return steps_of<T, 5>(a.silu);
+    case 6: return steps_of<T, 6>(a.silu);
+    case 7: return steps_of<T, 7>(a.silu);
+    default: return steps_of<T, 8>(a.silu);
+  }
+}
+
+// The last N rows put, N a power of 2. Pointers stand twice, so that any N of them in a row are contiguous.
+template <class T, int N>
+struct alignas(64) Ring {
+  T buffer[N][kConvChannels];
+  const T* row[2 * N];
+
+  T* slot(int64_t t) { return buffer[t & (N - 1)]; }
+  void put(int64_t t, const T* p) { row[t & (N - 1)] = row[(t & (N - 1)) + N] = p; }
+  const T* const* from(int64_t t) const { return row + (t & (N - 1)); }           // rows t, t + 1, ...
+  const T* const* down_from(int64_t t) const { return row + (t & (N - 1)) + N; }  // rows t, t - 1, ... at [0], [-1], ...
+};
+
+template <class T>
+struct Pass {  // one task: what it is of, and the directions that share an input
+  const ConvArgs& a;
+  const Block& block;
+  int64_t index, channel;
+  int n;
+  Steps<T> step;
+
+  Pass(const ConvArgs& a, int64_t task)
+      : a(a),
+        block(a.blocks[task / a.channel_blocks]),
+        index(task / a.channel_blocks),
+        channel(task % a.channel_blocks * kConvChannels),
+        n(min(kConvChannels, a.channels - channel)),
+        step(steps<T>(a)) {}
+
+  Rows<T> rows(const View<4>& view, int64_t direction) const {
+    Rows<T> rows(view, direction, block.row, channel, n);
+    rows.in_place = rows.in_place && n % kWidth<T> == 0;  // the steps touch whole vectors
+    return rows;
+  }
+  int64_t end() const { return min(block.end, block.last); }  // of the frames that are not padding
+  bool inside(int64_t t) const { return block.first <= t && t < block.last; }
+  const T* zeros() const { return reinterpret_cast<const T*>(kZeros); }
+
+  void clear_padding(const Rows<T>& rows) const {
+    for (int64_t t = max(block.begin, block.last); t < block.end; ++t)
+      rows.clear(t);
+  }
+
+  template <int N>
+  void fetch(const Rows<T>& rows, Ring<T, N>& ring, int64_t& next, int64_t end) const {
+    for (; next < end; ++next) ring.put(next, inside(next) ? rows.read(next, ring.slot(next)) : zeros());
+  }
+
+  void forward(int64_t direction, int64_t count) const {
+    Filter<T> f[2];
+    Ring<T, 16> x;
+    alignas(64) T result[kConvChannels];
+    const Rows<T> source = rows(a.x, direction), target[2] = {rows(a.y, direction), rows(a.y, direction + count - 1)};
+    int64_t low = 0, high = 0;
+    for (int i = 0; i < count; ++i) {
+      f[i].load(a, direction + i, channel, n);
+      low = min(low, f[i].low);
+      high = max(high, f[i].low + a.width - 1);
+    }
+    int64_t next = block.begin + low;
+    for (int64_t t = block.begin; t < end(); ++t) {
+      fetch(source, x, next, t + high + 1);
+      for (int i = 0; i < count; ++i) {
+        T* y = target[i].target(t, result);
+        step.convolve(f[i], x.from(t + f[i].low), n, y);
+        target[i].written(t, y);
+      }
+    }
+    for (int i = 0; i < count; ++i) clear_padding(target[i]);
+  }
+
+  void backward(int64_t direction, int64_t count) const {
+    Filter<T> f[2];
+    Ring<T, 32> x;  // frames of a tile and a span on both sides
+    Ring<T, 16> dpre[2];
+    alignas(64) T sums[2][kMaxConvWidth + 1][kConvChannels] = {};
+    alignas(64) T dy[kConvChannels], dx[kConvChannels];
+    const int64_t span = a.width - 1;
+    const Rows<T> source = rows(a.x, direction), target = rows(a.grad_x, direction),
+                  upstream[2] = {rows(a.grad_y, direction), rows(a.grad_y, direction + count - 1)};
+    int64_t next_x = block.begin - span, next[2];
+    for (int i = 0; i < count; ++i) {
+      f[i].load(a, direction + i, channel, n);
+      next[i] = block.begin - f[i].low - span;
+    }
+    for (int64_t tile = block.begin; tile < end(); tile += kTile) {
+      fetch(source, x, next_x, tile + kTile + span);
+      for (int i = 0; i < count; ++i) {
+        for (; next[i] < tile + kTile - f[i].low; ++next[i]) {
+          const int64_t t = next[i];
+          T* d = dpre[i].slot(t);
+          dpre[i].put(t, inside(t) ? d : zeros());
+          if (inside(t)) step.gradient(f[i], x.from(t + f[i].low), upstream[i].read(t, dy), n, d);
+        }
+        // Frames of the tile past the block's end are past the sequence's: zeros.
+        step.weights(dpre[i].from(tile), x.from(tile + f[i].low), n, sums[i]);
+      }
+      for (int64_t t = tile; t < min(tile + kTile, end()); ++t) {
+        T* out = target.target(t, dx);
+        step.transpose(f[0], dpre[0].down_from(t - f[0].low), n, out);
+        if (count > 1) step.transpose_add(f[1], dpre[1].down_from(t - f[1].low), n, out);
+        target.written(t, out);
+      }
+    }
+    clear_padding(target);
+    T* partial = static_cast<T*>(a.partial) + (index * a.directions + direction) * (a.width + 1) * a.channels + channel;
+    for (int i = 0; i < count; ++i)
+      for (int64_t j = 0; j <= a.width; ++j, partial += a.channels)
+        for (int c = 0; c < n; ++c) partial[c] = sums[i][j][c];
+  }
+};
+
+template <class T>
+void reduce(const ConvArgs& a, int64_t task) {
+  const int64_t channel = task * kConvChannels;
+  const int n = min(kConvChannels, a.channels - channel);
+  for (int64_t direction = 0; direction < a.directions; ++direction) {
+    const bool mirrored = a.reverse != (direction == 1);
+    for (int64_t j = 0; j <= a.width; ++j) {
+      alignas(64) T sum[kConvChannels] = {};
+      for (int64_t b = 0; b < a.block_count; ++b) {
+        const T* part =
+            static_cast<const T*>(a.partial) + ((b * a.directions + direction) * (a.width + 1) + j) * a.channels + channel;
+        for (int c = 0; c < n; ++c) sum[c] += part[c];
+      }
+      if (j == a.width) {
+        store_row(at(a.grad_bias, direction, channel), a.grad_bias.dtype, a.grad_bias.stride[1], n, sum);
+      } else {
+        store_row(at(a.grad_weight, direction, channel, mirrored ? a.width - 1 - j : j), a.grad_weight.dtype,
+                  a.grad_weight.stride[1], n, sum);
+      }
+    }
+  }
+}
+
+template <class T>
+void forward(const ConvArgs& a, int64_t task) {
+  const Pass<T> pass(a, task);
+  if (a.shared) return pass.forward(0, a.directions);
+  for (int64_t direction = 0; direction < a.directions; ++direction) pass.forward(direction, 1);
+}
+
+template <class T>
+void backward(const ConvArgs& a, int64_t task) {
+  const Pass<T> pass(a, task);
+  if (a.shared) return pass.backward(0, a.directions);
+  for (int64_t direction = 0; direction < a.directions; ++direction) pass.backward(direction, 1);
+}
+
+}  // namespace
+
+void short_conv_forward(const ConvArgs& a, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) a.x.dtype == DType::kFloat64 ? forward<double>(a, task) : forward<float>(a, task);
+}
+
+void short_conv_backward(const ConvArgs& a, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task)
+    a.x.dtype == DType::kFloat64 ? backward<double>(a, task) : backward<float>(a, task);
+}
+
+void short_conv_reduce(const ConvArgs& a, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) a.x.dtype == DType::kFloat64 ? reduce<double>(a, task) : reduce<float>(a, task);
+}
+
+}  // namespace linconv::LINCONV_ISA
