@@ -39,13 +39,18 @@ class build_native(Command):
     """Configure, build and install the compiled libraries into linconv/lib."""
 
     description = "build the compiled libraries (CMake)"
-    user_options = [("inplace", "i", "put the libraries into the source tree"), ("build-lib=", None, "build folder")]
+    user_options = [
+        ("inplace", "i", "put the libraries into the source tree"),
+        ("build-lib=", None, "build folder"),
+        ("sanitize=", None, "value of -fsanitize=; the libraries then go to build/sanitize/lib only"),
+    ]
     boolean_options = ["inplace"]
 
     def initialize_options(self) -> None:
         self.inplace = False
         self.editable_mode = False  # set by setuptools for `pip install -e`
         self.build_lib = None
+        self.sanitize = ""
 
     def finalize_options(self) -> None:
         self.set_undefined_options("build", ("build_lib", "build_lib"))
@@ -61,21 +66,23 @@ class build_native(Command):
 
     def run(self) -> None:
         in_tree = self.inplace or self.editable_mode
-        target = (ROOT if in_tree else Path(self.build_lib).resolve()) / "linconv" / "lib"
-        work = ROOT / "build" / "cmake"
+        work = ROOT / "build" / ("sanitize" if self.sanitize else "cmake")
+        package = (ROOT if in_tree else Path(self.build_lib).resolve()) / "linconv"
+        target = (work if self.sanitize else package) / "lib"
         work.mkdir(parents=True, exist_ok=True)
         cmake, ninja = tool("cmake"), tool("ninja")
         options = {
             "CMAKE_MAKE_PROGRAM": ninja,
             "TORCH_DIR": torch_dir(),
             "LINCONV_VERSION": self.distribution.get_version(),
+            "LINCONV_SANITIZE": self.sanitize,
             "LINCONV_CUDA": os.environ.get("LINCONV_CUDA", "auto"),
         }
         if "LINCONV_CUDA_ARCHS" in os.environ:
             options["LINCONV_CUDA_ARCHS"] = os.environ["LINCONV_CUDA_ARCHS"]
-        with open(work.parent / "cmake.lock", "w") as lock:
+        define = [f"-D{key}={value}" for key, value in options.items()]
+        with open(work / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree wait for each other
-            define = [f"-D{key}={value}" for key, value in options.items()]
             subprocess.run([cmake, "-S", ROOT, "-B", work, "-G", "Ninja", *define], check=True)
             subprocess.run([cmake, "--build", work], check=True)
             subprocess.run([cmake, "--install", work, "--prefix", target], check=True)

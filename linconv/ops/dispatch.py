@@ -7,6 +7,7 @@ have used it warns once (:class:`LinconvPerformanceWarning`) and runs on the ref
 
 import importlib.util
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from linconv._version import __version__
 __all__ = ["LinconvPerformanceWarning", "backends", "build_info", "compiled", "pick", "warn_once"]
 
 NAMES = ("cpu", "triton", "cuda", "mamba_ssm", "reference")
-LIBRARIES = Path(__file__).parent.parent / "lib"
+# Where the compiled libraries are; the variable is for a build kept apart, such as one with sanitizers.
+LIBRARIES = Path(os.environ.get("LINCONV_LIBRARY_PATH") or Path(__file__).parent.parent / "lib")
 REBUILD = "reinstall linconv (from a source tree: `pip install --no-build-isolation -e .`) and look at `linconv env`"
 
 
@@ -29,7 +31,7 @@ def _load(name: str) -> str | None:
     """Load one compiled library; returns why it cannot be used, or None."""
     path = LIBRARIES / name
     if not path.exists():
-        return f"{name} is not installed"
+        return f"{name} is not in {LIBRARIES}"
     try:
         torch.ops.load_library(path)
     except OSError as error:  # a missing symbol or library: built for another torch or platform
@@ -57,7 +59,7 @@ def _load_cpu() -> tuple[str | None, dict]:
 def _load_cuda() -> str | None:
     name = "liblinconv_cuda.so"
     if not (LIBRARIES / name).exists():
-        return _build_info.get("cuda") or f"{name} is not installed"
+        return _build_info.get("cuda") or f"{name} is not in {LIBRARIES}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if _cpu_problem is not None:  # the CPU library holds the schemas

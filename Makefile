@@ -1,0 +1,72 @@
+# make test | demo | lint | sanitize | test-transformers | bench | build | clean
+#
+# Everything is installed into a virtual environment of its own, .venv. What may be set on the command line:
+#   PYTHON       the Python it is made with, 3.10 or later
+#   VENV         where it is; an environment that has torch already keeps it
+#   TORCH        which torch to install where there is none, 2.11 or later
+#   TORCH_INDEX  where its CPU-only build is looked for besides the default index; empty for the default index alone,
+#                whose Linux builds of torch bring gigabytes of CUDA libraries along
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+JOBS ?= 2
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# Tests run in JOBS processes of one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
+
+.PHONY: test demo lint sanitize test-transformers bench build clean
+
+test: $(VENV)/.installed
+	$(PYTEST) tests
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/linconv demo
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(VENV)/.installed
+	$(PIP) -e .[bench] --no-build-isolation
+	$(PY) -m pytest benchmarks
+
+build: $(VENV)/.installed
+
+# The operators' tests against a library built with AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not
+# looked for: Python never frees everything.
+sanitize: $(VENV)/.installed
+	$(PY) setup.py --quiet build_native --sanitize=address,undefined
+	LINCONV_LIBRARY_PATH=$(CURDIR)/build/sanitize/lib LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST) tests/ops
+
+# Both ends of the range of transformers: each in an environment laid over $(VENV), which lends it torch and the rest.
+test-transformers: $(VENV)/.transformers-5.17.0 $(VENV)/.transformers-newest
+$(VENV)/.transformers-5.17.0: REQUIREMENT = transformers==5.17.0
+$(VENV)/.transformers-newest: REQUIREMENT = transformers>=5.17,<6
+$(VENV)/.transformers-%: $(VENV)/.installed FORCE
+	$(PY) -m venv $@
+	base=$$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	over=$$($@/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	echo "import site; site.addsitedir('$$base')" > $$over/base.pth
+	$@/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "$(REQUIREMENT)"
+	$@/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	OMP_NUM_THREADS=1 $@/bin/python -m pytest -n $(JOBS) tests/conversion
+FORCE:
+
+$(VENV)/.torch:
+	$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('linconv needs Python 3.10 or later, got $(PYTHON) ' + sys.version)"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) "setuptools>=77" "cmake>=3.24" ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(NATIVE) pyproject.toml
+	$(PIP) --no-build-isolation -e .[test]
+	touch $@
+
+clean:
+	rm -rf build dist linconv/lib linconv.egg-info
