@@ -1,5 +1,21 @@
 """Operators: each is a ``torch.library`` operator, ``torch.ops.linconv.<name>``, with its public function here."""
 
+from linconv.ops.bidirectional_ssd import bidirectional_ssd
 from linconv.ops.dispatch import LinconvPerformanceWarning, backends
+from linconv.ops.distillation_loss import distillation_loss, kd_loss, layerwise_mse
+from linconv.ops.gated_rms_norm import gated_rms_norm
+from linconv.ops.short_conv import bidirectional_short_conv, short_conv
+from linconv.ops.ssd import ssd
 
-__all__ = ["LinconvPerformanceWarning", "backends"]
+__all__ = [
+    "LinconvPerformanceWarning",
+    "backends",
+    "bidirectional_short_conv",
+    "bidirectional_ssd",
+    "distillation_loss",
+    "gated_rms_norm",
+    "kd_loss",
+    "layerwise_mse",
+    "short_conv",
+    "ssd",
+]

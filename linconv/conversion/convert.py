@@ -1,0 +1,108 @@
+"""A pretrained transformer with linear-time mixers for attention."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import linconv.auto  # noqa: F401  the classes of converted models stand there, under the names in their checkpoints
+from linconv import mixers
+from linconv.conversion import families
+from linconv.conversion.models import (
+    PREFIX,
+    ConvertedModel,
+    Recipe,
+    auto_map,
+    converted_classes,
+    converted_config_class,
+    install,
+)
+
+
+def convert(
+    teacher: PreTrainedModel, mixer: str = "bimamba2", layers: str | Sequence[int] | None = None, **mixer_kwargs
+) -> PreTrainedModel:
+    """A copy of a model in which a mixer takes the place of self-attention.
+
+    Everything but the converted attention is the teacher's: weights, dtype, device, train or eval mode. The mixers are
+    new and untrained, drawn from torch's random generator. LayerDrop is switched off, for a student's layers must line
+    up with its teacher's. The result is of a subclass of the teacher's class: save and load it as any transformers
+    model, after ``import linconv.auto``, which this function does too.
+
+    Args:
+        teacher: a transformers model of a family in `linconv.conversion.families`, with any of its heads; not changed.
+        mixer: name of the mixer, see `linconv.mixers.names`.
+        layers: which transformer blocks to convert: None or "all", indices (negative ones count from the end), or
+            "none" or [] for none, which gives the teacher's own outputs.
+        mixer_kwargs: options of the mixer.
+
+    Returns:
+        The converted model, with the recipe in ``config.linconv``.
+
+    Raises:
+        TypeError: a model that cannot be converted, or an option the mixer does not have.
+        ValueError: an unknown mixer, a layer that is not there, or options that do not fit the model's width.
+    """
+    family = families.of(teacher)
+    classes = converted_classes(family)
+    if isinstance(teacher, ConvertedModel):
+        raise TypeError(f"teacher is a {type(teacher).__name__}, converted already; wanted a stock model")
+    if PREFIX + type(teacher).__name__ not in classes or type(teacher).__name__ not in family.heads.values():
+        wanted = ", ".join(family.heads.values())
+        raise TypeError(f"teacher is a {type(teacher).__name__}, wanted one of {wanted}")
+    mixers.get(mixer)
+    recipe = Recipe(mixer, layer_indices(layers, len(family.blocks(teacher))), mixer_kwargs)
+
+    entries = teacher.config.to_dict()
+    del entries["model_type"]
+    config = converted_config_class(family).from_dict(entries)
+    config.linconv = recipe.to_config()
+    config.auto_map = auto_map(family)
+    if family.layer_drop is not None:
+        setattr(config, family.layer_drop, 0.0)
+
+    # Whatever in the copy refers to the teacher's config refers to the student's.
+    student = copy.deepcopy(teacher, {id(teacher.config): config})
+    install(student, recipe)
+    student.set_attn_implementation(teacher.config._attn_implementation)
+    return student
+
+
+def layer_indices(layers: str | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The blocks that ``layers`` of `convert` means, of ``count``, in order.
+
+    Raises:
+        TypeError, ValueError: something else than convert takes, or a block that is not there.
+    """
+    if layers is None or layers == "all":
+        return tuple(range(count))
+    if isinstance(layers, str):
+        if layers == "none":
+            return ()
+        raise ValueError(f"layers is {layers!r}, wanted None, 'all', 'none' or indices")
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+        raise TypeError(f"layers is {layers!r}, wanted None, 'all', 'none' or indices")
+    for i in layers:
+        if not -count <= i < count:
+            raise ValueError(f"layers has {i}, wanted {-count} to {count - 1}: the model has {count} blocks")
+    return tuple(sorted({i % count for i in layers}))
+
+
+def encoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a stock or converted model, first to last; they line up between the two."""
+    return list(families.of(model).blocks(model))
+
+
+def frame_lengths(model: nn.Module, attention_mask: torch.Tensor) -> torch.Tensor:
+    """How many frames of each clip the transformer blocks see.
+
+    Args:
+        model: a stock or converted model.
+        attention_mask: (batch, input length), 1 at the valid samples (Wav2Vec2) or features (Whisper), padding right.
+
+    Returns:
+        (batch,) int64.
+    """
+    return families.of(model).frame_lengths(model, attention_mask.sum(dim=-1).long())

@@ -1,0 +1,120 @@
+"""Where attention sits in each model family. Adding a family is one entry here."""
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """What conversion must know of a family of transformers models.
+
+    model_type: the stock config's ``model_type``.
+    modeling: the module its classes are in.
+    config: name of the config class.
+    heads: stock head class by the Auto class that loads it; the first one is the bare model.
+    layers: path from ``model.base_model`` to the list of transformer blocks.
+    attention: name of the self-attention module in a block.
+    attention_outputs: how many values its forward returns; the first is the hidden state.
+    input_name: the forward argument that holds the signal or tokens, time last.
+    frame_lengths: (model, valid lengths of the input) to the valid frames the blocks see.
+    frames_per_second: of the blocks, at the usual sampling rate; for display.
+    layer_drop: config entry of LayerDrop, or None.
+    inner: classes within a head that are converted too, other than the bare model.
+    overrides: module with a class of the same name for every stock class whose forward conversion changes, or None.
+    """
+
+    model_type: str
+    modeling: str
+    config: str
+    heads: dict[str, str]
+    layers: str
+    attention: str
+    input_name: str
+    frame_lengths: Callable[[nn.Module, Tensor], Tensor]
+    frames_per_second: float
+    attention_outputs: int = 2
+    layer_drop: str | None = None
+    inner: tuple[str, ...] = ()
+    overrides: str | None = None
+
+    def stock_class(self, name: str) -> type:
+        return getattr(importlib.import_module(self.modeling), name)
+
+    def stock_config_class(self) -> type:
+        return getattr(importlib.import_module(self.modeling.replace("modeling_", "configuration_")), self.config)
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """The transformer blocks of a model of this family, stock or converted."""
+        return model.base_model.get_submodule(self.layers)
+
+
+def _after_feature_encoder(model: nn.Module, lengths: Tensor) -> Tensor:
+    for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride):
+        lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
+    return lengths.clamp(min=0)
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(
+            model_type="wav2vec2",
+            modeling="transformers.models.wav2vec2.modeling_wav2vec2",
+            config="Wav2Vec2Config",
+            heads={
+                "AutoModel": "Wav2Vec2Model",
+                "AutoModelForCTC": "Wav2Vec2ForCTC",
+                "AutoModelForAudioClassification": "Wav2Vec2ForSequenceClassification",
+                "AutoModelForAudioFrameClassification": "Wav2Vec2ForAudioFrameClassification",
+                "AutoModelForAudioXVector": "Wav2Vec2ForXVector",
+                "AutoModelForPreTraining": "Wav2Vec2ForPreTraining",
+            },
+            layers="encoder.layers",
+            attention="attention",
+            input_name="input_values",
+            frame_lengths=_after_feature_encoder,
+            frames_per_second=50,
+            layer_drop="layerdrop",
+        ),
+        Family(
+            model_type="whisper",
+            modeling="transformers.models.whisper.modeling_whisper",
+            config="WhisperConfig",
+            heads={
+                "AutoModel": "WhisperModel",
+                "AutoModelForAudioClassification": "WhisperForAudioClassification",
+                "AutoModelForSpeechSeq2Seq": "WhisperForConditionalGeneration",
+            },
+            layers="encoder.layers",
+            attention="self_attn",
+            input_name="input_features",
+            frame_lengths=lambda model, lengths: torch.div(lengths + 1, 2, rounding_mode="floor"),
+            frames_per_second=50,
+            layer_drop="encoder_layerdrop",
+            inner=("WhisperEncoder",),
+            overrides="linconv.conversion.whisper",
+        ),
+    )
+}
+
+
+def of(model: nn.Module) -> Family:
+    """The family of a model, stock or converted.
+
+    Raises:
+        TypeError: not a transformers model, or of a family that is not here; the message has the nearest name.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise TypeError(f"model is a {type(model).__name__}, wanted a transformers model")
+    stock_type = model_type.removeprefix("linconv-")
+    if stock_type not in FAMILIES:
+        near = difflib.get_close_matches(stock_type, FAMILIES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TypeError(f"model is of type {model_type!r}, wanted one of {', '.join(FAMILIES)}{hint}")
+    return FAMILIES[stock_type]

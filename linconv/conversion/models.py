@@ -1,0 +1,201 @@
+"""The classes of converted models: each a subclass of a stock head class, generated from its family's entry."""
+
+import dataclasses
+import functools
+import importlib
+from typing import ClassVar
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto import feature_extraction_auto, processing_auto, tokenization_auto
+from transformers.utils import output_capturing
+
+from linconv import mixers
+from linconv.conversion import masks
+from linconv.conversion.families import FAMILIES, Family
+
+PREFIX = "Linconv"
+AUTO_MODULE = "linconv.auto"  # where the classes are found; its file goes into every checkpoint
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What was converted: the ``linconv`` block of a config.
+
+    mixer: name in `linconv.mixers`; layers: indices of the converted blocks; options: keywords of the mixer.
+    """
+
+    mixer: str
+    layers: tuple[int, ...]
+    options: dict
+
+    def to_config(self) -> dict:
+        return {
+            "version": FORMAT_VERSION,
+            "mixer": self.mixer,
+            "layers": list(self.layers),
+            "options": dict(self.options),
+        }
+
+    @classmethod
+    def from_config(cls, config) -> "Recipe":
+        """Reads the block of a config.
+
+        Raises:
+            ValueError: no block, one of a later version, or one that is not as it should be.
+        """
+        block = getattr(config, "linconv", None)
+        if not isinstance(block, dict):
+            raise ValueError(
+                f"the config of model type {config.model_type!r} has no 'linconv' block: this is not a converted model, "
+                "make one of it with linconv.convert"
+            )
+        version = block.get("version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"the config's 'linconv' block has version {version!r}, wanted {FORMAT_VERSION}: "
+                "update linconv to load this model"
+            )
+        fields = {"version", "mixer", "layers", "options"}
+        if block.keys() != fields:
+            raise ValueError(f"the config's 'linconv' block has {sorted(block)}, wanted {sorted(fields)}")
+        return cls(block["mixer"], tuple(block["layers"]), dict(block["options"]))
+
+
+class ConvertedModel:
+    """What a converted model adds to its stock class. Not for use by itself."""
+
+    linconv_family: ClassVar[Family]
+
+    def __init__(self, config, *args, **kwargs):
+        recipe = Recipe.from_config(config)
+        super().__init__(config, *args, **kwargs)
+        install(self, recipe)
+
+    def _init_weights(self, module):
+        if isinstance(module, mixers.Mixer):
+            if not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+                module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """Takes "sdpa" and "eager" to the forms whose masks do not grow with L²."""
+        requested = attn_implementation and attn_implementation.removeprefix(masks.PREFIX)
+        chosen = super()._check_and_adjust_attn_implementation(requested, *args, **kwargs)
+        if chosen in masks.UNCHANGED:
+            return chosen
+        if chosen not in ("sdpa", "eager"):
+            wanted = ", ".join(("sdpa", "eager", *masks.UNCHANGED))
+            raise ValueError(f"attn_implementation is {attn_implementation!r}, a converted model takes {wanted}")
+        return masks.PREFIX + chosen
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As the stock class, from safetensors only.
+
+        Raises:
+            ValueError: a checkpoint that lacks weights of its mixers, or has them in another shape.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        lacking = sorted(key for key in lacking if ".mixer." in key)
+        if lacking:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(lacking)} weights of its mixers, the first of them "
+                f"{lacking[0]}: it is not a complete checkpoint of a converted model"
+            )
+        return (model, info) if output_loading_info else model
+
+
+def install(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Makes a model of stock parts a converted one, in place: classes of inner models, and mixers for attention.
+
+    The model's config is a converted one already.
+    """
+    family = model.linconv_family if isinstance(model, ConvertedModel) else FAMILIES[type(model).config_class.model_type]
+    classes = converted_classes(family)
+    for module in model.modules():
+        converted = classes.get(PREFIX + type(module).__name__)
+        if converted is not None:
+            module.__class__ = converted
+    blocks = family.blocks(model)
+    for index in recipe.layers:
+        attention = getattr(blocks[index], family.attention)
+        mixer = mixers.get(recipe.mixer).from_attention(attention, model.config, **recipe.options)
+        slot = masks.AttentionSlot(mixer, family.attention_outputs).train(attention.training)
+        if not next(slot.parameters()).is_meta:
+            for module in slot.modules():
+                module._is_hf_initialized = True  # else a later init_weights would start it afresh
+        setattr(blocks[index], family.attention, slot)
+
+
+@functools.cache
+def converted_config_class(family: Family) -> type:
+    """The config class of a family's converted models."""
+    stock = family.stock_config_class()
+    namespace = {
+        "__module__": AUTO_MODULE,
+        "__doc__": f"Config of a converted {stock.__name__[: -len('Config')]} model, with a `linconv` block.",
+        "model_type": f"linconv-{family.model_type}",
+        "linconv": None,
+        "_auto_class": "AutoConfig",
+    }
+    return type(PREFIX + stock.__name__, (stock,), namespace)
+
+
+@functools.cache
+def converted_classes(family: Family) -> dict[str, type]:
+    """A family's converted model classes by name, known to transformers' Auto classes from here on."""
+    masks.register()
+    config_class = converted_config_class(family)
+    overrides = importlib.import_module(family.overrides) if family.overrides else None
+    auto_classes = {stock: auto for auto, stock in family.heads.items()}
+    classes = {}
+    for name in (*family.heads.values(), *family.inner):
+        stock = family.stock_class(name)
+        override = getattr(overrides, name, None)
+        namespace = {
+            "__module__": AUTO_MODULE,
+            "__doc__": f"{name} with linear-time mixers for attention, see `linconv.convert`.",
+            "config_class": config_class,
+            "linconv_family": family,
+            "_auto_class": auto_classes.get(name),
+        }
+        bases = (override, ConvertedModel, stock) if override else (ConvertedModel, stock)
+        converted = type(PREFIX + name, bases, namespace)
+        # transformers keeps by class name which outputs it can record, and fills it in when a model is constructed;
+        # an inner model becomes an instance of this class after that.
+        dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), stock._can_record_outputs)
+        classes[PREFIX + name] = converted
+    _register(family, config_class, classes)
+    return classes
+
+
+def auto_map(family: Family) -> dict[str, str]:
+    """The config entry by which a checkpoint loads with ``trust_remote_code=True``."""
+    module = AUTO_MODULE.rpartition(".")[2]
+    names = {"AutoConfig": family.config, **family.heads}
+    return {auto: f"{module}.{PREFIX}{name}" for auto, name in names.items()}
+
+
+def _register(family: Family, config_class: type, classes: dict[str, type]) -> None:
+    transformers.AutoConfig.register(config_class.model_type, config_class)
+    for auto_name, stock_name in family.heads.items():
+        auto = getattr(transformers, auto_name)
+        auto.register(config_class, classes[PREFIX + stock_name])
+        # Pipelines look for the class name here.
+        auto._model_mapping._model_mapping[config_class.model_type] = PREFIX + stock_name
+    # Preprocessing is the stock model's.
+    for auto, mapping in (
+        (transformers.AutoFeatureExtractor, feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING),
+        (transformers.AutoProcessor, processing_auto.PROCESSOR_MAPPING),
+        (transformers.AutoTokenizer, tokenization_auto.TOKENIZER_MAPPING),
+    ):
+        stock = mapping.get(family.stock_config_class(), None)
+        if stock is not None:
+            auto.register(config_class, stock)
