@@ -175,9 +175,9 @@ class DistillationTrainer(Trainer):
     def _frame_mask(self, inputs) -> Tensor:
         """bool (batch, L): the frames of the hidden states that stand for input, not padding."""
         x, mask = inputs[self.model.main_input_name], inputs.get("attention_mask")
-        lengths = torch.full((x.shape[0],), x.shape[-1], device=x.device) if mask is None else mask.sum(-1)
-        frames = frame_lengths(self.model, torch.cat([lengths, lengths.new_tensor([x.shape[-1]])]))
-        return torch.arange(int(frames[-1]), device=x.device) < frames[:-1, None]
+        everything = x.new_ones((x.shape[0], x.shape[-1]), dtype=torch.int64)
+        frames = frame_lengths(self.model, everything if mask is None else mask)
+        return torch.arange(int(frame_lengths(self.model, everything[:1])), device=x.device) < frames[:, None]
 
     # ---- Reports
 

@@ -1,0 +1,56 @@
+"""Clips to a batch."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+__all__ = ["Collator"]
+
+
+class Collator:
+    """Makes a padded batch of clips: features, attention mask, labels.
+
+    Features are extracted clip by clip, then padded: what a clip is beside in a batch cannot change them (a spectrum
+    at the end of a clip reaches over its end).
+
+    Args:
+        feature_extractor: that of the model. Audio is taken to be at its sampling rate.
+        encode: a target to its label (int) or to its label ids (list of int; padded with -100).
+        attention_mask: whether the batch has one; None asks the feature extractor.
+    """
+
+    def __init__(self, feature_extractor, encode: Callable[[str], int | list[int]], attention_mask: bool | None = None):
+        self.feature_extractor, self.encode = feature_extractor, encode
+        self.input_name = feature_extractor.model_input_names[0]
+        self.attention_mask = feature_extractor.return_attention_mask if attention_mask is None else attention_mask
+
+    def __call__(self, clips: list[dict]) -> dict[str, torch.Tensor]:
+        features = [self._features(clip["audio"]) for clip in clips]  # (..., T) each
+        lengths = torch.tensor([f.shape[-1] for f in features])
+        longest = int(lengths.max())
+        padding = self.feature_extractor.padding_value
+        batch = {
+            self.input_name: torch.stack(
+                [torch.nn.functional.pad(f, (0, longest - f.shape[-1]), value=padding) for f in features]
+            )
+        }
+        if self.attention_mask:
+            batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        labels = [self.encode(clip["target"]) for clip in clips]
+        if isinstance(labels[0], list):
+            labels = [torch.tensor(ids, dtype=torch.long) for ids in labels]
+            batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        else:
+            batch["labels"] = torch.tensor(labels)
+        return batch
+
+    def _features(self, audio: np.ndarray) -> torch.Tensor:
+        extracted = self.feature_extractor(
+            audio,
+            sampling_rate=self.feature_extractor.sampling_rate,
+            padding=False,
+            truncation=False,
+            return_tensors="np",
+        )
+        return torch.from_numpy(np.asarray(extracted[self.input_name][0], dtype=np.float32))

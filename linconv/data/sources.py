@@ -1,0 +1,239 @@
+"""Where clips come from. A clip is ``{"audio": float32 samples, "target": what is said or who or which}``."""
+
+import csv
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from linconv.data.audio import read_audio
+from linconv.errors import UserError, unknown
+from linconv.recipe import Data
+
+__all__ = ["AudioClips", "AudioStream", "Splits", "load_splits"]
+
+SPLITS = ("train", "validation", "test")
+
+
+class AudioClips(torch.utils.data.Dataset):
+    """Clips by index: ``files`` are paths, read when asked for."""
+
+    def __init__(self, files: list[Path], targets: list[str], sampling_rate: int):
+        self.files, self.targets, self.sampling_rate = files, targets, sampling_rate
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"audio": read_audio(self.files[i], self.sampling_rate), "target": self.targets[i]}
+
+
+class HubClips(torch.utils.data.Dataset):
+    """Clips by index from a data set of the hub."""
+
+    def __init__(self, dataset, data: Data, target: str):
+        self.dataset, self.data = dataset, data
+        self.targets = [_name(dataset.features[target], value) for value in dataset[target]]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"audio": _hub_audio(self.dataset[i], self.data), "target": self.targets[i]}
+
+
+class AudioStream(torch.utils.data.IterableDataset):
+    """Clips one after the other from a streamed data set of the hub; its targets are not known beforehand."""
+
+    targets = None
+
+    def __init__(self, dataset, data: Data, target: str):
+        self.dataset, self.data, self.target = dataset, data, target
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict]:
+        feature = self.dataset.features[self.target]
+        for row in self.dataset:
+            yield {"audio": _hub_audio(row, self.data), "target": _name(feature, row[self.target])}
+
+
+@dataclass
+class Splits:
+    """The clips of a task; ``labels`` are the sorted classes of the training clips, None for transcripts."""
+
+    train: AudioClips | HubClips | AudioStream | None
+    validation: AudioClips | HubClips | AudioStream | None
+    test: AudioClips | HubClips | AudioStream | None
+    labels: list[str] | None
+
+    def __getitem__(self, split: str):
+        return getattr(self, split)
+
+
+def load_splits(data: Data, task: str) -> Splits:
+    """The three splits that ``data`` describes, for a ``task`` of "classification" or "ctc". A split may be missing.
+
+    Raises:
+        UserError: something that ``data`` names is not there; the message says what and what comes nearest.
+    """
+    if data.path is None:
+        raise UserError("data.path: not given; want a folder with a metadata.csv, or a data set on the hub")
+    column = "text" if task == "ctc" else "label"
+    if getattr(data, column) is None:
+        raise UserError(
+            f"data.{column}: not given; want the column of the {'transcripts' if task == 'ctc' else 'classes'}"
+        )
+    folder = Path(data.path)
+    if folder.is_dir():
+        splits = _from_folder(folder, data, column)
+    elif folder.is_absolute() or data.path.startswith(".") or data.path.count("/") > 1 or folder.parent.is_dir():
+        near = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        local = unknown("data.path", data.path, (str(p) for p in near if p.is_dir()))
+        if folder.is_absolute() or data.path.startswith(".") or data.path.count("/") > 1:
+            raise local
+        splits = _from_hub(data, column, local)
+    else:
+        splits = _from_hub(data, column, UserError(f"data.path: no folder {data.path!r}"))
+    if data.normalize_text and task == "ctc":
+        from linconv.data.text import normalize
+
+        for split in splits.values():
+            if split is not None and split.targets is not None:
+                split.targets = [normalize(text) for text in split.targets]
+    labels = _labels(splits) if task == "classification" else None
+    return Splits(**splits, labels=labels)
+
+
+def _labels(splits: dict) -> list[str] | None:
+    train = splits["train"]
+    if train is None:
+        return None
+    if train.targets is None:
+        feature = train.dataset.features[train.target]
+        if not hasattr(feature, "names"):
+            raise UserError(f"data.label: the stream's column {train.target!r} does not list its classes")
+        return list(feature.names)
+    labels = sorted(set(train.targets))
+    for name, split in splits.items():
+        strange = sorted(set(split.targets) - set(labels)) if split is not None and split.targets is not None else []
+        if strange:
+            raise UserError(f"data: {strange[0]!r} is among the labels of the split {name} but not of train")
+    return labels
+
+
+def _from_folder(folder: Path, data: Data, column: str) -> dict:
+    table = folder / "metadata.csv"
+    if not table.is_file():
+        raise UserError(f"{folder}: no metadata.csv in it")
+    with open(table, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise UserError(f"{table}: no rows in it")
+    target = getattr(data, column)
+    wanted = {f"data.{column}": target, "metadata.csv": "file_name", **{f"data.where.{key}": key for key in data.where}}
+    if not data.holdout:
+        wanted["data.split_column"] = data.split_column
+    for what, name in wanted.items():
+        if name not in rows[0]:
+            raise unknown(what, name, rows[0])
+    for key, value in data.where.items():
+        allowed = {str(v) for v in (value if isinstance(value, list) else [value])}
+        missing = allowed - {row[key] for row in rows}
+        if missing:
+            raise unknown(f"data.where.{key}", min(missing), {row[key] for row in rows})
+        rows = [row for row in rows if row[key] in allowed]
+    if data.max_seconds is not None:
+        import soundfile
+
+        rows = [row for row in rows if soundfile.info(_file(folder, row)).duration <= data.max_seconds]
+    if data.holdout:
+        assigned = _hold_out(rows, target, data)
+        names = dict(zip(SPLITS, SPLITS))
+    else:
+        assigned = [row[data.split_column] for row in rows]
+        names = {split: getattr(data, split) for split in SPLITS}
+        if names["train"] not in assigned:
+            raise unknown("data.train", names["train"], set(assigned))
+    splits = {}
+    for split, name in names.items():
+        part = [row for row, where in zip(rows, assigned) if where == name]
+        files, targets = [_file(folder, row) for row in part], [row[target] for row in part]
+        splits[split] = AudioClips(files, targets, data.sampling_rate) if part else None
+    return splits
+
+
+def _file(folder: Path, row: dict) -> Path:
+    file = folder / row["file_name"]
+    if not file.is_file():
+        raise UserError(f"{folder / 'metadata.csv'}: no file {row['file_name']!r} in {folder}")
+    return file
+
+
+def _hold_out(rows: list[dict], target: str, data: Data) -> list[str]:
+    """A split for each row: within each label, the rows in an order drawn from their names, cut by the shares."""
+    for split, share in data.holdout.items():
+        if split not in SPLITS[1:]:
+            raise unknown("data.holdout", split, SPLITS[1:])
+        if not 0 < share < 1:
+            raise UserError(f"data.holdout.{split}: got {share}; want a share between 0 and 1")
+    if sum(data.holdout.values()) >= 1:
+        raise UserError("data.holdout: the shares leave nothing to train on")
+
+    def draw(row: dict) -> str:
+        return hashlib.sha256(f"{data.holdout_seed} {row['file_name']}".encode()).hexdigest()
+
+    # Transcripts hardly repeat: they are one group.
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row[target] if data.label == target else "", []).append(row)
+    assigned = {}
+    for group in groups.values():
+        group = sorted(group, key=draw)
+        start = 0
+        for split, share in data.holdout.items():
+            end = start + round(share * len(group))
+            assigned.update((row["file_name"], split) for row in group[start:end])
+            start = end
+    return [assigned.get(row["file_name"], "train") for row in rows]
+
+
+def _from_hub(data: Data, column: str, absent: UserError) -> dict:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{absent}; for a data set on the hub, install the package datasets") from None
+    if data.where or data.holdout or data.max_seconds:
+        raise UserError("data.where, data.holdout and data.max_seconds are for folders, not for data sets on the hub")
+    try:
+        available = datasets.get_dataset_split_names(data.path, data.name)
+    except Exception as error:  # the loader raises whatever its many back ends raise
+        raise UserError(f"{absent}, and no such data set on the hub: {' '.join(str(error).split())[:200]}") from error
+    if data.train not in available:
+        raise unknown("data.train", data.train, available)
+    target, splits = getattr(data, column), {}
+    for split in SPLITS:
+        name = getattr(data, split)
+        if name not in available:
+            splits[split] = None
+            continue
+        dataset = datasets.load_dataset(data.path, data.name, split=name, streaming=data.streaming)
+        for what, key in (("data.audio", data.audio), (f"data.{column}", target)):
+            if key not in dataset.features:
+                raise unknown(what, key, dataset.features)
+        if isinstance(dataset.features[data.audio], datasets.Audio):
+            dataset = dataset.cast_column(data.audio, datasets.Audio(decode=False))
+        splits[split] = (AudioStream if data.streaming else HubClips)(dataset, data, target)
+    return splits
+
+
+def _hub_audio(row: dict, data: Data):
+    clip = row[data.audio]
+    return read_audio(clip["bytes"] if clip.get("bytes") else clip["path"], data.sampling_rate)
+
+
+def _name(feature, value) -> str:
+    return feature.int2str(value) if hasattr(feature, "int2str") else str(value)

@@ -1,0 +1,215 @@
+"""Recipes: what to train, on what data and how, in one YAML file. Every key is checked, in nested blocks too."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from linconv.errors import UserError, unknown
+
+__all__ = ["Conversion", "Data", "Guide", "Model", "Recipe", "load_recipe"]
+
+
+@dataclass
+class Data:
+    """Where the clips are and which column says what.
+
+    ``path`` is a folder with a ``metadata.csv``, or the name of a data set on the hub. ``label`` names the column of
+    the classes, ``text`` that of the transcripts. Splits come from ``split_column`` of the table (or from the hub),
+    or, where ``holdout`` says so, from shares of the clips drawn by ``holdout_seed`` within each label.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    label: str | None = None
+    text: str | None = None
+    audio: str = "audio"
+    split_column: str = "split"
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+    where: dict[str, Any] = field(default_factory=dict)
+    holdout: dict[str, float] = field(default_factory=dict)
+    holdout_seed: int = 0
+    max_seconds: float | None = None
+    sampling_rate: int = 16000
+    normalize_text: bool = True
+    streaming: bool = False
+
+
+@dataclass
+class Model:
+    """The models of a run: folders of checkpoints, or names on the hub.
+
+    ``source`` is the pretrained model; or ``config`` describes one to be trained from scratch. ``teacher`` is the
+    fine-tuned one: ``finetune`` writes it and ``distill`` reads it. ``overrides`` go into the config of what is
+    fine-tuned.
+    """
+
+    source: str | None = None
+    teacher: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    freeze_feature_encoder: bool = False
+
+
+@dataclass
+class Conversion:
+    """What takes attention's place: a mixer, its options, and in which layers (None: all)."""
+
+    mixer: str = "bimamba2"
+    layers: list[int] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Guide:
+    """How the teacher guides. See linconv.distillation.schedules for what the options mean."""
+
+    name: Literal["unguided", "target_guided", "hybrid"] = "target_guided"
+    init: Literal["target", "source"] | None = None
+    mode: Literal["unguided", "target_guided"] | None = None
+    drop_layer_loss_at: int | None = None
+    drop_kd_at: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name"}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+@dataclass
+class Recipe:
+    """A run. ``finetune`` and ``distill`` hold arguments of :class:`linconv.distillation.DistillationArguments`."""
+
+    task: Literal["classification", "ctc"] = "classification"
+    seed: int = 0
+    output: str | None = None
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    conversion: Conversion = field(default_factory=Conversion)
+    guide: Guide = field(default_factory=Guide)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    distill: dict[str, Any] = field(default_factory=dict)
+
+
+# The recipe has them at its top, or they would say twice where a run goes.
+_NOT_IN_TRAINING = {"output_dir", "seed", "data_seed"}
+
+
+def load_recipe(path: str | Path | None, overrides: typing.Iterable[tuple[str, Any]] = ()) -> Recipe:
+    """The recipe in ``path`` (None: all defaults) with ``overrides``, pairs of a dotted key and a value, laid over it.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key, or a value of the wrong type.
+    """
+    import yaml
+
+    tree: dict = {}
+    if path is not None:
+        path = Path(path)
+        if not path.is_file():
+            siblings = path.parent.glob("*.yaml") if path.parent.is_dir() else ()
+            raise unknown("recipe", path, (str(p) for p in siblings))
+        try:
+            tree = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(tree, dict):
+            raise UserError(f"{path}: got {type(tree).__name__} at the top; want keys such as task and data")
+    for key, value in overrides:
+        _set(tree, key.split("."), value, key)
+    recipe = _build(Recipe, tree, "")
+    for block in ("finetune", "distill"):
+        setattr(recipe, block, _training_arguments(getattr(recipe, block), block))
+    return recipe
+
+
+def _set(tree: dict, keys: list[str], value: Any, whole: str) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{whole}: {key!r} holds a value, not keys")
+    tree[keys[-1]] = value
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{prefix.rstrip('.')}: got {tree!r}; want keys: {', '.join(_hints(cls))}")
+    hints, values = _hints(cls), {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise unknown(f"recipe key {prefix}{key}", key, hints)
+        nested = dataclasses.is_dataclass(hints[key])
+        values[key] = (
+            _build(hints[key], value, f"{prefix}{key}.") if nested else _coerce(value, hints[key], prefix + key)
+        )
+    return cls(**values)
+
+
+def _training_arguments(tree: dict, block: str) -> dict:
+    if not tree:
+        return {}
+    from linconv.distillation.arguments import DistillationArguments
+
+    hints = {
+        f.name: hint
+        for f, hint in zip(dataclasses.fields(DistillationArguments), _hints(DistillationArguments).values())
+        if f.init and f.name not in _NOT_IN_TRAINING
+    }
+    for key in tree:
+        if key in _NOT_IN_TRAINING:
+            raise UserError(f"recipe key {block}.{key}: it is given at the top of the recipe")
+        if key not in hints:
+            raise unknown(f"recipe key {block}.{key}", key, hints)
+    return {key: _coerce(value, hints[key], f"{block}.{key}") for key, value in tree.items()}
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _coerce(value: Any, hint: Any, key: str) -> Any:
+    """``value`` as the annotation wants it: YAML reads 3e-4 as a string, and 1 where 1.0 is meant."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        errors = []
+        for choice in arguments:
+            try:
+                return _coerce(value, choice, key)
+            except UserError as error:
+                errors.append(error)
+        raise errors[0] if arguments[1:] == (type(None),) else _wrong(key, value, hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise unknown(key, value, arguments)
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise _wrong(key, value, hint)
+        return [_coerce(v, arguments[0], f"{key}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(key, value, hint)
+        return {k: _coerce(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            raise _wrong(key, value, hint) from None
+    if hint in (int, float, str, bool, dict, list, type(None)):
+        if type(value) is not hint:
+            raise _wrong(key, value, hint)
+        return value
+    return value  # an enumeration or a class of transformers', which checks it
+
+
+def _wrong(key: str, value: Any, hint: Any) -> UserError:
+    wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return UserError(f"{key}: got {value!r}; want {wanted}")
