@@ -10,6 +10,7 @@
 #include "common/vec.h"
 
 namespace linconv::LINCONV_ISA {
+namespace {
 
 // Accumulators fill about half the register file; the rest holds one row of B and the broadcast element of A.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -40,7 +41,7 @@ struct Strided {  // A: element (row, k) at data[row * row_stride + k * depth_st
 enum class Update { kStore, kAdd, kDecay, kScaleRows };
 
 template <class T, Update update, int vectors>
-static inline __attribute__((always_inline)) void gemm_tile(
+LINCONV_INLINE void gemm_tile(
     int depth_begin, int depth_end, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t ldb, T* c,
     int64_t ldc, const T* old, int64_t ld_old, T scale, const T* row_scales) {
   using V = Vec<T>;
@@ -78,7 +79,7 @@ static inline __attribute__((always_inline)) void gemm_tile(
 }
 
 template <class T, Update update, Triangle triangle>
-static inline void gemm(int rows, int cols, int depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
+inline void gemm(int rows, int cols, int depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
                         const T* old = nullptr, T scale = 0, const T* row_scales = nullptr) {
   constexpr int panel = kTileVectors * kWidth<T>;
   // A panel of B stays in L1 while the rows of A go by.
@@ -103,4 +104,5 @@ static inline void gemm(int rows, int cols, int depth, Strided<T> a, const T* b,
   }
 }
 
+}  // namespace
 }  // namespace linconv::LINCONV_ISA

@@ -1,6 +1,7 @@
 """State space dual scan of Mamba-2 in both directions of time, in one call."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from linconv.ops import dispatch
 from linconv.ops.bidirectional_ssd import reference
@@ -49,6 +50,34 @@ def bidirectional_ssd(
             x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, diagonal=diagonal,
             seq_lens=seq_lens, cu_seqlens=cu_seqlens,
         )  # fmt: skip
+    A, D, dt_bias = arguments.in_math_dtype(x, A, D, dt_bias)
     return torch.ops.linconv.bidirectional_ssd(
         x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), diagonal, seq_lens, cu_seqlens
     )
+
+
+def _fake(x, *_):
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(dy, x, dt, A, B, C, D, dt_bias, *_):
+    return arguments.new_gradients(x, dt, A, B, C, D, dt_bias)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, softplus, low, high, diagonal, seq_lens, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, seq_lens, cu_seqlens)
+    ctx.options = (softplus, low, high, diagonal)
+
+
+@once_differentiable
+def _backward(ctx, dy):
+    *tensors, seq_lens, cu_seqlens = ctx.saved_tensors
+    gradients = torch.ops.linconv.bidirectional_ssd_backward(dy, *tensors, *ctx.options, seq_lens, cu_seqlens)
+    return *arguments.only_present(gradients, tensors), *[None] * 6
+
+
+if dispatch.compiled("bidirectional_ssd"):
+    torch.library.register_fake("linconv::bidirectional_ssd", _fake)
+    torch.library.register_fake("linconv::bidirectional_ssd_backward", _fake_backward)
+    torch.library.register_autograd("linconv::bidirectional_ssd", _backward, setup_context=_setup_context)

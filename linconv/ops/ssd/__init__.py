@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from linconv.ops import dispatch
 from linconv.ops.ssd import arguments, reference
@@ -55,9 +56,43 @@ def ssd(
             initial_states=initial_states, seq_lens=seq_lens, cu_seqlens=cu_seqlens, reverse=reverse,
         )  # fmt: skip
     else:
+        A, D, dt_bias, initial_states = arguments.in_math_dtype(x, A, D, dt_bias, initial_states)
         y, states = torch.ops.linconv.ssd(
             x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), initial_states, seq_lens, cu_seqlens, reverse
         )
     if z is not None:
         y = y * F.silu(z)
     return (y, states) if return_final_states else y
+
+
+def _fake(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens, cu_seqlens, reverse):
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    states = x.new_empty(sequences, *x.shape[2:], B.shape[3], dtype=arguments.math_dtype(x))
+    return x.new_empty(x.shape), states
+
+
+def _fake_backward(dy, dfinal_states, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, *_):
+    return arguments.new_gradients(x, dt, A, B, C, D, dt_bias, initial_states)
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, (softplus, low, high), rest = inputs[:7], inputs[7:10], inputs[10:]
+    ctx.save_for_backward(*tensors, *rest[:3])
+    ctx.options = (softplus, low, high, rest[3])
+
+
+@once_differentiable
+def _backward(ctx, dy, dfinal_states):
+    *tensors, initial_states, seq_lens, cu_seqlens = ctx.saved_tensors
+    softplus, low, high, reverse = ctx.options
+    gradients = torch.ops.linconv.ssd_backward(
+        dy, dfinal_states, *tensors, softplus, low, high, initial_states, seq_lens, cu_seqlens, reverse
+    )
+    *of_tensors, of_states = arguments.only_present(gradients, (*tensors, initial_states))
+    return *of_tensors, None, None, None, of_states, None, None, None
+
+
+if dispatch.compiled("ssd"):
+    torch.library.register_fake("linconv::ssd", _fake)
+    torch.library.register_fake("linconv::ssd_backward", _fake_backward)
+    torch.library.register_autograd("linconv::ssd", _backward, setup_context=_setup_context)

@@ -40,10 +40,7 @@ def check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, *, directi
         for dim, size in zip(dims, shape):
             if sizes.setdefault(dim, size) != size:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted {wanted} with {known}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, wanted {x.device} as x")
-        if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
-            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}, wanted torch.float64 for all or for none")
+        checks.like(name, tensor, "x", x)
     for dim in ("headdim", "dstate"):
         if not 1 <= sizes[dim] <= MAX_SIZE:
             raise ValueError(f"{dim} is {sizes[dim]} ({'x' if dim == 'headdim' else 'B'}), wanted 1 to {MAX_SIZE}")
@@ -67,5 +64,26 @@ def check_states(initial_states, sizes, cu_seqlens, x):
         raise ValueError(
             f"initial_states has shape {tuple(initial_states.shape)}, wanted (sequences, heads, headdim, dstate) = {wanted}"
         )
-    if initial_states.device != x.device:
-        raise ValueError(f"initial_states is on {initial_states.device}, wanted {x.device} as x")
+    checks.like("initial_states", initial_states, "x", x)
+
+
+def math_dtype(x):
+    """What kernels compute in and per-head parameters are passed as: float64 for float64, else float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def in_math_dtype(x, *tensors):
+    """The per-head parameters and states as the compiled operators take them."""
+    return [None if tensor is None else tensor.to(math_dtype(x)) for tensor in tensors]
+
+
+def new_gradients(*arguments):
+    """Empty tensors, one for each argument and shaped as it; (0,) for one that is absent, in the first one's dtype."""
+    first = arguments[0]
+    absent = first.new_empty(0, dtype=math_dtype(first))
+    return tuple(absent.clone() if t is None else t.new_empty(t.shape) for t in arguments)
+
+
+def only_present(gradients, arguments):
+    """Gradients as autograd takes them: None for an absent argument."""
+    return [None if argument is None else gradient for gradient, argument in zip(gradients, arguments)]

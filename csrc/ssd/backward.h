@@ -1,0 +1,276 @@
+// Backward scan: the states are computed again, then one sweep against time carries the gradient of the state.
+//
+// States are held transposed, (headdim, dstate), so that every product below has its vectors along adjacent memory.
+// The gradient of the log decay a_t = dt_t A telescopes: it is that of step t + 1, plus what row t of the output gained
+// from all steps before, less what step t gave to all rows behind it.
+#pragma once
+
+#include <initializer_list>
+
+#include "ssd/chunk.h"
+
+namespace linconv::LINCONV_ISA {
+namespace {
+
+template <class T>
+class Backward {
+ public:
+  explicit Backward(const SsdBackwardArgs& args)
+      : args_(args), width_(round_up(args.headdim, kPad<T>)), states_(round_up(args.dstate, kPad<T>)),
+        result_(args, args.dx, width_), arena_(bytes()) {
+    for (T** rows : {&B_, &C_, &dB_, &dC_, &product_}) *rows = arena_.template take<T>(kQ * states_);
+    B_by_state_ = arena_.template take<T>(states_ * kQ);
+    for (T** square : {&scores_, &weights_, &dscores_, &dweights_}) *square = arena_.template take<T>(kQ * kQ);
+    for (T** rows : {&x_, &dy_, &scaled_, &dx_}) *rows = arena_.template take<T>(kQ * width_);
+    for (T** columns : {&x_by_column_, &dx_by_column_}) *columns = arena_.template take<T>(width_ * kQ);
+    dstate_ = arena_.template take<T>(args.head_block * state_size());
+    saved_ = arena_.template take<T>(longest_chunks() * args.head_block * state_size());
+    result_.set_scratch(arena_.template take<T>(result_.scratch_size()));
+  }
+
+  void run(const Task& task) {
+    const ResultRows<T> rows = result_.rows(task);
+    if (args_.shifted) write_skips(args_, task, args_.dy, width_, rows, dy_);
+    for (int d = 0; d < task.directions; ++d) {
+      const int direction = task.first_direction + d;
+      const Steps steps(args_, task.sequence, direction);
+      for (int h = 0; h < task.heads; ++h) sums_[h] = {};
+      if (args_.shifted && args_.D) sum_skip_gradients(task, direction, steps);
+      save_states(task, direction, steps);
+      for (int h = 0; h < task.heads; ++h) read_state(task, h, args_.dfinal_states, dstate_ + h * state_size());
+      for (int64_t c = steps.chunks() - 1; c >= 0; --c) chunk(task, direction, steps, c, args_.shifted || d > 0, rows);
+      write_sums(task, direction);
+      zero_padding(task, direction);
+      for (int h = 0; h < task.heads; ++h) write_state(task, h, dstate_ + h * state_size());
+    }
+    result_.finish(task);
+  }
+
+ private:
+  struct Sums {
+    double A, D, dt_bias;
+  };
+
+  int64_t state_size() const { return int64_t(width_) * states_; }
+  int64_t longest_chunks() const { return (args_.longest() + kQ - 1) / kQ; }
+  size_t bytes() const {
+    return 6 * Arena::bytes<T>(kQ * states_) + 4 * Arena::bytes<T>(kQ * kQ) + 6 * Arena::bytes<T>(kQ * width_) +
+           Arena::bytes<T>(args_.head_block * state_size()) +
+           Arena::bytes<T>(longest_chunks() * args_.head_block * state_size()) + Arena::bytes<T>(result_.scratch_size());
+  }
+  T* saved(int64_t chunk, int h) { return saved_ + (chunk * args_.head_block + h) * state_size(); }
+
+  // The state that enters each chunk: S_{c+1} = e^{p_last} S_c + X^T diag(e^{p_last - p} dt) B.
+  void save_states(const Task& task, int direction, const Steps& steps) {
+    for (int h = 0; h < task.heads && steps.length > 0; ++h) read_state(task, h, args_.initial_states, saved(0, h));
+    for (int64_t c = 0; c + 1 < steps.chunks(); ++c) {
+      read_rows(args_.B, steps, direction, task.group, c * kQ, kQ, kQ, 0, args_.dstate, states_, B_);
+      for (int h = 0; h < task.heads; ++h) {
+        decays_.read(args_, steps, direction, task.head + h, c * kQ, kQ);
+        read_rows(args_.x, steps, direction, task.head + h, c * kQ, kQ, kQ, 0, args_.headdim, width_, x_);
+        scale_rows(kQ, decays_.end_dt, x_);
+        gemm<T, Update::kDecay, Triangle::kNone>(width_, states_, kQ, {scaled_, 1, width_}, B_, states_, saved(c + 1, h),
+                                                 states_, saved(c, h), decays_.whole);
+      }
+    }
+  }
+
+  void chunk(const Task& task, int direction, const Steps& steps, int64_t c, bool add, const ResultRows<T>& rows) {
+    const int count = steps.count(c), tiled = round_up(count, kTileRows);
+    const int64_t first = c * kQ;
+    const bool entered = c > 0 || args_.initial_states;                      // the state entering may not be zero
+    const bool left = c + 1 < steps.chunks() || args_.dfinal_states;         // the gradient coming in may not be zero
+    const bool leaves = c > 0 || args_.dinitial_states;                      // the gradient going out is wanted
+    read_rows(args_.B, steps, direction, task.group, first, count, tiled, 0, args_.dstate, states_, B_);
+    read_rows(args_.C, steps, direction, task.group, first, count, tiled, 0, args_.dstate, states_, C_);
+    transpose(B_, states_, kQ, states_, B_by_state_, kQ);
+    gemm<T, Update::kStore, Triangle::kResult>(tiled, kQ, states_, {C_, states_, 1}, B_by_state_, kQ, scores_, kQ);
+    zero(dscores_, kQ * kQ);
+    zero(dB_, kQ * states_);
+    zero(dC_, kQ * states_);
+    // A shifted output of step i is read one step later, and that of the last step nowhere.
+    const int64_t outputs = steps.length - first - args_.shifted;
+    const int written = outputs < count ? int(outputs) : count;
+    for (int h = 0; h < task.heads; ++h) {
+      const int head = task.head + h;
+      T* dstate = dstate_ + h * state_size();
+      const T* state = saved(c, h);
+      decays_.read(args_, steps, direction, head, first, count);
+      read_rows(args_.x, steps, direction, head, first, count, kQ, 0, args_.headdim, width_, x_);
+      read_rows(args_.dy, steps, direction, head, first + args_.shifted, written, tiled, 0, args_.headdim, width_, dy_);
+      transpose(x_, width_, kQ, width_, x_by_column_, kQ);
+      gemm<T, Update::kStore, Triangle::kResult>(tiled, kQ, args_.headdim, {dy_, width_, 1}, x_by_column_, kQ, dweights_, kQ);
+      const T skip = args_.D && !args_.shifted ? static_cast<const T*>(args_.D)[direction * args_.heads + head] : 0;
+      weigh(count, args_.direction[direction].strict, skip, &sums_[h].D);
+
+      // dX^T = dS^T B^T diag(e^{p_last - p} dt) + dY^T weights
+      const Strided<T> dy_by_column{dy_, 1, width_};
+      if (left) {
+        gemm<T, Update::kStore, Triangle::kNone>(width_, kQ, args_.dstate, {dstate, states_, 1}, B_by_state_, kQ,
+                                                 dx_by_column_, kQ);
+        for (int p = 0; p < width_; ++p)
+          for (int j = 0; j < kQ; ++j) dx_by_column_[p * kQ + j] *= decays_.end_dt[j];
+        gemm<T, Update::kAdd, Triangle::kRight>(width_, kQ, count, dy_by_column, weights_, kQ, dx_by_column_, kQ);
+      } else {
+        gemm<T, Update::kStore, Triangle::kRight>(width_, kQ, count, dy_by_column, weights_, kQ, dx_by_column_, kQ);
+      }
+      transpose(dx_by_column_, kQ, width_, kQ, dx_, width_);
+      for (int i = 0; i < count; ++i) {
+        const T* dx = dx_ + i * width_;
+        add ? rows.add(h, steps.frame(first + i), dx, task.columns) : rows.store(h, steps.frame(first + i), dx, task.columns);
+      }
+
+      // What the states gave: dC += diag(e^p) dY S^T, dB += diag(e^{p_last - p} dt) X dS^T, and both against C and B.
+      from_state(entered, count, tiled, dy_, state, C_, decays_.start, dC_, from_C_);
+      from_state(left, count, tiled, x_, dstate, B_, decays_.end_dt, dB_, from_B_);
+      const T carried = entered && left ? decays_.whole * dot(state, dstate) : 0;
+      gradient_of_steps(task, direction, steps, first, count, h, carried);
+
+      if (!leaves) continue;
+      // dS = e^{p_last} dS + C^T diag(e^p) dY
+      scale_rows(count, decays_.start, dy_);
+      gemm<T, Update::kDecay, Triangle::kNone>(width_, states_, count, {scaled_, 1, width_}, C_, states_, dstate, states_,
+                                               dstate, decays_.whole);
+    }
+    gemm<T, Update::kAdd, Triangle::kLeft>(tiled, states_, count, {dscores_, kQ, 1}, B_, states_, dC_, states_);
+    gemm<T, Update::kAdd, Triangle::kTransposed>(tiled, states_, count, {dscores_, 1, kQ}, C_, states_, dB_, states_);
+    for (int i = 0; i < count; ++i) {
+      write_group_row(args_.dB, task, steps.at(args_.dB, direction, task.group, first + i), dB_ + i * states_);
+      write_group_row(args_.dC, task, steps.at(args_.dC, direction, task.group, first + i), dC_ + i * states_);
+    }
+  }
+
+  // From dweights: the weights themselves, dscores, and what each row gained and each column gave through the decays.
+  void weigh(int count, bool strict, T skip, double* dskip) {
+    zero(gave_, kQ);
+    double diagonal = 0;
+    for (int i = 0; i < count; ++i) {
+      const int visible = strict ? i : i + 1;
+      Vec<T> gained{};
+      int j = 0;
+      for (; j < visible; j += kWidth<T>) {
+        const int64_t at = i * kQ + j;
+        const Vec<T> decay = decay_between(decays_, i, j), dt = load(decays_.dt + j), score = load(scores_ + at);
+        const Vec<T> flow = where_visible<T>(j, visible, decay * load(dweights_ + at));
+        const Vec<T> through = where_visible<T>(j, visible, flow * score);
+        store(weights_ + at, where_visible<T>(j, visible, decay * dt * score));
+        store(dscores_ + at, load(dscores_ + at) + flow * dt);
+        store(gave_ + j, load(gave_ + j) + through);
+        gained += through * dt;
+      }
+      for (; j < kQ; j += kWidth<T>) store(weights_ + i * kQ + j, Vec<T>{});
+      gained_[i] = sum(gained);
+      weights_[i * kQ + i] += skip;
+      diagonal += dweights_[i * kQ + i];
+    }
+    if (!args_.shifted) *dskip += diagonal;
+  }
+
+  // product = rows state; into += diag(scale) product; against[i] = row i of product . row i of factor.
+  void from_state(bool nonzero, int count, int tiled, const T* rows, const T* state, const T* factor, const T* scale, T* into,
+                  T* against) {
+    zero(against, kQ);
+    if (!nonzero) return;
+    gemm<T, Update::kStore, Triangle::kNone>(tiled, states_, args_.headdim, {rows, width_, 1}, state, states_, product_, states_);
+    for (int i = 0; i < count; ++i) {
+      const Vec<T> factor_scale = splat(scale[i]);
+      Vec<T> total{};
+      for (int n = i * states_; n < (i + 1) * states_; n += kWidth<T>) {
+        const Vec<T> product = load(product_ + n);
+        total += product * load(factor + n);
+        store(into + n, load(into + n) + factor_scale * product);
+      }
+      against[i] = sum(total);
+    }
+  }
+
+  void gradient_of_steps(const Task& task, int direction, const Steps& steps, int64_t first, int count, int h, T carried) {
+    T log_decay = carried;
+    for (int i = 0; i < count; ++i) log_decay += decays_.end_dt[i] * from_B_[i];
+    for (int i = count - 1; i >= 0; --i) {
+      log_decay += gained_[i] + decays_.start[i] * from_C_[i] - decays_.dt[i] * gave_[i] - decays_.end_dt[i] * from_B_[i];
+      sums_[h].A += double(decays_.dt[i]) * log_decay;
+      T gradient = gave_[i] + decays_.end[i] * from_B_[i] + decays_.A * log_decay;
+      if (decays_.free[i] != decays_.dt[i]) gradient = 0;  // clamped
+      if (args_.dt_softplus) gradient *= sigmoid(decays_.raw[i]);
+      sums_[h].dt_bias += gradient;
+      static_cast<T*>(args_.ddt.data)[steps.at(args_.ddt, direction, task.head + h, first + i)] = gradient;
+    }
+  }
+
+  void sum_skip_gradients(const Task& task, int direction, const Steps& steps) {
+    for (int h = 0; h < task.heads; ++h)
+      for (int64_t step = 0; step < steps.length; ++step) {
+        read_rows(args_.x, steps, direction, task.head + h, step, 1, 1, 0, args_.headdim, width_, x_);
+        read_rows(args_.dy, steps, direction, task.head + h, step, 1, 1, 0, args_.headdim, width_, dy_);
+        Vec<T> total{};
+        for (int p = 0; p < width_; p += kWidth<T>) total += load(x_ + p) * load(dy_ + p);
+        sums_[h].D += sum(total);
+      }
+  }
+
+  void write_sums(const Task& task, int direction) {
+    for (int h = 0; h < task.heads; ++h) {
+      const int64_t at = (task.sequence * args_.directions + direction) * args_.heads + task.head + h;
+      static_cast<T*>(args_.dA)[at] = T(sums_[h].A);
+      if (args_.dD) static_cast<T*>(args_.dD)[at] = T(sums_[h].D);
+      if (args_.ddt_bias) static_cast<T*>(args_.ddt_bias)[at] = T(sums_[h].dt_bias);
+    }
+  }
+
+  void write_group_row(const SsdTensor& tensor, const Task& task, int64_t at, const T* row) {
+    T* to = static_cast<T*>(tensor.data) + task.block * args_.dBC_block + at;
+    if (row) __builtin_memcpy(to, row, args_.dstate * sizeof(T));
+    else __builtin_memset(to, 0, args_.dstate * sizeof(T));
+  }
+
+  void zero_padding(const Task& task, int direction) {
+    const Span span = args_.spans[task.sequence];
+    for (int64_t t = span.end; t < span.end + args_.padding(task.sequence); ++t) {
+      for (const SsdTensor* tensor : {&args_.dB, &args_.dC})
+        write_group_row(*tensor, task, tensor->at(direction, span.row, t, task.group), nullptr);
+      for (int h = 0; h < task.heads; ++h)
+        static_cast<T*>(args_.ddt.data)[args_.ddt.at(direction, span.row, t, task.head + h)] = 0;
+    }
+  }
+
+  void read_state(const Task& task, int h, const void* states, T* state) {
+    zero(state, state_size());
+    if (states == nullptr) return;
+    const T* from = static_cast<const T*>(states) + (task.sequence * args_.heads + task.head + h) * args_.headdim * args_.dstate;
+    for (int p = 0; p < args_.headdim; ++p) __builtin_memcpy(state + p * states_, from + p * args_.dstate, args_.dstate * sizeof(T));
+  }
+  void write_state(const Task& task, int h, const T* state) {
+    if (args_.dinitial_states == nullptr) return;
+    T* to = static_cast<T*>(args_.dinitial_states) + (task.sequence * args_.heads + task.head + h) * args_.headdim * args_.dstate;
+    for (int p = 0; p < args_.headdim; ++p) __builtin_memcpy(to + p * args_.dstate, state + p * states_, args_.dstate * sizeof(T));
+  }
+
+  void scale_rows(int count, const T* scales, const T* rows) {
+    for (int i = 0; i < count; ++i)
+      for (int p = 0; p < width_; ++p) scaled_[i * width_ + p] = scales[i] * rows[i * width_ + p];
+  }
+  T dot(const T* a, const T* b) const {
+    Vec<T> total{};
+    for (int64_t i = 0; i < state_size(); i += kWidth<T>) total += load(a + i) * load(b + i);
+    return sum(total);
+  }
+  static void zero(T* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(T)); }
+
+  const SsdBackwardArgs& args_;
+  const int width_, states_;  // headdim and dstate, padded
+  Result<T> result_;
+  Arena arena_;
+  Decays<T> decays_;
+  Sums sums_[kSsdBackwardHeads];
+  T *B_, *C_, *dB_, *dC_, *product_;                 // (kQ, states)
+  T* B_by_state_;                                    // (states, kQ)
+  T *scores_, *weights_, *dscores_, *dweights_;      // (kQ, kQ)
+  T *x_, *dy_, *scaled_, *dx_;                       // (kQ, width)
+  T *x_by_column_, *dx_by_column_;                   // (width, kQ)
+  T *dstate_, *saved_;                               // (head_block, width, states); the same per chunk
+  alignas(64) T gained_[kQ], gave_[kQ], from_C_[kQ], from_B_[kQ];
+};
+
+}  // namespace
+}  // namespace linconv::LINCONV_ISA

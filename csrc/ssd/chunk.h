@@ -1,0 +1,243 @@
+// What forward and backward share: reading a chunk of frames in a direction's own order, its decays, and its scores.
+#pragma once
+
+#include "common/gemm.h"
+#include "common/transpose.h"
+#include "ssd/kernel.h"
+
+namespace linconv::LINCONV_ISA {
+namespace {
+
+// Scratch is padded so that products run on whole tiles: rows to kTileRows, columns to the vector width.
+template <class T>
+constexpr DType math_dtype() {
+  return sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
+}
+
+template <class T>
+constexpr int kPad = kTileRows > kWidth<T> ? kTileRows : kWidth<T>;
+
+constexpr int kQ = kSsdChunk;
+
+// Cuts aligned arrays off one allocation.
+class Arena {
+ public:
+  // Zeroed, so that what pads a tile is finite; a large block's pages cost nothing until they are written.
+  explicit Arena(size_t bytes) : base_(static_cast<char*>(__builtin_calloc(bytes + kAlign, 1))) {
+    if (base_ == nullptr) __builtin_trap();
+    next_ = base_ + (kAlign - reinterpret_cast<uintptr_t>(base_) % kAlign);
+  }
+  ~Arena() { __builtin_free(base_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  template <class T>
+  T* take(int64_t n) {
+    T* taken = reinterpret_cast<T*>(next_);
+    next_ += bytes<T>(n);
+    return taken;
+  }
+  template <class T>
+  static constexpr size_t bytes(int64_t n) {
+    return (n * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+  }
+
+ private:
+  static constexpr size_t kAlign = 64;
+  char *base_, *next_;
+};
+
+// One task: some heads of one group of one sequence.
+struct Task {
+  int64_t sequence;
+  int first_direction, directions;
+  int group, head, heads;  // heads head … head + heads - 1
+  int block;               // which block of heads of the group
+  int column, columns;     // of headdim
+
+  Task(const SsdArgs& args, int64_t index) {
+    const int column_block = index % args.column_blocks();
+    index /= args.column_blocks();
+    block = index % args.head_blocks();
+    index /= args.head_blocks();
+    group = index % args.groups;
+    index /= args.groups;
+    directions = args.summed ? args.directions : 1;
+    first_direction = args.summed ? 0 : index % args.directions;
+    sequence = args.summed ? index : index / args.directions;
+    const int group_heads = args.group_heads(), first = block * args.head_block;
+    head = group * group_heads + first;
+    heads = group_heads - first < args.head_block ? group_heads - first : args.head_block;
+    column = column_block * args.column_block;
+    columns = args.headdim - column < args.column_block ? args.headdim - column : args.column_block;
+  }
+};
+
+// The frames of one sequence in one direction's own order: step 0 is where its state starts.
+struct Steps {
+  int64_t row, first, length;  // first: the frame of step 0
+  int sign;
+
+  Steps(const SsdArgs& args, int64_t sequence, int direction)
+      : row(args.spans[sequence].row), length(args.length(sequence)), sign(args.direction[direction].reversed ? -1 : 1) {
+    first = sign < 0 ? args.spans[sequence].end - 1 : args.spans[sequence].begin;
+  }
+  int64_t frame(int64_t step) const { return sign < 0 ? length - 1 - step : step; }
+  int64_t chunks() const { return (length + kQ - 1) / kQ; }
+  int count(int64_t chunk) const { return length - chunk * kQ < kQ ? int(length - chunk * kQ) : kQ; }
+  int64_t at(const SsdTensor& t, int direction, int64_t head, int64_t step) const {
+    return t.at(direction, row, first + sign * step, head);
+  }
+};
+
+// Rows of `columns` elements for `count` steps from `step` on; what is left of `width` and of `total` rows is zero.
+template <class T>
+inline void read_rows(const SsdTensor& t, const Steps& steps, int direction, int64_t head, int64_t step, int count,
+                      int total, int column, int columns, int width, T* out) {
+  const int64_t from = steps.at(t, direction, head, step) + column * t.column, stride = steps.sign * t.time;
+  for (int i = 0; i < count; ++i) {
+    load_row(offset(t.data, t.dtype, from + i * stride), t.dtype, t.column, columns, out + i * width);
+    for (int j = columns; j < width; ++j) out[i * width + j] = 0;
+  }
+  for (int i = count * width; i < total * width; ++i) out[i] = 0;
+}
+
+// Where a task's result goes, by its own heads and the frames of its sequence: the tensor itself, or scratch in the math
+// dtype that is rounded into the tensor once, where several terms are summed. Columns are adjacent in both.
+template <class T>
+struct ResultRows {
+  void* data;
+  DType dtype;
+  int64_t origin, head, time;
+
+  int64_t at(int h, int64_t frame) const { return origin + h * head + frame * time; }
+  void store(int h, int64_t frame, const T* values, int n) const {
+    store_row(offset(data, dtype, at(h, frame)), dtype, 1, n, values);
+  }
+  // Only where dtype is the math dtype.
+  void add(int h, int64_t frame, const T* values, int n) const {
+    T* to = static_cast<T*>(data) + at(h, frame);
+    for (int i = 0; i < n; ++i) to[i] += values[i];
+  }
+  const T* row(int h, int64_t frame) const { return static_cast<const T*>(data) + at(h, frame); }
+};
+
+// A tensor shaped as x that directions or skips are summed into.
+template <class T>
+class Result {
+ public:
+  Result(const SsdArgs& args, const SsdTensor& tensor, int width)
+      : args_(args), tensor_(tensor), width_(width),
+        staged_(tensor.dtype != math_dtype<T>() && (args.shifted || (args.summed && args.directions == 2))) {}
+  int64_t scratch_size() const {
+    return staged_ ? args_.longest() * args_.head_block * width_ : 0;
+  }
+  void set_scratch(T* scratch) { scratch_ = scratch; }
+
+  ResultRows<T> rows(const Task& task) const {
+    if (staged_) return {scratch_, math_dtype<T>(), 0, width_, int64_t(task.heads) * width_};
+    return final_rows(task);
+  }
+  // Rounds what was summed in scratch, and zeroes the padding.
+  void finish(const Task& task) const {
+    const ResultRows<T> to = final_rows(task), from = rows(task);
+    const int64_t length = args_.length(task.sequence), padding = args_.padding(task.sequence);
+    for (int64_t t = 0; t < length && staged_; ++t)
+      for (int h = 0; h < task.heads; ++h) to.store(h, t, from.row(h, t), task.columns);
+    for (int64_t t = length; t < length + padding; ++t)
+      for (int h = 0; h < task.heads; ++h)
+        __builtin_memset(offset(to.data, to.dtype, to.at(h, t)), 0, task.columns * element_size(to.dtype));
+  }
+
+ private:
+  ResultRows<T> final_rows(const Task& task) const {
+    const Span span = args_.spans[task.sequence];
+    const int64_t origin = tensor_.at(args_.summed ? 0 : task.first_direction, span.row, span.begin, task.head);
+    return {tensor_.data, tensor_.dtype, origin + task.column, tensor_.head, tensor_.time};
+  }
+  const SsdArgs& args_;
+  const SsdTensor& tensor_;
+  int width_;
+  bool staged_;
+  T* scratch_ = nullptr;
+};
+
+// The steps of one chunk of one head. Frames behind `count` have dt = 0, so they neither decay nor add.
+template <class T>
+struct Decays {
+  alignas(64) T raw[kQ];      // dt + dt_bias
+  alignas(64) T free[kQ];     // softplus of it, not yet clamped
+  alignas(64) T dt[kQ];       // clamped
+  alignas(64) T sum[kQ];      // inclusive prefix sum p of dt A
+  alignas(64) T start[kQ];    // e^p: from the state entering the chunk to each step
+  alignas(64) T end[kQ];      // e^{p_last - p}: from each step to the state leaving the chunk
+  alignas(64) T end_dt[kQ];   // the same, times dt
+  T whole;                    // e^{p_last}
+  T A;
+
+  void read(const SsdArgs& args, const Steps& steps, int direction, int head, int64_t step, int count) {
+    A = static_cast<const T*>(args.A)[direction * args.heads + head];
+    const T bias = args.dt_bias ? static_cast<const T*>(args.dt_bias)[direction * args.heads + head] : 0;
+    const int64_t from = steps.at(args.dt, direction, head, step);
+    load_row(offset(args.dt.data, args.dt.dtype, from), args.dt.dtype, steps.sign * args.dt.time, count, raw);
+    for (int i = count; i < kQ; ++i) raw[i] = 0;
+    const Vec<T> low = splat(T(args.dt_min)), high = splat(T(args.dt_max));
+    for (int i = 0; i < kQ; i += kWidth<T>) {
+      const Vec<T> biased = load(raw + i) + bias;
+      const Vec<T> value = args.dt_softplus ? softplus(biased) : biased;
+      store(raw + i, biased);
+      store(free + i, value);
+      store(dt + i, min(high, max(low, value)));
+    }
+    T running = 0;
+    for (int i = 0; i < count; ++i) sum[i] = running += dt[i] * A;
+    for (int i = count; i < kQ; ++i) sum[i] = running, dt[i] = 0;
+    for (int i = 0; i < kQ; i += kWidth<T>) {
+      const Vec<T> p = load(sum + i), to_end = exp(splat(running) - p);
+      store(start + i, exp(p));
+      store(end + i, to_end);
+      store(end_dt + i, to_end * load(dt + i));
+    }
+    whole = start[kQ - 1];
+  }
+};
+
+template <class T>
+LINCONV_INLINE Vec<T> lane_numbers() {
+  Vec<T> v;
+  for (int i = 0; i < kWidth<T>; ++i) v[i] = T(i);
+  return v;
+}
+
+// `value` for the steps j … j + width - 1 that are among the first `visible`, else zero. A select and not a product:
+// behind the diagonal exponentials may be infinite, and what is left of another chunk may be NaN.
+template <class T>
+inline Vec<T> where_visible(int j, int visible, Vec<T> value) {
+  return lane_numbers<T>() + T(j) < splat(T(visible)) ? value : Vec<T>{};
+}
+
+// e^{p_i - p_j} for the steps j … j + width - 1.
+template <class T>
+inline Vec<T> decay_between(const Decays<T>& decays, int i, int j) {
+  return exp(splat(decays.sum[i]) - load(decays.sum + j));
+}
+
+// D x for every frame, before the directions of a shifted diagonal are added to it; `source` is x, or dy for its gradient.
+template <class T>
+inline void write_skips(const SsdArgs& args, const Task& task, const SsdTensor& source, int width, const ResultRows<T>& rows,
+                        T* scratch) {
+  for (int d = 0; d < task.directions; ++d) {
+    const int direction = task.first_direction + d;
+    const Steps steps(args, task.sequence, direction);
+    for (int h = 0; h < task.heads; ++h) {
+      const T* D = args.D ? static_cast<const T*>(args.D) + direction * args.heads + task.head + h : nullptr;
+      for (int64_t step = 0; step < steps.length; ++step) {
+        read_rows(source, steps, direction, task.head + h, step, D != nullptr, 1, task.column, task.columns, width, scratch);
+        for (int p = 0; p < width && D; ++p) scratch[p] *= *D;
+        d == 0 ? rows.store(h, steps.frame(step), scratch, task.columns) : rows.add(h, steps.frame(step), scratch, task.columns);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace linconv::LINCONV_ISA

@@ -1,0 +1,265 @@
+#include <cstring>
+
+#include "ssd/scan.h"
+
+namespace linconv {
+namespace {
+
+// The smallest cut of a group's heads that keeps all threads about equally busy. A task pays once for the products of B
+// and C that its heads share, about this part of what one head costs.
+constexpr double kSharedCost = 0.3;
+constexpr int kMinColumns = 16;
+
+SsdTensor frames(const Tensor& tensor, int dims, int directions, const char* name) {
+  const int leading = static_cast<int>(tensor.dim()) - dims;
+  require(leading == 0 || (leading == 1 && directions == 2 && tensor.size(0) == 2), name, " has ", tensor.dim(),
+          " dimensions, wanted ", dims, directions == 2 ? " or a leading axis of 2 before them" : "");
+  require_strided(tensor, tensor.dim(), name);
+  const auto stride = [&](int i) { return tensor.stride(leading + i); };
+  return {tensor.data_ptr(), dtype_of(tensor, name), leading ? tensor.stride(0) : 0, stride(0), stride(1), stride(2),
+          dims == 4 ? stride(3) : 0};
+}
+
+void require_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* name) {
+  const int64_t leading = tensor.dim() - static_cast<int64_t>(sizes.size());
+  int64_t i = leading;
+  require(leading >= 0, name, " has ", tensor.dim(), " dimensions, wanted at least ", sizes.size());
+  for (const int64_t size : sizes) {
+    require(tensor.size(i) == size, name, " has size ", tensor.size(i), " in dimension ", i, ", wanted ", size);
+    ++i;
+  }
+}
+
+// A per-head parameter as (directions, heads), contiguous.
+Tensor per_head(const Tensor& tensor, int directions, int64_t heads, DType math, const char* name) {
+  require(tensor.dim() == 1 || (tensor.dim() == 2 && directions == 2 && tensor.size(0) == 2), name, " has ", tensor.dim(),
+          " dimensions, wanted (heads,)", directions == 2 ? " or (2, heads)" : "");
+  require_shape(tensor, {heads}, name);
+  require(dtype_of(tensor, name) == math, name, " is not of the math dtype");
+  Tensor out = empty({directions, heads}, math);
+  const int64_t size = element_size(math), stride = tensor.stride(tensor.dim() - 1);
+  for (int d = 0; d < directions; ++d)
+    for (int64_t h = 0; h < heads; ++h)
+      std::memcpy(offset(out.mutable_data_ptr(), math, d * heads + h),
+                  offset(tensor.data_ptr(), math, (tensor.dim() == 2 ? d * tensor.stride(0) : 0) + h * stride), size);
+  return out;
+}
+
+// What the arguments' memory is owned by while kernels run.
+struct Prepared {
+  DType math;
+  std::vector<Span> spans;
+  std::optional<Tensor> A, D, dt_bias, initial_states;
+};
+
+bool per_direction(const Tensor& tensor, int64_t dims) { return tensor.dim() > dims; }
+
+const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+
+std::optional<Tensor> states(const std::optional<Tensor>& tensor, const SsdArgs& args, DType math, const char* name) {
+  if (!tensor) return std::nullopt;
+  require(dtype_of(*tensor, name) == math, name, " is not of the math dtype");
+  require_strided(*tensor, 4, name);
+  require_shape(*tensor, {args.sequences, args.heads, args.headdim, args.dstate}, name);
+  return torch::stable::contiguous(*tensor);
+}
+
+// Fills what forward and backward share.
+Prepared prepare(const Scan& scan, SsdArgs& args) {
+  Prepared held;
+  args.directions = scan.directions;
+  args.x = frames(scan.x, 4, scan.directions, "x");
+  args.dt = frames(scan.dt, 3, scan.directions, "dt");
+  args.B = frames(scan.B, 4, scan.directions, "B");
+  args.C = frames(scan.C, 4, scan.directions, "C");
+  held.math = math_type(args.x.dtype);
+  const int64_t x_axis = scan.x.dim() - 4, B_axis = scan.B.dim() - 4;
+  const int64_t batch = scan.x.size(x_axis), length = scan.x.size(x_axis + 1), heads = scan.x.size(x_axis + 2);
+  const int64_t groups = scan.B.size(B_axis + 2), dstate = scan.B.size(B_axis + 3), headdim = scan.x.size(x_axis + 3);
+  require(1 <= headdim && headdim <= 256, "headdim is ", headdim, ", wanted 1 to 256");
+  require(1 <= dstate && dstate <= 256, "dstate is ", dstate, ", wanted 1 to 256");
+  require(groups > 0 && heads % groups == 0, "B has ", groups, " groups, wanted a divisor of the ", heads, " heads of x");
+  require_shape(scan.dt, {batch, length, heads}, "dt");
+  require_shape(scan.B, {batch, length, groups, dstate}, "B");
+  require_shape(scan.C, {batch, length, groups, dstate}, "C");
+  args.heads = static_cast<int>(heads);
+  args.groups = static_cast<int>(groups);
+  args.headdim = static_cast<int>(headdim);
+  args.dstate = static_cast<int>(dstate);
+  args.frames = length;
+  args.packed = scan.cu_seqlens.has_value();
+  held.spans = sequence_spans(scan.seq_lens, scan.cu_seqlens, batch, length);
+  args.spans = held.spans.data();
+  args.sequences = static_cast<int64_t>(held.spans.size());
+  args.direction[0] = scan.direction[0];
+  args.direction[1] = scan.direction[1];
+  args.summed = scan.directions == 2 && !per_direction(scan.x, 4);
+  args.shifted = scan.shifted;
+  held.A = per_head(scan.A, scan.directions, heads, held.math, "A");
+  if (scan.D) {
+    held.D = per_head(*scan.D, scan.directions, heads, held.math, "D");
+    if (args.summed && !per_direction(*scan.D, 1))  // stands once in the sum
+      std::memset(offset(held.D->mutable_data_ptr(), held.math, heads), 0, heads * element_size(held.math));
+  }
+  if (scan.dt_bias) held.dt_bias = per_head(*scan.dt_bias, scan.directions, heads, held.math, "dt_bias");
+  held.initial_states = states(scan.initial_states, args, held.math, "initial_states");
+  args.A = data(held.A);
+  args.D = data(held.D);
+  args.dt_bias = data(held.dt_bias);
+  args.initial_states = data(held.initial_states);
+  args.dt_softplus = scan.dt_softplus;
+  args.dt_min = scan.dt_min;
+  args.dt_max = scan.dt_max;
+  return held;
+}
+
+// Chooses the cut with the least expected time. Results do not depend on it: every head and column is computed alike.
+void cut_for_threads(SsdArgs& args) {
+  const double threads = torch::stable::get_num_threads();
+  double best = 0;
+  int best_heads = 1, best_columns = args.headdim;
+  for (int columns = args.headdim; columns >= kMinColumns || columns == args.headdim; columns = (columns + 1) / 2) {
+    for (int heads = args.group_heads(); heads >= 1; --heads) {
+      args.head_block = heads;
+      args.column_block = columns;
+      const double rounds = static_cast<double>((args.tasks() + int64_t(threads) - 1) / int64_t(threads));
+      const double time = rounds * (kSharedCost + heads * static_cast<double>(columns) / args.headdim);
+      if (best == 0 || time < best) best = time, best_heads = heads, best_columns = columns;
+    }
+    if (columns <= kMinColumns) break;
+  }
+  args.head_block = best_heads;
+  args.column_block = best_columns;
+}
+
+SsdTensor contiguous_frames(const Tensor& tensor, int64_t directions, int64_t batch, int64_t length, int64_t heads,
+                            int64_t columns, DType dtype) {
+  return {tensor.data_ptr(), dtype, directions > 1 ? batch * length * heads * columns : 0, length * heads * columns,
+          heads * columns, columns, 1};
+}
+
+Tensor empty_like(const Tensor& tensor, DType dtype) {
+  const auto sizes = tensor.sizes();
+  return torch::stable::empty({sizes.data(), sizes.size()}, scalar_type(dtype));
+}
+
+// Sums partial results into a tensor shaped as `like`: over `outer` parts, and over directions where it is shared.
+Tensor sum_parts(const Tensor& parts, DType math, const Tensor& like, const char* name, int64_t outer, int64_t outer_stride,
+                 int64_t inner, int64_t inner_stride) {
+  const DType dtype = dtype_of(like, name);
+  Tensor out = empty_like(like, dtype);
+  const SsdSumArgs args{parts.data_ptr(), outer, outer_stride, inner, inner_stride, out.mutable_data_ptr(), dtype};
+  torch::stable::parallel_for(0, like.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+    LINCONV_PICK(ssd_sum)(args, math == DType::kFloat64, begin, end);
+  });
+  return out;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> scan_forward(const Scan& scan) {
+  SsdForwardArgs args{};
+  const Prepared held = prepare(scan, args);
+  const int64_t batch = scan.x.size(scan.x.dim() - 4);
+  Tensor y = empty_like(scan.x, args.x.dtype);
+  args.y = contiguous_frames(y, args.summed ? 1 : args.directions, batch, args.frames, args.heads, args.headdim, args.x.dtype);
+  std::initializer_list<int64_t> none{0};
+  Tensor final_states = scan.directions == 1 ? empty({args.sequences, args.heads, args.headdim, args.dstate}, held.math)
+                                             : empty(none, held.math);
+  args.final_states = scan.directions == 1 ? final_states.mutable_data_ptr() : nullptr;
+  cut_for_threads(args);
+  torch::stable::parallel_for(0, args.tasks(), 1, [&](int64_t begin, int64_t end) {
+    LINCONV_PICK(ssd_forward)(args, held.math == DType::kFloat64, begin, end);
+  });
+  return {y, final_states};
+}
+
+ScanGradients scan_backward(const Scan& scan, const Tensor& dy, const std::optional<Tensor>& dfinal_states) {
+  SsdBackwardArgs args{};
+  const Prepared held = prepare(scan, args);
+  const DType math = held.math;
+  const int64_t batch = scan.x.size(scan.x.dim() - 4), length = args.frames, directions = args.directions;
+  const int64_t heads = args.heads, groups = args.groups, dstate = args.dstate;
+  require_shape(dy, {batch, length, heads, args.headdim}, "dy");
+  require(dy.dim() == scan.x.dim(), "dy has ", dy.dim(), " dimensions, wanted those of x");
+  args.dy = frames(dy, 4, scan.directions, "dy");
+  const std::optional<Tensor> dfinal = states(dfinal_states, args, math, "dfinal_states");
+  args.dfinal_states = data(dfinal);
+  // Fixed, so that sums over heads come out the same for any number of threads and any batch.
+  args.head_block = args.group_heads() < kSsdBackwardHeads ? args.group_heads() : kSsdBackwardHeads;
+  args.column_block = args.headdim;
+
+  Tensor dx = empty_like(scan.x, args.x.dtype);
+  args.dx = contiguous_frames(dx, args.summed ? 1 : directions, batch, length, heads, args.headdim, args.x.dtype);
+  const int64_t blocks = args.head_blocks(), dt_size = batch * length * heads, BC_size = batch * length * groups * dstate;
+  Tensor ddt = empty({directions, dt_size}, math);
+  args.ddt = contiguous_frames(ddt, directions, batch, length, heads, 1, math);
+  Tensor dB = empty({blocks, directions, BC_size}, math), dC = empty({blocks, directions, BC_size}, math);
+  args.dB = contiguous_frames(dB, directions, batch, length, groups, dstate, math);
+  args.dC = contiguous_frames(dC, directions, batch, length, groups, dstate, math);
+  args.dBC_block = directions * BC_size;
+  const auto sums = [&] { return empty({args.sequences, directions, heads}, math); };
+  Tensor dA = sums(), dD = sums(), ddt_bias = sums();
+  args.dA = dA.mutable_data_ptr();
+  args.dD = scan.D ? dD.mutable_data_ptr() : nullptr;
+  args.ddt_bias = scan.dt_bias ? ddt_bias.mutable_data_ptr() : nullptr;
+  const std::initializer_list<int64_t> none{0};
+  Tensor dinitial = held.initial_states ? empty_like(*held.initial_states, math) : empty(none, math);
+  args.dinitial_states = held.initial_states ? dinitial.mutable_data_ptr() : nullptr;
+
+  torch::stable::parallel_for(0, args.tasks(), 1, [&](int64_t begin, int64_t end) {
+    LINCONV_PICK(ssd_backward)(args, math == DType::kFloat64, begin, end);
+  });
+
+  const auto of_directions = [&](const Tensor& argument, int64_t dims) { return per_direction(argument, dims) ? 1 : directions; };
+  const auto per_head_sum = [&](const Tensor& parts, const Tensor& argument, const char* name, bool first_only) {
+    return sum_parts(parts, math, argument, name, args.sequences, directions * heads,
+                     first_only ? 1 : of_directions(argument, 1), heads);
+  };
+  const auto group_sum = [&](const Tensor& parts, const Tensor& argument, const char* name) {
+    return sum_parts(parts, math, argument, name, blocks, args.dBC_block, of_directions(argument, 4), BC_size);
+  };
+  return {dx,
+          sum_parts(ddt, math, scan.dt, "dt", 1, 0, of_directions(scan.dt, 3), dt_size),
+          per_head_sum(dA, scan.A, "A", false),
+          group_sum(dB, scan.B, "B"),
+          group_sum(dC, scan.C, "C"),
+          scan.D ? per_head_sum(dD, *scan.D, "D", args.summed) : empty(none, math),
+          scan.dt_bias ? per_head_sum(ddt_bias, *scan.dt_bias, "dt_bias", false) : empty(none, math),
+          dinitial};
+}
+
+namespace {
+
+using Optional = const std::optional<Tensor>&;
+
+Scan one_direction(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, Optional D,
+                   Optional dt_bias, bool dt_softplus, double dt_min, double dt_max, Optional initial_states,
+                   Optional seq_lens, Optional cu_seqlens, bool reverse) {
+  return {x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens, cu_seqlens,
+          1, {{reverse, false}, {}}, false};
+}
+
+std::tuple<Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                               Optional D, Optional dt_bias, bool dt_softplus, double dt_min, double dt_max,
+                               Optional initial_states, Optional seq_lens, Optional cu_seqlens, bool reverse) {
+  return scan_forward(one_direction(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens,
+                                    cu_seqlens, reverse));
+}
+
+ScanGradients ssd_backward(const Tensor& dy, Optional dfinal_states, const Tensor& x, const Tensor& dt, const Tensor& A,
+                           const Tensor& B, const Tensor& C, Optional D, Optional dt_bias, bool dt_softplus, double dt_min,
+                           double dt_max, Optional initial_states, Optional seq_lens, Optional cu_seqlens, bool reverse) {
+  return scan_backward(one_direction(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens,
+                                     cu_seqlens, reverse),
+                       dy, dfinal_states);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(linconv, CPU, m) {
+  m.impl("ssd", TORCH_BOX(&ssd));
+  m.impl("ssd_backward", TORCH_BOX(&ssd_backward));
+}
+
+}  // namespace linconv
