@@ -1,0 +1,67 @@
+"""Wall-clock time of a piece of work."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds one call took: the median over ``repeats`` calls, and the fastest and slowest of them."""
+
+    median: float
+    fastest: float
+    slowest: float
+    repeats: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Latency:
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+def measure(work: Callable[[], object], **limits) -> Latency:
+    """:func:`compare` for one piece of work."""
+    return compare({"": work}, **limits)[""]
+
+
+def compare(
+    works: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int = 1,
+    min_repeats: int = 3,
+    max_repeats: int = 50,
+    min_seconds: float = 0.5,
+    synchronize: Callable[[], object] = lambda: None,
+) -> dict[str, Latency]:
+    """Times several pieces of work in turn, one call of each per round, so that drift of the machine meets all alike.
+
+    Rounds go on until every work has been called ``min_repeats`` times and for ``min_seconds`` in sum, or
+    ``max_repeats`` times.
+
+    Args:
+        works: name to a callable without arguments.
+        warmup: calls of each before the first timed one.
+        synchronize: waits for the device, e.g. ``torch.cuda.synchronize``; called before each reading of the clock.
+    """
+    if min_repeats < 1 or max_repeats < min_repeats:
+        raise ValueError(f"1 <= min_repeats <= max_repeats is wanted, got {min_repeats} and {max_repeats}")
+    for work in works.values():
+        for _ in range(warmup):
+            work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+
+    def unfinished(taken: list[float]) -> bool:
+        return len(taken) < min_repeats or (sum(taken) < min_seconds and len(taken) < max_repeats)
+
+    while any(unfinished(taken) for taken in seconds.values()):
+        for name, work in works.items():
+            if unfinished(seconds[name]):
+                synchronize()
+                start = time.perf_counter()
+                work()
+                synchronize()
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Latency.of(taken) for name, taken in seconds.items()}

@@ -1,0 +1,66 @@
+"""Peak resident memory of a piece of work, each in a process of its own.
+
+A process that has already worked keeps freed memory for itself and would hide what the next piece of work needs. So
+every measurement runs in a fresh child of a fork server, which has imported the heavy modules once but has computed
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def peak_extra_bytes(make: Callable[..., Callable[[], object]], *args, preload: Sequence[str] = ("torch",)) -> int:
+    """Bytes by which resident memory rose at its highest while ``make(*args)()`` ran, above where it stood before.
+
+    ``make`` builds everything that is not to be counted (the model, the input) and returns the work. It runs in the
+    child, so it and its arguments are pickled: a function at the top level of an importable module.
+
+    Args:
+        preload: modules that the fork server imports once for all measurements with the same list.
+
+    Raises:
+        Whatever ``make`` or the work raises; ``BrokenProcessPool`` if the child is killed, say for want of memory.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*preload])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure, make, args).result()
+
+
+def _measure(make: Callable[..., Callable[[], object]], args: tuple) -> int:
+    work = make(*args)
+    gc.collect()
+    _give_back_freed_memory()
+    if _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5")  # the peak starts anew from what is resident now
+    before = peak_resident_bytes()
+    work()
+    return peak_resident_bytes() - before
+
+
+def peak_resident_bytes() -> int:
+    """The highest resident size of this process so far (on Linux: since the last reset)."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _give_back_freed_memory() -> None:
+    """Returns what building left behind to the system; only glibc needs to be asked."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
