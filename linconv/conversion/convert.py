@@ -65,7 +65,7 @@ def convert(
 
     # Whatever in the copy refers to the teacher's config refers to the student's.
     student = copy.deepcopy(teacher, {id(teacher.config): config})
-    install(student, recipe)
+    install(student, family, recipe)
     student.set_attn_implementation(teacher.config._attn_implementation)
     return student
 

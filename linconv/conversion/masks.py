@@ -35,10 +35,11 @@ def _attention(stock_attention, additive):
         if cross_attention_mask is not None and module.is_decoder and not module.is_causal:
             attention_mask = cross_attention_mask
         if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, None, None, :].to(torch.bool)
+            attention_mask = attention_mask[:, None, None, :].to(torch.bool)  # (batch, 1, 1, L)
             if additive:
-                lowest = torch.finfo(query.dtype).min
-                attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+                padded = ~attention_mask
+                attention_mask = torch.zeros_like(padded, dtype=query.dtype)
+                attention_mask.masked_fill_(padded, torch.finfo(query.dtype).min)
         return stock_attention(module, query, key, value, attention_mask, **kwargs)
 
     return attention

@@ -12,7 +12,7 @@ from transformers.utils import output_capturing
 
 from linconv import mixers
 from linconv.conversion import masks
-from linconv.conversion.families import FAMILIES, Family
+from linconv.conversion.families import Family
 
 PREFIX = "Linconv"
 AUTO_MODULE = "linconv.auto"  # where the classes are found; its file goes into every checkpoint
@@ -48,8 +48,8 @@ class Recipe:
         block = getattr(config, "linconv", None)
         if not isinstance(block, dict):
             raise ValueError(
-                f"the config of model type {config.model_type!r} has no 'linconv' block: this is not a converted model, "
-                "make one of it with linconv.convert"
+                f"the config of model type {config.model_type!r} has no 'linconv' block: this is not a converted "
+                "model, make one of it with linconv.convert"
             )
         version = block.get("version")
         if version != FORMAT_VERSION:
@@ -71,7 +71,7 @@ class ConvertedModel:
     def __init__(self, config, *args, **kwargs):
         recipe = Recipe.from_config(config)
         super().__init__(config, *args, **kwargs)
-        install(self, recipe)
+        install(self, self.linconv_family, recipe)
 
     def _init_weights(self, module):
         if isinstance(module, mixers.Mixer):
@@ -99,9 +99,7 @@ class ConvertedModel:
             ValueError: a checkpoint that lacks weights of its mixers, or has them in another shape.
         """
         kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         lacking = sorted(key for key in lacking if ".mixer." in key)
         if lacking:
@@ -112,12 +110,11 @@ class ConvertedModel:
         return (model, info) if output_loading_info else model
 
 
-def install(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Makes a model of stock parts a converted one, in place: classes of inner models, and mixers for attention.
+def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
+    """Makes a model of stock parts a converted one, in place: the classes of it and of models in it, and its attention.
 
-    The model's config is a converted one already.
+    The model's config is that of a converted model already.
     """
-    family = model.linconv_family if isinstance(model, ConvertedModel) else FAMILIES[type(model).config_class.model_type]
     classes = converted_classes(family)
     for module in model.modules():
         converted = classes.get(PREFIX + type(module).__name__)

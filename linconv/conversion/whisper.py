@@ -112,7 +112,7 @@ class WhisperModel:
 class WhisperForAudioClassification:
     @can_return_tuple
     def forward(self, input_features=None, attention_mask=None, encoder_outputs=None, labels=None, **kwargs):
-        """As the stock model, with attention_mask (batch, frames) over input_features: the mean is over valid frames."""
+        """As the stock model, with attention_mask (batch, frames) over input_features: the mean is of valid frames."""
         if self.config.use_weighted_layer_sum:
             kwargs["output_hidden_states"] = True
         if encoder_outputs is None:
@@ -137,7 +137,8 @@ class WhisperForAudioClassification:
 
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits.view(-1, self.config.num_labels), labels.to(logits.device).view(-1))
+            labels = labels.to(logits.device).view(-1)
+            loss = nn.functional.cross_entropy(logits.view(-1, self.config.num_labels), labels)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=encoder_outputs.hidden_states, attentions=encoder_outputs.attentions
         )

@@ -28,6 +28,8 @@ class Mixer(nn.Module, abc.ABC):
     def from_attention(cls, attention: nn.Module, config, **options) -> "Mixer":
         """A new mixer as wide as ``attention``, on its device and in its dtype.
 
+        It is drawn on the CPU, so that a seed gives the same mixer on every device.
+
         Args:
             attention: the self-attention module whose place it takes; it is not changed.
             config: the model's config, of which ``hidden_size`` is read.
@@ -41,7 +43,9 @@ class Mixer(nn.Module, abc.ABC):
             if name not in known:
                 raise TypeError(f"{cls.__name__} has no option {name!r}, wanted one of {', '.join(known)}")
         weight = next(attention.parameters())
-        return cls(config.hidden_size, **options).to(device=weight.device, dtype=weight.dtype)
+        with torch.device("meta" if weight.is_meta else "cpu"):
+            mixer = cls(config.hidden_size, **options)
+        return mixer.to(device=weight.device, dtype=weight.dtype)
 
     @classmethod
     def options(cls) -> dict[str, object]:

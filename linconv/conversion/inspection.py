@@ -1,0 +1,105 @@
+"""What a conversion would do to a model, before it is done."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from linconv import mixers
+from linconv.conversion import families
+from linconv.conversion.convert import layer_indices
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What `linconv.inspect` found; ``print`` it for a table.
+
+    flops: by number of frames, (attention, mixer) floating-point operations of the forward pass through all layers
+    to be converted, projections included, a multiply-add counting as two. crossover_frames: the shortest sequence for
+    which the mixer takes fewer; it predicts where time crosses as far as both run at the same rate.
+    """
+
+    model: str
+    family: str
+    attention: str
+    mixer: str
+    blocks: int
+    layers: tuple[int, ...]
+    width: int
+    parameters: int
+    parameters_after: int
+    flops: dict[int, tuple[int, int]]
+    crossover_frames: int
+    frames_per_second: float
+
+    def __str__(self):
+        change = self.parameters_after - self.parameters
+        lines = [
+            f"{self.model} ({self.family}): {len(self.layers)} of {self.blocks} blocks, width {self.width}",
+            f"  {self.attention} -> {self.mixer}",
+            f"  parameters {self.parameters:,} -> {self.parameters_after:,} ({change:+,})",
+            "",
+            f"  {'frames':>8} {'seconds':>8} {self.attention + ' GFLOP':>26} {self.mixer + ' GFLOP':>18} {'ratio':>7}",
+        ]
+        for length, (before, after) in self.flops.items():
+            seconds, ratio = length / self.frames_per_second, before / after if after else float("nan")
+            lines.append(f"  {length:>8} {seconds:>8.1f} {before / 1e9:>26.3f} {after / 1e9:>18.3f} {ratio:>7.2f}")
+        seconds = self.crossover_frames / self.frames_per_second
+        lines += ["", f"  predicted crossover, by operations: {self.crossover_frames} frames ({seconds:.1f} s)"]
+        return "\n".join(lines)
+
+
+def inspect(
+    teacher: PreTrainedModel,
+    mixer: str = "bimamba2",
+    layers: str | Sequence[int] | None = None,
+    lengths: Sequence[int] = (250, 500, 1500, 3000, 15000, 30000),
+    **mixer_kwargs,
+) -> Inspection:
+    """What `linconv.convert` with the same arguments would swap, and what that would save. Nothing is converted.
+
+    Args:
+        teacher, mixer, layers, mixer_kwargs: as for `linconv.convert`.
+        lengths: numbers of frames to count operations for.
+
+    Raises:
+        TypeError, ValueError: as `linconv.convert`.
+    """
+    family = families.of(teacher)
+    mixer_class = mixers.get(mixer)
+    blocks = family.blocks(teacher)
+    indices = layer_indices(layers, len(blocks))
+    attentions = [getattr(block, family.attention) for block in blocks]
+    attention = attentions[0]
+    width = teacher.config.hidden_size
+    sizes_only = copy.deepcopy(attention).to("meta")
+    new = mixer_class.from_attention(sizes_only, teacher.config, **mixer_kwargs)
+
+    projections = sum(m.weight.numel() for m in attention.modules() if isinstance(m, nn.Linear))
+    per_frame = new.flops(1)
+    # attention takes fewer operations as long as 2 projections + 4 L width < per_frame
+    crossover = max(0, per_frame - 2 * projections) // (4 * width) + 1
+    parameters = sum(p.numel() for p in teacher.parameters())
+    removed = sum(p.numel() for i in indices for p in attentions[i].parameters())
+    return Inspection(
+        model=type(teacher).__name__,
+        family=family.model_type,
+        attention=type(attention).__name__,
+        mixer=mixer_class.__name__,
+        blocks=len(blocks),
+        layers=indices,
+        width=width,
+        parameters=parameters,
+        parameters_after=parameters - removed + len(indices) * sum(p.numel() for p in new.parameters()),
+        flops={
+            length: (
+                len(indices) * (2 * length * projections + 4 * length * length * width),
+                len(indices) * new.flops(length),
+            )
+            for length in lengths
+        },
+        crossover_frames=crossover,
+        frames_per_second=family.frames_per_second,
+    )

@@ -1,0 +1,303 @@
+"""Mixers against the formulas of the papers, against transformers' Mamba-2, and against their own contract."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Mamba2Config
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from linconv import mixers
+from linconv.ops import dispatch
+
+SMALL = dict(d_state=8, headdim=8)
+BIDIRECTIONAL = ("bimamba2", "hydra")
+COMPILED = all(dispatch.compiled(op) for op in ("bidirectional_ssd", "short_conv", "gated_rms_norm"))
+
+
+def mamba2_by_formula(weights, u, *, d_conv, headdim, d_state, ngroups):
+    """Mamba-2 of `mamba_ssm`'s weights as a loop over time (arXiv 2405.21060, eq. 1 and figure 6)."""
+    length, d_inner = u.shape[1], weights["norm.weight"].numel()
+    heads = d_inner // headdim
+    z, xBC, dt = F.linear(u, weights["in_proj.weight"]).split((d_inner, d_inner + 2 * ngroups * d_state, heads), -1)
+    padded = F.pad(xBC, (0, 0, d_conv - 1, 0))
+    taps = [padded[:, k : k + length] * weights["conv1d.weight"][:, 0, k] for k in range(d_conv)]
+    xBC = F.silu(sum(taps) + weights["conv1d.bias"])
+    x, B, C = xBC.split((d_inner, ngroups * d_state, ngroups * d_state), -1)
+    x = x.unflatten(-1, (heads, headdim))
+    B, C = (t.unflatten(-1, (ngroups, d_state)).repeat_interleave(heads // ngroups, dim=2) for t in (B, C))
+    dt = F.softplus(dt + weights["dt_bias"])
+    A = -weights["A_log"].exp()
+    h = u.new_zeros(u.shape[0], heads, headdim, d_state)
+    y = []
+    for t in range(length):
+        decay = (dt[:, t] * A).exp()[..., None, None]
+        h = decay * h + dt[:, t, :, None, None] * x[:, t, :, :, None] * B[:, t, :, None, :]
+        y.append((h * C[:, t, :, None, :]).sum(-1) + weights["D"][:, None] * x[:, t])
+    y = torch.stack(y, 1).flatten(-2) * F.silu(z)
+    grouped = y.unflatten(-1, (ngroups, -1))
+    y = (grouped * (grouped.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2) * weights["norm.weight"]
+    return F.linear(y, weights["out_proj.weight"])
+
+
+def randomised(mixer):
+    """A mixer none of whose parameters has a value that could hide a mistake, as ones and zeros do."""
+    with torch.no_grad():
+        for name in ("D", "norm.weight"):
+            mixer.get_parameter(name).uniform_(0.5, 1.5)
+    return mixer.double()
+
+
+@pytest.mark.parametrize("ngroups", [1, 2])
+def test_mamba2_is_the_formula(ngroups):
+    mixer = randomised(mixers.Mamba2(16, **SMALL, ngroups=ngroups))
+    u = torch.randn(2, 37, 16, dtype=torch.double)
+    wanted = mamba2_by_formula(mixer.state_dict(), u, d_conv=4, ngroups=ngroups, **SMALL)
+    torch.testing.assert_close(mixer(u), wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("ngroups", [1, 2])
+def test_bimamba2_is_two_mamba2_layers_one_over_reversed_time(ngroups):
+    mixer = randomised(mixers.BiMamba2(16, **SMALL, ngroups=ngroups))
+    u = torch.randn(2, 37, 16, dtype=torch.double)
+    forward, backward = mixer.mamba_ssm_state_dicts()
+    sizes = dict(d_conv=4, ngroups=ngroups, **SMALL)
+    wanted = mamba2_by_formula(forward, u, **sizes) + mamba2_by_formula(backward, u.flip(1), **sizes).flip(1)
+    torch.testing.assert_close(mixer(u), wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_bimamba2_is_two_passes_of_the_mixer_of_transformers():
+    mixer = randomised(mixers.BiMamba2(32, d_state=16, headdim=8)).float()
+    config = Mamba2Config(
+        hidden_size=32, state_size=16, expand=1, head_dim=8, num_heads=4, n_groups=1, conv_kernel=4, use_bias=False,
+        use_conv_bias=True, layer_norm_epsilon=1e-5, chunk_size=16,
+    )  # fmt: skip
+    u = torch.randn(2, 50, 32)
+    wanted = 0
+    for weights, turn in zip(mixer.mamba_ssm_state_dicts(), (lambda t: t, lambda t: t.flip(1))):
+        peer = Mamba2Mixer(config, layer_idx=0)
+        peer.load_state_dict(weights)
+        wanted = wanted + turn(peer(turn(u)))
+    torch.testing.assert_close(mixer(u), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_hydra_is_two_strict_scans_and_a_diagonal():
+    mixer = randomised(mixers.Hydra(16, **SMALL))
+    u = torch.randn(2, 23, 16, dtype=torch.double)
+    z, xBC, dt = F.linear(u, mixer.in_proj.weight).split((16, 16 + 4 * 8, 4), -1)
+    conv = F.conv1d(xBC.mT, mixer.conv1d.weight[:, None], mixer.conv1d.bias, padding=3, groups=mixer.conv_dim)
+    x, B_f, C_f, B_b, C_b = F.silu(conv).mT.split((16, 8, 8, 8, 8), -1)
+    x = x.unflatten(-1, (2, 8))
+    steps = F.softplus(dt.unflatten(-1, (2, 2)) + mixer.dt_bias)  # (b, L, direction, heads)
+    A = -mixer.A_log.exp()
+
+    def causal(x, dt, B, C):
+        h, y = x.new_zeros(2, 2, 8, 8), []
+        for t in range(x.shape[1]):
+            update = dt[:, t, :, None, None] * x[:, t, :, :, None] * B[:, t, None, None, :]
+            h = (dt[:, t] * A).exp()[..., None, None] * h + update
+            y.append((h * C[:, t, None, None, :]).sum(-1))
+        return F.pad(torch.stack(y, 1)[:, :-1], (0, 0, 0, 0, 1, 0))  # one frame later: strictly triangular
+
+    y = causal(x, steps[:, :, 0], B_f, C_f) + causal(*(t.flip(1) for t in (x, steps[:, :, 1], B_b, C_b))).flip(1)
+    y = (y + mixer.D[:, None] * x).flatten(-2) * F.silu(z)
+    y = y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * mixer.norm.weight
+    torch.testing.assert_close(mixer(u), F.linear(y, mixer.out_proj.weight), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("d_model, wanted", [(1024, 6_863_456), (768, 3_962_440)])
+def test_parameter_count_of_bimamba2(d_model, wanted):
+    with torch.device("meta"):
+        mixer = mixers.BiMamba2(d_model)
+    assert sum(p.numel() for p in mixer.parameters()) == wanted
+
+
+def test_mamba2_has_the_state_dict_of_mamba_ssm():
+    state = {
+        name: tuple(tensor.shape) for name, tensor in mixers.Mamba2(32, d_state=16, headdim=8).state_dict().items()
+    }
+    assert state == {
+        "dt_bias": (8,),
+        "A_log": (8,),
+        "D": (8,),
+        "in_proj.weight": (2 * 64 + 2 * 16 + 8, 32),
+        "conv1d.weight": (64 + 2 * 16, 1, 4),
+        "conv1d.bias": (64 + 2 * 16,),
+        "norm.weight": (64,),
+        "out_proj.weight": (32, 64),
+    }
+
+
+def test_weights_go_to_mamba_ssm_and_back():
+    source, target = (mixers.BiMamba2(32, **SMALL) for _ in range(2))
+    halves = source.mamba_ssm_state_dicts()
+    single = mixers.Mamba2(32, **SMALL, expand=1).state_dict()
+    for half in halves:
+        assert {k: v.shape for k, v in half.items()} == {k: v.shape for k, v in single.items()}
+    target.load_mamba_ssm(*halves)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], tensor), name
+
+
+def test_wrong_mamba_ssm_weights_change_nothing():
+    mixer = mixers.BiMamba2(32, **SMALL)
+    before = {name: tensor.clone() for name, tensor in mixer.state_dict().items()}
+    forward, backward = (dict(d) for d in mixers.BiMamba2(32, **SMALL).mamba_ssm_state_dicts())
+    with pytest.raises(ValueError, match=r"backward_layer\['D'\] has shape \(5,\), wanted \(4,\)"):
+        mixer.load_mamba_ssm(forward, {**backward, "D": torch.ones(5)})
+    backward.pop("A_log")
+    with pytest.raises(ValueError, match="backward_layer lacks .*A_log"):
+        mixer.load_mamba_ssm(forward, backward)
+    for name, tensor in mixer.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_a_padded_row_is_what_it_is_alone_and_padding_gets_nothing(name):
+    mixer = randomised(mixers.get(name)(16, **SMALL))
+    lengths = torch.tensor([40, 0, 1, 23])
+    u = torch.randn(4, 40, 16, dtype=torch.double, requires_grad=True)
+    y = mixer(u, lengths)
+    (y * torch.randn_like(y)).sum().backward()
+    for row, length in enumerate(lengths):
+        assert torch.all(y[row, length:] == 0)
+        assert torch.all(u.grad[row, length:] == 0)
+        if length:
+            torch.testing.assert_close(y[row, :length], mixer(u[row : row + 1, :length])[0], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", mixers.names())
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1)])
+def test_empty_and_shortest_inputs(name, shape):
+    mixer = mixers.get(name)(16, **SMALL)
+    assert mixer(torch.randn(*shape, 16)).shape == (*shape, 16)
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_every_parameter_gets_a_gradient(name):
+    mixer = mixers.get(name)(16, **SMALL)
+    mixer(torch.randn(2, 20, 16)).square().sum().backward()
+    for parameter_name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
+
+
+def test_bidirectional_mixers_see_both_ways_and_mamba2_does_not_look_ahead():
+    for name in mixers.names():
+        mixer = mixers.get(name)(16, **SMALL)
+        u = torch.randn(1, 30, 16)
+        changed = u.clone()
+        changed[0, 20] += 1
+        difference = (mixer(changed) - mixer(u)).abs().amax(-1)[0]
+        assert difference[20:].min() > 0
+        assert (difference[:20].max() > 0) == (name in BIDIRECTIONAL) == (not mixer.causal)
+
+
+def test_mamba2_decodes_frame_by_frame():
+    mixer = randomised(mixers.Mamba2(16, **SMALL, ngroups=2))
+    u = torch.randn(3, 31, 16, dtype=torch.double)
+    state = mixer.new_state(3)
+    prompt = mixer(u[:, :20], state=state)
+    steps = [mixer.step(u[:, t], state) for t in range(20, 31)]
+    torch.testing.assert_close(torch.cat((prompt, torch.stack(steps, 1)), 1), mixer(u), rtol=1e-10, atol=1e-12)
+
+
+def test_mamba2_state_with_padding_is_refused():
+    mixer = mixers.Mamba2(16, **SMALL)
+    with pytest.raises(ValueError, match="seq_lens and state"):
+        mixer(torch.randn(1, 4, 16), torch.tensor([3]), state=mixer.new_state(1))
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_initial_values_are_those_of_mamba_ssm(name):
+    torch.manual_seed(0)
+    mixer = mixers.get(name)(256, headdim=1)
+    A, dt = -mixer.A, F.softplus(mixer.dt_bias)
+    assert 1 <= A.min() < 1.5 and 15.5 < A.max() <= 16
+    assert 1e-3 * 0.999 <= dt.min() < 2e-3 and 0.05 < dt.max() <= 0.1 * 1.001
+    assert abs(dt.log().mean() - math.log(1e-2)) < 0.3  # log-uniform
+    assert torch.all(mixer.D == 1) and torch.all(mixer.norm.weight == 1)
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_low_precision_stays_close(name):
+    torch.manual_seed(0)
+    mixer = mixers.get(name)(64, d_state=16, headdim=16)
+    u = torch.randn(2, 100, 64)
+    wanted = mixer(u)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = mixer(u)
+    assert mixed.dtype == torch.bfloat16
+    low = mixer.bfloat16()(u.bfloat16())
+    for got in (mixed, low):
+        assert (got.float() - wanted).norm() < 0.02 * wanted.norm()
+
+
+class OpCount(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not COMPILED, reason="the compiled operators are not there")
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_a_forward_pass_is_two_products_and_three_operators(name):
+    mixer = mixers.get(name)(64, d_state=16, headdim=16)
+    with torch.no_grad(), OpCount() as count:
+        mixer(torch.randn(2, 100, 64), torch.tensor([100, 60]))
+    assert sum(op in ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear") for op in count.names) == 2
+    assert sum(op.startswith("linconv::") for op in count.names) == 3
+    moved = {"aten::flip", "aten::clone", "aten::copy_", "aten::_to_copy", "aten::contiguous", "aten::cat"}
+    assert not moved & set(count.names)
+
+
+def test_flops_are_counted_as_documented():
+    mixer = mixers.BiMamba2(1024)
+    scan = 2 * (4 * 16 * 128 * 64 + 64 * 16 * 64 + 64 * 1 * 128)
+    weights = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel() + mixer.conv1d.weight.numel()
+    assert mixer.flops(1000) == 1000 * (scan + 2 * weights)
+
+
+def test_registry():
+    assert mixers.get("bimamba2") is mixers.BiMamba2
+    with pytest.raises(ValueError, match=r"mixer is 'bimamba', wanted one of .* \(did you mean 'bimamba2'\?\)"):
+        mixers.get("bimamba")
+    with pytest.raises(ValueError, match="already the mixer BiMamba2"):
+        mixers.register("bimamba2", mixers.Hydra)
+    with pytest.raises(TypeError, match="subclass of linconv.mixers.Mixer"):
+        mixers.register("linear", nn.Linear)
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        (dict(headdim=24), ValueError, "headdim is 24"),
+        (dict(ngroups=3), ValueError, "ngroups is 3"),
+        (dict(dstate=8), TypeError, "no option 'dstate', wanted one of d_state"),
+    ],
+)
+def test_wrong_options_are_named(options, error, match):
+    class Config:
+        hidden_size = 64
+
+    with pytest.raises(error, match=match):
+        mixers.BiMamba2.from_attention(nn.Linear(64, 64), Config, **options)
+
+
+def test_from_attention_takes_dtype_and_draws_alike():
+    class Config:
+        hidden_size = 64
+
+    drawn = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(3)
+        drawn.append(mixers.Hydra.from_attention(nn.Linear(64, 64).to(dtype), Config, headdim=16))
+    assert {p.dtype for p in drawn[1].parameters()} == {torch.bfloat16}
+    for a, b in zip(drawn[0].parameters(), drawn[1].parameters()):
+        assert torch.equal(a.bfloat16(), b)
