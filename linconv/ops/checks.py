@@ -41,7 +41,7 @@ def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -
 
 def readable(value: torch.Tensor) -> bool:
     """Whether reading elements costs nothing: not on another device, and not while a graph is being traced."""
-    return value.device.type == "cpu" and not isinstance(value, FakeTensor) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and value.device.type == "cpu" and not isinstance(value, FakeTensor)
 
 
 def _integer_vector(name: str, value, device: torch.device) -> None:

@@ -1,0 +1,197 @@
+"""The package as a whole: what importing it costs, how it bears a library that is missing, what the library is."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import linconv
+from linconv import environment
+from linconv.ops import dispatch
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = dispatch.LIBRARIES / "liblinconv_cpu.so"
+ISAS = [isa for isa, supported in dispatch.build_info().get("isas", {}).items() if supported]
+needs_library = pytest.mark.skipif(not dispatch.build_info(), reason="needs the CPU library")
+
+# Calls one operator twice; prints its distance from the reference, and every warning.
+CALL = """
+import warnings, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import linconv
+    x, weight = torch.randn(2, 37, 24), torch.randn(24, 4)
+    for _ in range(2):
+        got = linconv.ops.short_conv(x, weight)
+expected = linconv.ops.short_conv(x, weight, backend="reference")
+print("difference", (got - expected).abs().max().item())
+for warning in caught:
+    print(warning.category.__name__, warning.message)
+"""
+
+
+def python(code, check=True, **variables):
+    """The code's output, and its errors, in a fresh interpreter."""
+    paths = os.pathsep.join([str(Path(linconv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths, **variables},
+        capture_output=True,
+        text=True,
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def difference(output):
+    return float(re.search(r"^difference (\S+)$", output, re.MULTILINE)[1])
+
+
+def test_import_is_lean():
+    code = "import sys, torch; had = set(sys.modules); import linconv; print(*sorted(set(sys.modules) - had))"
+    added = {name.split(".")[0] for name in python(code).stdout.split()}
+    assert "linconv" in added
+    assert not added & {"transformers", "triton", "matplotlib", "accelerate", "soundfile", "pandas", "tqdm"}
+
+
+def test_every_public_name_exists():
+    for name in linconv.__all__:
+        assert getattr(linconv, name) is not None, name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        linconv.nonsense  # noqa: B018
+
+
+def test_missing_library_is_one_warning_and_the_reference(tmp_path):
+    output = python(CALL, LINCONV_LIBRARY_PATH=str(tmp_path)).stdout
+    assert difference(output) == 0
+    (warning,) = [line for line in output.splitlines() if "LinconvPerformanceWarning" in line]
+    assert str(tmp_path) in warning and "pip install" in warning and "linconv env" in warning
+
+
+def test_broken_library_is_one_warning_and_the_reference(tmp_path):
+    (tmp_path / "liblinconv_cpu.so").write_bytes(b"not a library")
+    output = python(CALL, LINCONV_LIBRARY_PATH=str(tmp_path)).stdout
+    assert difference(output) == 0
+    (warning,) = [line for line in output.splitlines() if "LinconvPerformanceWarning" in line]
+    assert "cannot be loaded" in warning and "pip install" in warning
+
+
+@needs_library
+def test_library_of_another_version_is_one_warning_and_the_reference():
+    other = (
+        "import sys, types; v = types.ModuleType('v'); v.__version__ = '9.9.9'; sys.modules['linconv._version'] = v\n"
+    )
+    output = python(other + CALL).stdout
+    assert difference(output) == 0
+    (warning,) = [line for line in output.splitlines() if "LinconvPerformanceWarning" in line]
+    assert linconv.__version__ in warning and "9.9.9" in warning and "pip install" in warning
+
+
+@needs_library
+def test_the_library_is_used_without_a_warning():
+    output = python(CALL).stdout
+    assert "Warning" not in output
+    assert difference(output) < 1e-5
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_set_can_be_chosen(isa):
+    code = CALL + "print('isa', linconv.ops.dispatch.build_info()['isa'])"
+    output = python(code, LINCONV_CPU_ISA=isa).stdout
+    assert f"isa {isa}" in output.splitlines()
+    assert "Warning" not in output
+    assert difference(output) < 1e-5
+
+
+@needs_library
+def test_unknown_instruction_set_is_an_error_of_the_call_not_of_the_import():
+    done = python("import linconv; print('imported')\n" + CALL, check=False, LINCONV_CPU_ISA="v9")
+    assert done.returncode != 0 and "imported" in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: LINCONV_CPU_ISA='v9'")
+    assert all(isa in last for isa in dispatch.build_info()["isas"])
+    report = python("import linconv.environment as e; print(e.report())", LINCONV_CPU_ISA="v9").stdout
+    assert "backend cpu:            LINCONV_CPU_ISA='v9'" in report
+
+
+def test_forced_backends():
+    cpu = torch.device("cpu")
+    assert dispatch.pick("short_conv", cpu, "reference") == "reference"
+    with pytest.raises(ValueError, match="backend='fpga': wants one of cpu, triton, cuda, mamba_ssm, reference"):
+        dispatch.pick("short_conv", cpu, "fpga")
+    with pytest.raises(ValueError, match=r"backend='cuda' cannot run short_conv: it takes CUDA tensors, got cpu"):
+        dispatch.pick("short_conv", cpu, "cuda")
+    with pytest.raises(ValueError, match=r"backend='cpu' cannot run short_conv: it takes CPU tensors, got cuda"):
+        dispatch.pick("short_conv", torch.device("cuda"), "cpu")
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run short_conv: this version has no Triton kernels"):
+        dispatch.pick("short_conv", cpu, "triton")
+
+
+def test_backends_say_what_is_there_and_why_not():
+    found = linconv.ops.backends()
+    assert found["reference"] == "available"
+    assert list(found) == ["cpu", "triton", "cuda", "mamba_ssm", "reference"]
+    assert all(reason for reason in found.values())
+
+
+def test_environment_report():
+    report = environment.report()
+    for line in (
+        f"linconv:                {linconv.__version__}",
+        f"torch:                  {torch.__version__}",
+        *(f"{f'backend {name}:':<23} {state}" for name, state in linconv.ops.backends().items()),
+    ):
+        assert line in report.splitlines()
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None or shutil.which("readelf") is None, reason="needs binutils")
+class TestBinary:
+    def test_needs_no_python_and_no_particular_torch(self):
+        """It links against libtorch_cpu's C interface and the C++ runtime, by name; no path, nothing of Python's."""
+        dynamic = subprocess.run(["readelf", "-dW", LIBRARY], capture_output=True, text=True, check=True).stdout
+        needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\]", dynamic))
+        system = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2", "libasan.so.8"}
+        system |= {"libubsan.so.1", "ld-linux-aarch64.so.1"}
+        assert "libtorch_cpu.so" in needed
+        assert needed - {"libtorch_cpu.so"} <= system
+        assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
+        undefined = subprocess.run(["nm", "-D", "-u", LIBRARY], capture_output=True, text=True, check=True).stdout
+        names = {line.split()[-1] for line in undefined.splitlines()}
+        assert not {name for name in names if re.match(r"_?Py[A-Z_]|_ZNK?2at|_ZNK?3c10|_ZNK?5torch", name)}
+        assert {name for name in names if name.startswith(("aoti_torch_", "torch_"))}
+
+    @pytest.mark.parametrize("isa", dispatch.build_info().get("isas", {}))
+    def test_kernels_leave_nothing_to_be_merged_across_instruction_sets(self, isa):
+        """A weak symbol outside the ISA's own namespace could be kept from the v4 object and crash a v3 machine."""
+        objects = sorted((ROOT / "build" / "cmake" / "CMakeFiles" / f"linconv_kernels_{isa}.dir").rglob("*.o"))
+        if not objects:
+            pytest.skip("needs the build tree")
+        for file in objects:
+            listed = subprocess.run(["nm", "-C", "--defined-only", file], capture_output=True, text=True, check=True)
+            for line in listed.stdout.splitlines():
+                _, kind, name = line.split(" ", 2)
+                assert kind not in "WVu" or f"linconv::{isa}::" in name, f"{file.name}: {name}"
+            undefined = subprocess.run(["nm", "-C", "-u", file], capture_output=True, text=True, check=True).stdout
+            assert "std::" not in undefined and "torch" not in undefined, file.name
+
+
+def test_wheel_serves_every_python():
+    try:
+        wheel = importlib.metadata.distribution("linconv").read_text("WHEEL")
+    except importlib.metadata.PackageNotFoundError:
+        wheel = None
+    if wheel is None:
+        pytest.skip("linconv is not installed")
+    (tag,) = re.findall(r"^Tag: (.+)$", wheel, re.MULTILINE)
+    assert re.fullmatch(r"py3-none-linux_(x86_64|aarch64)", tag)
+    assert "Root-Is-Purelib: false" in wheel
+    assert importlib.metadata.version("linconv") == linconv.__version__
