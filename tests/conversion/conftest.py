@@ -1,0 +1,131 @@
+"""Tiny models with random weights, of every head class that converts."""
+
+import pytest
+import torch
+from transformers import (
+    Wav2Vec2Config,
+    Wav2Vec2ForAudioFrameClassification,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForPreTraining,
+    Wav2Vec2ForSequenceClassification,
+    Wav2Vec2ForXVector,
+    Wav2Vec2Model,
+    WhisperConfig,
+    WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
+    WhisperModel,
+)
+
+MIXER = dict(d_state=8, headdim=16)
+WAV2VEC2 = (
+    Wav2Vec2Model,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForSequenceClassification,
+    Wav2Vec2ForAudioFrameClassification,
+    Wav2Vec2ForXVector,
+    Wav2Vec2ForPreTraining,
+)
+WHISPER = (WhisperModel, WhisperForAudioClassification, WhisperForConditionalGeneration)
+
+
+def wav2vec2_config(stable=True, **changes):
+    """Layer norm in the feature extractor goes with stable layer norm in the blocks, as in the published models."""
+    return Wav2Vec2Config(
+        **dict(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=48,
+            conv_dim=(16, 16),
+            conv_kernel=(10, 3),
+            conv_stride=(5, 2),
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+            do_stable_layer_norm=stable,
+            feat_extract_norm="layer" if stable else "group",
+            vocab_size=20,
+            num_labels=3,
+            classifier_proj_size=16,
+            mask_time_length=2,
+            num_codevectors_per_group=4,
+            codevector_dim=8,
+            proj_codevector_dim=8,
+            tdnn_dim=(16, 16),
+            tdnn_kernel=(3, 1),
+            tdnn_dilation=(1, 1),
+            xvector_output_dim=8,
+        )
+        | changes
+    )
+
+
+def whisper_config(**changes):
+    return WhisperConfig(
+        **dict(
+            d_model=32,
+            encoder_layers=3,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            num_mel_bins=8,
+            max_source_positions=1500,
+            vocab_size=60,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+            classifier_proj_size=16,
+            num_labels=3,
+        )
+        | changes
+    )
+
+
+def make(head, attn_implementation="sdpa", **changes):
+    """A model in eval mode whose attention and norms are not the trivial ones that they start as."""
+    torch.manual_seed(0)
+    config = whisper_config(**changes) if head in WHISPER else wav2vec2_config(**changes)
+    model = head._from_config(config, attn_implementation=attn_implementation)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def inputs_for(head, batch=2, length=None, lengths=None):
+    """Inputs of a batch, with the padding that ``lengths`` asks for."""
+    generator = torch.Generator().manual_seed(1)
+    if head in WHISPER:
+        length = length or 400
+        inputs = {"input_features": torch.randn(batch, 8, length, generator=generator)}
+    else:
+        length = length or 1000
+        inputs = {"input_values": torch.randn(batch, length, generator=generator)}
+    if head in (WhisperModel, WhisperForConditionalGeneration):
+        inputs["decoder_input_ids"] = torch.randint(3, 50, (batch, 6), generator=generator)
+    if lengths is not None:
+        inputs["attention_mask"] = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+        signal = next(iter(inputs))
+        padding = inputs["attention_mask"] == 0
+        inputs[signal] = inputs[signal].masked_fill(padding[:, None] if head in WHISPER else padding, 0)
+    return inputs
+
+
+def output_of(model, inputs):
+    """The main output of any head."""
+    with torch.no_grad():
+        outputs = model(**inputs)
+    for name in ("logits", "projected_states", "last_hidden_state"):
+        if getattr(outputs, name, None) is not None:
+            return getattr(outputs, name)
+    raise AssertionError(f"no output known in {list(outputs)}")
+
+
+@pytest.fixture(params=[*WAV2VEC2, *WHISPER], ids=lambda head: head.__name__)
+def head(request):
+    return request.param

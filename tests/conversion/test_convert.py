@@ -1,0 +1,451 @@
+"""What convert() promises, for every head class."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    BertConfig,
+    BertModel,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForSequenceClassification,
+    Wav2Vec2ForXVector,
+    WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
+    WhisperModel,
+)
+
+import linconv
+from linconv import mixers
+from linconv.conversion import ConvertedModel, encoder_layers, frame_lengths
+
+from .conftest import MIXER, WAV2VEC2, WHISPER, inputs_for, make, output_of, wav2vec2_config
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("none", ["none", []])
+def test_no_layer_converted_is_the_teacher(head, implementation, none):
+    teacher = make(head, implementation)
+    student = linconv.convert(teacher, layers=none)
+    inputs = inputs_for(head, length=3000) if head in WHISPER else inputs_for(head, lengths=[1000, 700])
+    assert torch.equal(output_of(student, inputs), output_of(teacher, inputs))
+
+
+@pytest.mark.parametrize("stable", [True, False])
+def test_no_layer_converted_is_the_teacher_in_both_forms_of_wav2vec2(stable):
+    teacher = make(Wav2Vec2ForCTC, stable=stable)
+    inputs = inputs_for(Wav2Vec2ForCTC, lengths=[1000, 700])
+    assert torch.equal(output_of(linconv.convert(teacher, layers=[]), inputs), output_of(teacher, inputs))
+
+
+def test_conversion_swaps_attention_and_nothing_else(head):
+    teacher = make(head)
+    before, config = state(teacher), copy.deepcopy(teacher.config.to_dict())
+    student = linconv.convert(teacher, layers=[0, -1], **MIXER)
+
+    assert type(teacher) is head and teacher.config.to_dict() == config
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+
+    assert isinstance(student, head) and isinstance(student, ConvertedModel)
+    assert student.config.model_type == f"linconv-{teacher.config.model_type}"
+    assert student.config.linconv == {"version": 1, "mixer": "bimamba2", "layers": [0, 2], "options": MIXER}
+    swapped = {name for name in before if name not in student.state_dict()}
+    assert swapped and all(".0." in name or ".2." in name for name in swapped)
+    for name in before.keys() - swapped:
+        assert torch.equal(before[name], student.state_dict()[name]), name
+    mixers_in = [m for m in student.modules() if isinstance(m, mixers.Mixer)]
+    assert [type(m) for m in mixers_in] == [mixers.BiMamba2] * 2
+    assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in teacher.parameters()}
+    for module in student.modules():
+        assert getattr(module, "config", student.config) is student.config
+
+
+@pytest.mark.parametrize("mixer", mixers.names())
+def test_every_mixer_in_every_layer_trains(head, mixer):
+    student = linconv.convert(make(head), mixer=mixer, **MIXER).train()
+    inputs = inputs_for(head, lengths=[400, 301] if head in WHISPER else [1000, 700])
+    outputs = student(**inputs)
+    next(v for v in outputs.values() if torch.is_tensor(v) and v.requires_grad).float().square().sum().backward()
+    for name, parameter in student.named_parameters():
+        if ".mixer." in name:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_training_mode_dtype_and_frozen_parts_are_kept():
+    teacher = make(Wav2Vec2ForCTC).to(torch.bfloat16)
+    teacher.freeze_feature_encoder()
+    student = linconv.convert(teacher, **MIXER)
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    assert not any(m.training for m in student.modules())
+    assert all(m.training for m in linconv.convert(teacher.train(), **MIXER).modules())
+    frozen = {name for name, p in teacher.named_parameters() if not p.requires_grad}
+    assert {name for name, p in student.named_parameters() if not p.requires_grad} == frozen
+
+
+@pytest.mark.parametrize(
+    "changes, before, after",
+    [
+        (
+            dict(
+                hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, conv_bias=True,
+                feat_extract_norm="layer", do_stable_layer_norm=True,
+            ),
+            315_471_520, 379_432_864,
+        ),
+        ({}, 94_396_320, 113_597_184),
+    ],
+    ids=["large-lv60", "base"],
+)  # fmt: skip
+def test_parameter_counts_of_the_published_sizes(changes, before, after):
+    from transformers import Wav2Vec2Config
+
+    with torch.device("meta"):
+        teacher = Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=32, **changes))
+        student = linconv.convert(teacher)
+    found = linconv.inspect(teacher)
+    assert sum(p.numel() for p in teacher.parameters()) == found.parameters == before
+    assert sum(p.numel() for p in student.parameters()) == found.parameters_after == after
+
+
+def alone(inputs, row, length):
+    """One clip of a padded batch, without its padding and without a mask."""
+    signal = next(iter(inputs))
+    single = {name: value[row : row + 1] for name, value in inputs.items() if name != "attention_mask"}
+    single[signal] = single[signal][..., :length]
+    return single
+
+
+@pytest.mark.parametrize("layers", [None, [1], []], ids=["all", "hybrid", "none"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_padded_clip_is_what_it_is_alone(head, layers, implementation):
+    student = linconv.convert(make(head, implementation), layers=layers, **MIXER)
+    lengths = [400, 301, 7] if head in WHISPER else [1000, 701, 95]
+    inputs = inputs_for(head, batch=3, lengths=lengths)
+    if head in WHISPER:  # whatever stands in the padding
+        inputs["input_features"].masked_fill_(inputs["attention_mask"][:, None] == 0, torch.nan)
+    padded = output_of(student, inputs)
+    frames = frame_lengths(student, inputs["attention_mask"])
+    for row, length in enumerate(lengths):
+        single = output_of(student, alone(inputs, row, length))[0]
+        got = padded[row]
+        if single.dim() == 2 and "decoder_input_ids" not in inputs:  # one output a frame
+            assert single.shape[0] == frames[row]
+            got = got[: frames[row]]
+        torch.testing.assert_close(got, single, rtol=1e-4, atol=2e-5)
+
+
+def test_group_norm_in_the_front_end_sees_padding():
+    """As docs/conversion.md says: nothing behind the front end can undo it."""
+    student = linconv.convert(make(Wav2Vec2ForCTC, stable=False), **MIXER)
+    inputs = inputs_for(Wav2Vec2ForCTC, lengths=[1000, 700])
+    single = output_of(student, alone(inputs, 1, 700))[0]
+    assert (output_of(student, inputs)[1, : len(single)] - single).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, WhisperForAudioClassification])
+def test_frame_lengths_are_what_the_blocks_see(model_class):
+    teacher = make(model_class)
+    for model in (linconv.convert(teacher, layers=[]), linconv.convert(teacher, **MIXER)):
+        seen = []
+        handle = encoder_layers(model)[0].register_forward_hook(lambda m, a, output: seen.append(output.shape[1]))
+        for length in (95, 96, 97, 301):
+            inputs = inputs_for(model_class, batch=1, length=length, lengths=[length])
+            output_of(model, inputs)
+            assert frame_lengths(model, inputs["attention_mask"]).tolist() == [seen.pop()]
+            assert frame_lengths(teacher, inputs["attention_mask"]).dtype == torch.int64
+        handle.remove()
+
+
+def test_blocks_of_teacher_and_student_line_up(head):
+    teacher = make(head)
+    for model in (teacher, linconv.convert(teacher, layers=[1], **MIXER)):
+        assert len(encoder_layers(model)) == 3
+    assert encoder_layers(teacher)[2] is teacher.base_model.encoder.layers[2]
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest tensor any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, WhisperForAudioClassification])
+def test_nothing_grows_with_the_square_of_the_length(model_class, masked):
+    def largest(model, frames):
+        length = 2 * frames if model_class in WHISPER else 10 * frames + 20
+        inputs = inputs_for(model_class, length=length, lengths=[length, length // 2] if masked else None)
+        with LargestTensor() as mode:
+            output_of(model, inputs)
+        return mode.numel
+
+    changes = dict(max_source_positions=3000) if model_class in WHISPER else {}
+    teacher = make(model_class, **changes)
+    student = linconv.convert(teacher, **MIXER)
+    assert largest(student, 3000) <= 2.1 * largest(student, 1500)
+    if masked and model_class not in WHISPER:  # the measure does see a mask of L x L where there is one
+        assert largest(teacher, 3000) > 3 * largest(teacher, 1500)
+    # The mask of the layers that were left in place does not grow so either.
+    if masked:
+        hybrid = linconv.convert(teacher, layers=[0], **MIXER)
+        masks = []
+        attention = encoder_layers(hybrid)[1].get_submodule("self_attn" if model_class in WHISPER else "attention")
+        attention.register_forward_pre_hook(
+            lambda m, args, kwargs: masks.append(kwargs["attention_mask"].shape), with_kwargs=True
+        )
+        largest(hybrid, 1500)
+        assert len(masks[0]) == 2
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_left_in_place_gives_what_the_stock_masks_give(implementation):
+    teacher = make(Wav2Vec2ForCTC, implementation)
+    student = linconv.convert(teacher, layers=[], **MIXER)
+    inputs = inputs_for(Wav2Vec2ForCTC, lengths=[1000, 700])
+    states = [model(**inputs, output_hidden_states=True).hidden_states for model in (teacher, student)]
+    assert len(states[0]) == len(states[1]) == 4
+    for teacher_state, student_state in zip(*states):
+        assert torch.equal(teacher_state, student_state)
+
+
+def test_hidden_states_are_recorded_in_every_layer(head):
+    student = linconv.convert(make(head), layers=[0, 1], **MIXER)
+    outputs = student(**inputs_for(head), output_hidden_states=True)
+    states = outputs.hidden_states if "hidden_states" in outputs else outputs.encoder_hidden_states
+    assert len(states) == 4 and all(s is not None for s in states)
+
+
+def test_attention_weights_come_from_the_layers_left_in_place():
+    student = linconv.convert(make(Wav2Vec2ForCTC, "eager"), layers=[0, 1], **MIXER)
+    outputs = student(**inputs_for(Wav2Vec2ForCTC, length=300), output_attentions=True)
+    assert [tuple(a.shape) for a in outputs.attentions] == [(2, 2, 29, 29)]
+
+
+def test_layer_drop_is_off_in_the_student():
+    for model_class, entry in ((Wav2Vec2ForCTC, "layerdrop"), (WhisperForAudioClassification, "encoder_layerdrop")):
+        teacher = make(model_class, **{entry: 1.0})
+        student = linconv.convert(teacher, **MIXER).train()
+        assert getattr(teacher.config, entry) == 1.0 and getattr(student.config, entry) == 0.0
+        ran = []
+        for layer in encoder_layers(student):
+            layer.register_forward_hook(lambda m, a, o: ran.append(m))
+        student(**inputs_for(model_class))
+        assert ran == encoder_layers(student)
+
+
+def test_one_spec_augment_mask_serves_teacher_and_student():
+    """In evaluation and in training mode: the mask is an argument, not each model's own drawing."""
+    teacher = make(Wav2Vec2ForCTC)
+    student = linconv.convert(teacher, layers=[], **MIXER)
+    inputs = inputs_for(Wav2Vec2ForCTC)
+    inputs["mask_time_indices"] = torch.arange(99).remainder(7).lt(3).expand(2, -1)
+    seen = []
+    for model in (teacher, student.train()):
+        encoder_layers(model)[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model(**inputs)
+    assert torch.equal(*seen)
+    unmasked = {name: value for name, value in inputs.items() if name != "mask_time_indices"}
+    assert not torch.equal(output_of(teacher, inputs), output_of(teacher, unmasked))
+
+
+@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, WhisperForAudioClassification])
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
+def test_gradient_checkpointing_gives_the_same_gradients(model_class, layers):
+    student = linconv.convert(make(model_class), layers=layers, **MIXER)
+    inputs = inputs_for(model_class, lengths=[400, 301] if model_class in WHISPER else [1000, 700])
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            student.train()
+            for module in student.modules():  # dropout aside, training is evaluation
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+                if isinstance(getattr(module, "dropout", None), float):
+                    module.dropout = 0.0
+            student.config.apply_spec_augment = False
+        student.zero_grad()
+        student(**inputs).logits.square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_whisper_takes_any_length_up_to_its_positions():
+    student = linconv.convert(make(WhisperForAudioClassification), **MIXER)
+    for length in (1, 2, 33, 3000):
+        assert output_of(student, inputs_for(WhisperForAudioClassification, length=length)).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"input_features has 3001 frames, wanted at most 3000"):
+        student(**inputs_for(WhisperForAudioClassification, length=3001))
+
+
+def test_whisper_masks_that_do_not_fit_are_refused():
+    student = linconv.convert(make(WhisperForAudioClassification), **MIXER)
+    inputs = inputs_for(WhisperForAudioClassification, lengths=[400, 300])
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 399\), wanted \(batch, 400\)"):
+        student(**inputs | {"attention_mask": inputs["attention_mask"][:, 1:]})
+    with pytest.raises(ValueError, match="padding on the right"):
+        student(**inputs | {"attention_mask": inputs["attention_mask"].flip(1)})
+
+
+def test_whisper_weighted_layer_sum():
+    teacher = make(WhisperForAudioClassification, use_weighted_layer_sum=True)
+    inputs = inputs_for(WhisperForAudioClassification, length=3000)
+    assert torch.equal(output_of(linconv.convert(teacher, layers=[]), inputs), output_of(teacher, inputs))
+
+
+def test_whisper_loss_and_labels():
+    teacher = make(WhisperForAudioClassification)
+    inputs = inputs_for(WhisperForAudioClassification, length=3000) | {"labels": torch.tensor([0, 2])}
+    assert torch.equal(linconv.convert(teacher, layers=[])(**inputs).loss, teacher(**inputs).loss)
+
+
+def test_whisper_generates():
+    student = linconv.convert(make(WhisperForConditionalGeneration), layers=[0], **MIXER)
+    features = inputs_for(WhisperForConditionalGeneration, length=3000)["input_features"]
+    tokens = student.generate(features, max_new_tokens=4, min_new_tokens=4)
+    assert tokens.shape[0] == 2 and tokens.shape[1] >= 4
+
+
+def test_positional_arguments_reach_the_whisper_model():
+    model = linconv.convert(make(WhisperModel), **MIXER)
+    inputs = inputs_for(WhisperModel, length=100)
+    encoded = model.encoder(inputs["input_features"])
+    ids = inputs["decoder_input_ids"]
+    again = model(None, None, ids, None, encoded).last_hidden_state
+    assert torch.equal(again, model(inputs["input_features"], None, ids).last_hidden_state)
+    assert torch.equal(again, model(**inputs, return_dict=False)[0])
+
+
+@pytest.mark.parametrize("requested", ["sdpa", "eager"])
+def test_attention_implementation_can_be_changed(requested):
+    student = linconv.convert(make(Wav2Vec2ForCTC), layers=[0], **MIXER)
+    inputs = inputs_for(Wav2Vec2ForCTC, lengths=[1000, 700])
+    before = output_of(student, inputs)
+    student.set_attn_implementation(requested)
+    assert student.config._attn_implementation == f"linconv_{requested}"
+    torch.testing.assert_close(output_of(student, inputs)[:, :60], before[:, :60], rtol=1e-4, atol=1e-5)
+
+
+def test_attention_implementation_without_padding_masks_is_refused():
+    student = linconv.convert(make(Wav2Vec2ForCTC), layers=[0], **MIXER)
+    with pytest.raises(
+        ValueError, match="attn_implementation is 'flex_attention', a converted model takes sdpa, eager"
+    ):
+        student.set_attn_implementation("flex_attention")
+
+
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        (dict(mixer="bimamba"), ValueError, "did you mean 'bimamba2'"),
+        (dict(layers=[3]), ValueError, "layers has 3, wanted -3 to 2: the model has 3 blocks"),
+        (dict(layers="some"), ValueError, "layers is 'some'"),
+        (dict(layers=[0.5]), TypeError, "layers is"),
+        (dict(layers=[True]), TypeError, "layers is"),
+        (dict(d_stat=4), TypeError, "BiMamba2 has no option 'd_stat', wanted one of d_state"),
+        (dict(headdim=64), ValueError, "headdim is 64"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, match):
+    teacher = make(Wav2Vec2ForCTC)
+    for function in (linconv.convert, linconv.inspect):
+        with pytest.raises(error, match=match):
+            function(teacher, **arguments)
+
+
+def test_wrong_teachers_are_named():
+    with pytest.raises(TypeError, match="model is of type 'bert', wanted one of wav2vec2, whisper"):
+        linconv.convert(BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)))
+    with pytest.raises(TypeError, match="model is a Linear"):
+        linconv.convert(torch.nn.Linear(2, 2))
+    teacher = make(Wav2Vec2ForCTC)
+    with pytest.raises(TypeError, match="converted already"):
+        linconv.convert(linconv.convert(teacher, **MIXER), **MIXER)
+    with pytest.raises(TypeError, match="teacher is a WhisperEncoder, wanted one of WhisperModel"):
+        linconv.convert(make(WhisperModel).encoder)
+
+
+def test_inspect_counts_and_reads():
+    teacher = make(Wav2Vec2ForCTC)
+    found = linconv.inspect(teacher, layers=[0, 2], lengths=(10, 1000), **MIXER)
+    student = linconv.convert(teacher, layers=[0, 2], **MIXER)
+    assert found.parameters_after == sum(p.numel() for p in student.parameters())
+    mixer = encoder_layers(student)[0].attention.mixer
+    attention = 2 * (2 * 10 * 4 * 32 * 32 + 2 * 2 * 10 * 10 * 32)  # two layers: projections, then QK and PV
+    assert found.flops[10] == (attention, 2 * mixer.flops(10))
+    cross = found.crossover_frames
+    both = linconv.inspect(teacher, layers=[0, 2], lengths=(cross - 1, cross), **MIXER).flops
+    assert both[cross][1] < both[cross][0] and both[cross - 1][1] >= both[cross - 1][0]
+    text = str(found)
+    assert "2 of 3 blocks" in text and f"{found.parameters_after:,}" in text and f"{cross} frames" in text
+
+
+def test_seed_decides_the_mixers():
+    teacher = make(Wav2Vec2ForSequenceClassification)
+    students = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        students.append(state(linconv.convert(teacher, **MIXER)))
+    key = next(name for name in students[0] if name.endswith("in_proj.weight"))
+    assert torch.equal(students[0][key], students[1][key]) and not torch.equal(students[0][key], students[2][key])
+
+
+def test_weights_made_on_the_meta_device_can_be_initialised():
+    """The bare parameters of a mixer (A_log, D, dt_bias) are known to whatever model they stand in."""
+    from linconv.auto import LinconvWav2Vec2ForXVector
+
+    config = linconv.convert(make(Wav2Vec2ForXVector), **MIXER).config
+    with torch.device("meta"):
+        model = LinconvWav2Vec2ForXVector(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    model.init_weights()
+    for layer in encoder_layers(model):
+        mixer = layer.attention.mixer
+        assert all(p.isfinite().all() for p in mixer.parameters())
+        assert 1 <= -mixer.A.max() and -mixer.A.min() <= 16 and mixer.dt_bias.max() < 0
+        assert torch.all(mixer.D == 1)
+
+
+def test_initialising_again_leaves_converted_weights_alone():
+    student = linconv.convert(make(Wav2Vec2ForCTC), **MIXER)
+    before = state(student)
+    student.init_weights()
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+
+
+def test_heads_listed_are_all_that_transformers_has():
+    """A head class that a later transformers adds should not go unnoticed."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    for config, heads in ((wav2vec2_config(), WAV2VEC2), (make(WhisperModel).config, WHISPER)):
+        known = set()
+        for name in dir(modeling_auto):
+            if name.startswith("MODEL_") and name.endswith("MAPPING"):
+                known.add(getattr(modeling_auto, name).get(type(config), None))
+        known -= {None, getattr(transformers, "WhisperForCausalLM")}  # a decoder alone
+        assert {c for c in known if not isinstance(c, tuple)} <= set(heads)
