@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -16,3 +17,17 @@ def unknown(what: str, got: object, known: Iterable[str]) -> UserError:
         return UserError(f"{what}: no {str(got)!r}; did you mean {near[0]!r}?")
     listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
     return UserError(f"{what}: no {str(got)!r}; there is {listed or 'none'}")
+
+
+def no_folder(what: str, path: str) -> UserError:
+    """The error for a folder that is not there, with the nearest beside it."""
+    parent = Path(path).parent
+    beside = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+    near = get_close_matches(path.rstrip("/"), beside, 1, cutoff=0.5)
+    return UserError(f"{what}: no folder {path!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def may_be_on_hub(path: str) -> bool:
+    """Whether a path that is no folder here can be a name on the hub: ``name``, or ``owner/name``."""
+    parts = Path(path).parts
+    return len(parts) <= 2 and not path.startswith((".", "/", "~")) and (len(parts) == 1 or not Path(parts[0]).is_dir())

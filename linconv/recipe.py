@@ -1,6 +1,7 @@
 """Recipes: what to train, on what data and how, in one YAML file. Every key is checked, in nested blocks too."""
 
 import dataclasses
+import enum
 import types
 import typing
 from dataclasses import dataclass, field
@@ -180,12 +181,14 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         errors = []
+        for enumeration in (a for a in arguments if isinstance(a, type) and issubclass(a, enum.Enum)):
+            arguments = (enumeration, type(None)) if type(None) in arguments else (enumeration,)
         for choice in arguments:
             try:
                 return _coerce(value, choice, key)
             except UserError as error:
                 errors.append(error)
-        raise errors[0] if arguments[1:] == (type(None),) else _wrong(key, value, hint)
+        raise errors[0] if arguments[1:] in ((), (type(None),)) else _wrong(key, value, hint)
     if origin is Literal:
         if value not in arguments:
             raise unknown(key, value, arguments)
@@ -207,7 +210,13 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         if type(value) is not hint:
             raise _wrong(key, value, hint)
         return value
-    return value  # an enumeration or a class of transformers', which checks it
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        # YAML 1.1 reads a bare no as false, and no is how transformers spells never.
+        value = "no" if value is False else value
+        if value not in [member.value for member in hint]:
+            raise unknown(key, value, (member.value for member in hint))
+        return value
+    return value  # a class of transformers', which checks it
 
 
 def _wrong(key: str, value: Any, hint: Any) -> UserError:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from linconv.data.audio import read_audio
-from linconv.errors import UserError, unknown
+from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
 from linconv.recipe import Data
 
 __all__ = ["AudioClips", "AudioStream", "Splits", "load_splits"]
@@ -90,14 +90,10 @@ def load_splits(data: Data, task: str) -> Splits:
     folder = Path(data.path)
     if folder.is_dir():
         splits = _from_folder(folder, data, column)
-    elif folder.is_absolute() or data.path.startswith(".") or data.path.count("/") > 1 or folder.parent.is_dir():
-        near = folder.parent.iterdir() if folder.parent.is_dir() else ()
-        local = unknown("data.path", data.path, (str(p) for p in near if p.is_dir()))
-        if folder.is_absolute() or data.path.startswith(".") or data.path.count("/") > 1:
-            raise local
-        splits = _from_hub(data, column, local)
+    elif may_be_on_hub(data.path):
+        splits = _from_hub(data, column)
     else:
-        splits = _from_hub(data, column, UserError(f"data.path: no folder {data.path!r}"))
+        raise no_folder("data.path", data.path)
     if data.normalize_text and task == "ctc":
         from linconv.data.text import normalize
 
@@ -141,7 +137,10 @@ def _from_folder(folder: Path, data: Data, column: str) -> dict:
         if name not in rows[0]:
             raise unknown(what, name, rows[0])
     for key, value in data.where.items():
-        allowed = {str(v) for v in (value if isinstance(value, list) else [value])}
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(v, bool) for v in values):
+            raise UserError(f"data.where.{key}: got {value!r}; put yes and no, true and false into quotes")
+        allowed = {str(v) for v in values}
         missing = allowed - {row[key] for row in rows}
         if missing:
             raise unknown(f"data.where.{key}", min(missing), {row[key] for row in rows})
@@ -201,7 +200,8 @@ def _hold_out(rows: list[dict], target: str, data: Data) -> list[str]:
     return [assigned.get(row["file_name"], "train") for row in rows]
 
 
-def _from_hub(data: Data, column: str, absent: UserError) -> dict:
+def _from_hub(data: Data, column: str) -> dict:
+    absent = no_folder("data.path", data.path)
     try:
         import datasets
     except ImportError:

@@ -1,0 +1,281 @@
+"""The command line: ``linconv inspect | convert | finetune | distill | eval | demo | env``."""
+
+import argparse
+import json
+import sys
+from difflib import get_close_matches
+
+from linconv.errors import UserError, unknown
+
+__all__ = ["main"]
+
+# flag, recipe key, type, help
+_RECIPE_FLAGS = (
+    ("--task", "task", str, "classification or ctc"),
+    ("--data", "data.path", str, "folder with a metadata.csv, or a data set on the hub"),
+    ("--label", "data.label", str, "column of the classes"),
+    ("--text", "data.text", str, "column of the transcripts"),
+    ("--source", "model.source", str, "pretrained checkpoint"),
+    ("--teacher", "model.teacher", str, "fine-tuned checkpoint: written by finetune, read by distill"),
+    ("--output", "output", str, "folder for the student"),
+    ("--mixer", "conversion.mixer", str, "what takes attention's place"),
+    ("--mode", "guide.name", str, "unguided, target_guided or hybrid"),
+    ("--seed", "seed", int, "seed of every random draw"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, with the nearest valid flag or command."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            parser = self.command_parsers.get(getattr(parsed, "command", None), self)
+            flag = rest[0].split("=")[0]
+            near = get_close_matches(flag, parser._option_string_actions, 1)
+            parser.error(f"no argument {flag!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return parsed
+
+    command_parsers: dict = {}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns 0, or 2 for a mistake in what it was told, which it says in one line."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["demo"]:  # has arguments of its own
+        from linconv.demo import main as demo
+
+        return demo(argv[1:]) or 0
+    parser = _build_parser()
+    try:
+        if argv and not argv[0].startswith("-") and argv[0] not in parser.command_parsers:
+            raise unknown("command", argv[0], parser.command_parsers)
+        arguments = parser.parse_args(argv)
+        if arguments.command is None:
+            parser.print_help()
+            return 0
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"linconv: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _build_parser() -> _Parser:
+    from linconv._version import __version__
+
+    parser = _Parser(prog="linconv", description="Pretrained transformers to linear-time sequence mixers.")
+    parser.add_argument("--version", action="version", version=f"linconv {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("inspect", _inspect, "What a conversion would swap, the parameters, and the operations by length.")
+    _add_model_flags(sub)
+
+    sub = command("convert", _convert, "Convert a checkpoint and save it. The new mixers are untrained.")
+    _add_model_flags(sub)
+    sub.add_argument("--output", required=True, help="folder for the converted checkpoint")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the mixers' weights (default 0)")
+
+    for name, run, text in (
+        ("finetune", _finetune, "Fine-tune a teacher on a task: classification of clips, or CTC."),
+        ("distill", _distill, "Convert a fine-tuned teacher and distil it into the result."),
+    ):
+        sub = command(name, run, text)
+        _add_recipe_flags(sub)
+        sub.add_argument("--steps", type=int, help="optimizer steps")
+        sub.add_argument("--lr", type=float, help="learning rate")
+        sub.add_argument("--batch", type=int, help="clips a batch, on each device")
+        sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
+        sub.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
+
+    sub = command("eval", _eval, "Score a checkpoint: accuracy, or word and character error rate.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a teacher or a student")
+    _add_recipe_flags(sub)
+    sub.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default test)")
+    sub.add_argument("--json", action="store_true", help="print the scores as JSON")
+
+    command(
+        "demo", None, "The whole way on recorded speech: teacher, students, scores, speed. See `linconv demo --help`."
+    )
+    command("env", _env, "Versions, the machine, the backends found, and why others are not.")
+    parser.command_parsers = commands.choices
+    return parser
+
+
+def _add_model_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="checkpoint folder, or model on the hub")
+    sub.add_argument("--mixer", default="bimamba2", help="what takes attention's place (default bimamba2)")
+    sub.add_argument("--layers", help="which layers, as 0,1,5 or 0-5; all (default) or none")
+    _add_set(sub, "an option of the mixer, such as d_state=64")
+
+
+def _add_recipe_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file; the flags below go over what it says")
+    for flag, key, kind, text in _RECIPE_FLAGS:
+        sub.add_argument(flag, type=kind, help=f"{text} [{key}]")
+    sub.add_argument("--layers", help="which layers, as 0,1,5 or 0-5; all or none [conversion.layers]")
+    _add_set(sub, "any key of the recipe, such as distill.alpha_ld=15")
+
+
+def _add_set(sub: argparse.ArgumentParser, text: str) -> None:
+    sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
+
+
+# ---- Commands
+
+
+def _inspect(arguments) -> None:
+    from linconv.conversion import inspect
+    from linconv.pipeline import empty_model
+
+    model = empty_model(arguments.model, "model")
+    print(_checked_conversion(inspect, model, arguments))
+
+
+def _convert(arguments) -> None:
+    import transformers
+
+    from linconv.conversion import convert
+    from linconv.pipeline import load_model, save_preprocessing
+
+    _only_our_bars()
+    model = load_model(arguments.model, "model")
+    transformers.set_seed(arguments.seed)
+    converted = _checked_conversion(convert, model, arguments)
+    converted.save_pretrained(arguments.output)
+    save_preprocessing(arguments.model, arguments.output)
+    before, after = model.num_parameters(), converted.num_parameters()
+    print(f"{type(converted).__name__}: {before:,} -> {after:,} parameters, saved in {arguments.output}")
+
+
+def _checked_conversion(function, model, arguments):
+    from linconv import mixers
+
+    if arguments.mixer not in mixers.names():
+        raise unknown("--mixer", arguments.mixer, mixers.names())
+    known, options = mixers.get(arguments.mixer).options(), dict(map(_key_value, arguments.set))
+    for key in options:
+        if key not in known:
+            raise unknown(f"--set {key}", key, known)
+    try:
+        return function(model, mixer=arguments.mixer, layers=_layers(arguments.layers), **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _finetune(arguments) -> None:
+    _train("finetune", arguments)
+
+
+def _distill(arguments) -> None:
+    _train("distill", arguments)
+
+
+def _train(name: str, arguments) -> None:
+    from contextlib import nullcontext
+    from tempfile import TemporaryDirectory
+
+    overrides = [(f"{name}.{key}", getattr(arguments, flag)) for flag, key in _TRAINING_FLAGS.items()]
+    recipe = _recipe(arguments, [(key, value) for key, value in overrides if value is not None])
+
+    from linconv import pipeline
+
+    _only_our_bars()
+    # A dry run checks all that a run would, and leaves nothing behind.
+    with TemporaryDirectory() if arguments.dry_run else nullcontext() as folder:
+        run = getattr(pipeline, name)(recipe, folder)
+        if run.trainer.is_world_process_zero():
+            _print_table(run.describe())
+        if arguments.dry_run:
+            return
+    scores = run.execute(resume=arguments.resume)
+    if run.trainer.is_world_process_zero():
+        _print_table([(key, f"{value:.4f}") for key, value in scores.items()])
+
+
+_TRAINING_FLAGS = {"steps": "max_steps", "lr": "learning_rate", "batch": "per_device_train_batch_size"}
+
+
+def _eval(arguments) -> None:
+    recipe = _recipe(arguments)
+
+    from linconv.pipeline import evaluate
+
+    _only_our_bars()
+    scores = evaluate(arguments.checkpoint, recipe, arguments.split)
+    if arguments.json:
+        print(json.dumps(scores))
+    else:
+        _print_table([(k, f"{v:.4f}" if isinstance(v, float) else str(v)) for k, v in scores.items()])
+
+
+def _env(arguments) -> None:
+    from linconv.environment import report
+
+    print(report())
+
+
+# ---- Flags
+
+
+def _recipe(arguments, overrides=()):
+    from linconv.recipe import load_recipe
+
+    given = [(key, getattr(arguments, flag[2:])) for flag, key, *_ in _RECIPE_FLAGS]
+    given = [(key, value) for key, value in given if value is not None]
+    if arguments.layers is not None:
+        given.append(("conversion.layers", _layers(arguments.layers)))
+    return load_recipe(arguments.recipe, [*given, *overrides, *map(_key_value, arguments.set)])
+
+
+def _key_value(text: str) -> tuple:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set: got {text!r}; want KEY=VALUE")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: not a YAML value: {value!r}") from error
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """0,1,5 or 0-5 as a list; None for all."""
+    if text in (None, "all"):
+        return None
+    if text == "none":
+        return []
+    try:
+        ranges = [part.partition("-") for part in text.split(",")]
+        return [i for first, _, last in ranges for i in range(int(first), int(last or first) + 1)]
+    except ValueError:
+        raise UserError(f"--layers: got {text!r}; want such as 0,1,5 or 0-5, or all, or none") from None
+
+
+def _only_our_bars() -> None:
+    """No bar for each reading and writing of weights; that of the training stays."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

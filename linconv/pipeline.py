@@ -1,0 +1,410 @@
+"""What the command line does, as functions: fine-tune a teacher, distil a student, score a checkpoint."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
+
+import linconv.auto  # noqa: F401  converted checkpoints load by name from here on
+from linconv import mixers
+from linconv.conversion import ConvertedModel, convert
+from linconv.conversion.families import FAMILIES, Family
+from linconv.data import Collator, Splits, build_tokenizer, load_splits
+from linconv.data.metrics import Metrics
+from linconv.distillation import DistillationArguments, DistillationTrainer, Unguided, make_mode
+from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
+from linconv.progress import Progress
+from linconv.recipe import Recipe
+
+__all__ = ["Run", "distill", "evaluate", "finetune", "load_config", "load_model", "make_student", "save_preprocessing"]
+
+RESULTS_FILE = "results.json"
+
+_AUTO_CLASS = {"classification": "AutoModelForAudioClassification", "ctc": "AutoModelForCTC"}
+
+
+# ---- Models
+
+
+def load_config(path: str, what: str):
+    """The config of a checkpoint folder or of a model on the hub, of a family that linconv knows."""
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{what}: no config.json in {path}")
+    if not folder.is_dir() and not may_be_on_hub(path):
+        raise no_folder(what, path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            raise UserError(f"{what}: {path}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{no_folder(what, path)}, and no such model on the hub") from error
+    _family(config.model_type, f"{what}: {path}: model type")
+    return config
+
+
+def load_model(path: str, what: str, auto_class: str | None = None, **kwargs) -> PreTrainedModel:
+    """A model of a checkpoint, with the head it was saved with or that of ``auto_class``."""
+    config = kwargs.pop("config", None) or load_config(path, what)
+    auto = getattr(transformers, auto_class or _auto_class(config))
+    try:
+        return auto.from_pretrained(path, config=config, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what}: {path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def empty_model(path: str, what: str) -> PreTrainedModel:
+    """The model of a checkpoint without its weights, which are not read."""
+    config = load_config(path, what)
+    with torch.device("meta"):
+        return getattr(transformers, _auto_class(config)).from_config(config)
+
+
+def make_student(base: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """``base`` converted as the recipe says."""
+    conversion = recipe.conversion
+    if conversion.mixer not in mixers.names():
+        raise unknown("conversion.mixer", conversion.mixer, mixers.names())
+    known = mixers.get(conversion.mixer).options()
+    for key in conversion.options:
+        if key not in known:
+            raise unknown(f"conversion.options.{key}", key, known)
+    try:
+        return convert(base, mixer=conversion.mixer, layers=conversion.layers, **conversion.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"conversion: {error}") from error
+
+
+def _family(model_type: str, what: str) -> Family:
+    stock = model_type.removeprefix("linconv-")
+    if stock not in FAMILIES:
+        raise unknown(what, model_type, FAMILIES)
+    return FAMILIES[stock]
+
+
+def _auto_class(config) -> str:
+    """The Auto class of the head that a config names."""
+    heads = FAMILIES[config.model_type.removeprefix("linconv-")].heads
+    saved = (config.architectures or [next(iter(heads.values()))])[0].removeprefix("Linconv")
+    for auto, stock in heads.items():
+        if stock == saved:
+            return auto
+    raise unknown("model: head", saved, heads.values())
+
+
+def _any_length(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself; or, of a family whose stock forward pass takes one length only, a copy that takes any."""
+    family = _family(model.config.model_type, "model type")
+    return convert(model, layers=[]) if family.overrides and not isinstance(model, ConvertedModel) else model
+
+
+def _task_config(recipe: Recipe, splits: Splits | None, tokenizer):
+    """The config of the model to be fine-tuned: that of ``model.source``, or from scratch, fitted to the task."""
+    model = recipe.model
+    if (model.source is None) == (not model.config):
+        raise UserError("model: want one of source (a checkpoint) and config (to train from scratch)")
+    if model.source is not None:
+        config = load_config(model.source, "model.source")
+        _set_entries(config, model.overrides, "model.overrides")
+    else:
+        entries = dict(model.config)
+        model_type = entries.pop("model_type", None)
+        family = _family(str(model_type), "model.config.model_type")
+        config = family.stock_config_class()()
+        _set_entries(config, {**entries, **model.overrides}, "model.config")
+    if recipe.task == "classification":
+        config.id2label = dict(enumerate(splits.labels))
+        config.label2id = {label: i for i, label in enumerate(splits.labels)}
+    else:
+        config.vocab_size = len(tokenizer)
+        config.pad_token_id = tokenizer.pad_token_id
+        config.bos_token_id = config.eos_token_id = None
+        # A transcript that does not fit into its clip is to teach nothing rather than to end the run.
+        config.ctc_zero_infinity = True
+    return config
+
+
+def _set_entries(config, entries: dict, what: str) -> None:
+    known = config.to_dict()
+    for key, value in entries.items():
+        if key not in known:
+            raise unknown(f"{what}.{key}", key, known)
+        if isinstance(value, list) and isinstance(known[key], tuple):
+            value = tuple(value)
+        setattr(config, key, value)
+
+
+def _base_model(recipe: Recipe, config) -> PreTrainedModel:
+    """``model.source`` with a new head, or a new model."""
+    if recipe.model.source is None:
+        return getattr(transformers, _AUTO_CLASS[recipe.task]).from_config(config)
+    return load_model(
+        recipe.model.source, "model.source", _AUTO_CLASS[recipe.task], config=config, ignore_mismatched_sizes=True
+    )
+
+
+# ---- Preprocessing
+
+
+def save_preprocessing(source: str, folder: str) -> None:
+    """Copies the feature extractor and the tokenizer of a checkpoint, as far as it has them, to ``folder``."""
+    for auto in (AutoFeatureExtractor, AutoTokenizer):
+        try:
+            auto.from_pretrained(source).save_pretrained(folder)
+        except (OSError, ValueError, TypeError, AttributeError):  # it has none
+            continue
+
+
+def _feature_extractor(path: str | None, config, sampling_rate: int):
+    if path is not None:
+        try:
+            extractor = AutoFeatureExtractor.from_pretrained(path)
+        except (OSError, ValueError):
+            extractor = None
+        if extractor is not None:
+            if extractor.sampling_rate != sampling_rate:
+                raise UserError(f"data.sampling_rate: got {sampling_rate}; the model wants {extractor.sampling_rate}")
+            return extractor
+    if "whisper" in config.model_type:
+        extractor = transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins, sampling_rate=sampling_rate)
+    else:
+        extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=sampling_rate)
+    # The mask keeps padding out of every sum; only group-normalised Wav2Vec2 checkpoints go without.
+    extractor.return_attention_mask = True
+    return extractor
+
+
+def _tokenizer(path: str | None):
+    try:
+        return None if path is None else AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+@dataclass
+class _Preprocessing:
+    """From clips to batches and from outputs to scores."""
+
+    collator: Collator
+    metrics: Metrics
+    saved: Any  # what goes into the checkpoint folder
+
+
+def _preprocessing(recipe: Recipe, config, extractor, tokenizer) -> _Preprocessing:
+    if recipe.task == "classification":
+        label2id = dict(config.label2id)
+
+        def encode(target: str) -> int:
+            if target not in label2id:
+                raise unknown("label of a clip", target, label2id)
+            return label2id[target]
+
+        return _Preprocessing(Collator(extractor, encode), Metrics(), extractor)
+    processor = transformers.Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer)
+    return _Preprocessing(Collator(extractor, lambda text: tokenizer(text).input_ids), Metrics(tokenizer), processor)
+
+
+# ---- Runs
+
+
+@dataclass
+class Run:
+    """A run made ready: ``describe`` says what it will do, ``execute`` does it."""
+
+    recipe: Recipe
+    trainer: DistillationTrainer
+    splits: Splits
+    output: Path
+    title: str
+
+    def describe(self) -> list[tuple[str, str]]:
+        args, model = self.trainer.args, self.trainer.model
+        count = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        sizes = {name: self.splits[name] for name in ("train", "validation", "test")}
+        steps = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        lines = [
+            ("run", self.title),
+            ("model", f"{type(model).__name__}, {count:,} parameters, {trained:,} trained"),
+            ("data", ", ".join(f"{_size(split)} {name}" for name, split in sizes.items() if split is not None)),
+            ("training", f"{steps} of {batch} clips, learning rate {args.learning_rate:g}, seed {args.seed}"),
+            ("output", str(self.output)),
+        ]
+        if self.trainer.teacher is not None:
+            weights = f"alpha_ce {args.alpha_ce:g}, alpha_kd {args.alpha_kd:g}, alpha_ld {args.alpha_ld:g}"
+            lines.insert(2, ("guide", f"{self.trainer.mode}, {weights}"))
+        return lines
+
+    def execute(self, resume: bool = False) -> dict[str, float]:
+        """Trains, saves the model and its preprocessing in ``output``, and scores it on the test split.
+
+        Args:
+            resume: go on from the last complete checkpoint in ``output``.
+
+        Returns:
+            The scores, which are also in ``results.json`` in ``output``.
+        """
+        checkpoint = None
+        if resume:
+            checkpoint = last_checkpoint(self.output)
+            if checkpoint is None:
+                raise UserError(f"--resume: no complete checkpoint in {self.output}")
+        self.trainer.train(resume_from_checkpoint=checkpoint)
+        self.trainer.save_model()
+        split = "test" if self.splits.test is not None else "validation"
+        scores = {}
+        if self.splits[split] is not None:
+            scores = self.trainer.evaluate(self.splits[split], metric_key_prefix=split)
+            scores = {k: v for k, v in scores.items() if k.startswith(f"{split}_") and _is_score(k)}
+        if self.trainer.is_world_process_zero():
+            results = {
+                "scores": scores,
+                "parameters": self.trainer.model.num_parameters(),
+                "recipe": asdict(self.recipe),
+            }
+            (self.output / RESULTS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        return scores
+
+
+def finetune(recipe: Recipe, folder: str | None = None) -> Run:
+    """The fine-tuning of ``model.source`` (or of a new model) on the task; the result goes to ``model.teacher``.
+
+    ``folder``, if given, is where the trainer writes in place of that, for a dry run.
+    """
+    output = _required(recipe.model.teacher, "model.teacher", "a folder for the fine-tuned model")
+    splits = load_splits(recipe.data, recipe.task)
+    _need_train(splits)
+    transformers.set_seed(recipe.seed)
+    tokenizer = None
+    if recipe.task == "ctc":
+        tokenizer = _tokenizer(recipe.model.source)
+        if tokenizer is None:
+            if splits.train.targets is None:
+                raise UserError("data.streaming: a vocabulary cannot be built from a stream")
+            tokenizer = build_tokenizer(splits.train.targets)
+    config = _task_config(recipe, splits, tokenizer)
+    model = _any_length(_base_model(recipe, config))
+    if recipe.model.freeze_feature_encoder:
+        if not hasattr(model, "freeze_feature_encoder"):
+            raise UserError(f"model.freeze_feature_encoder: a {type(model).__name__} has none")
+        model.freeze_feature_encoder()
+    extractor = _feature_extractor(recipe.model.source, config, recipe.data.sampling_rate)
+    preprocessing = _preprocessing(recipe, config, extractor, tokenizer)
+    trainer = _trainer(recipe, recipe.finetune, folder or output, model, splits, preprocessing, mode=Unguided())
+    return Run(recipe, trainer, splits, Path(output), f"fine-tune {recipe.model.source or 'a new model'}")
+
+
+def distill(recipe: Recipe, folder: str | None = None) -> Run:
+    """The conversion of the teacher, or of the pretrained model, and its training under the teacher's guidance.
+
+    ``folder``, if given, is where the trainer writes in place of ``output``, for a dry run.
+    """
+    path = _required(recipe.model.teacher, "model.teacher", "the checkpoint of a fine-tuned model")
+    output = _required(recipe.output, "output", "a folder for the student")
+    try:
+        mode = make_mode(recipe.guide.name, **recipe.guide.options())
+    except (TypeError, ValueError) as error:
+        raise UserError(f"guide.{error}") from error
+    teacher = _any_length(load_model(path, "model.teacher"))
+    extractor = _feature_extractor(path, teacher.config, recipe.data.sampling_rate)
+    tokenizer = _tokenizer(path) if recipe.task == "ctc" else None
+    if recipe.task == "ctc" and tokenizer is None:
+        raise UserError(f"model.teacher: no tokenizer in {path}")
+    splits = load_splits(recipe.data, recipe.task)
+    _need_train(splits)
+    transformers.set_seed(recipe.seed)
+    base = teacher
+    if mode.origin == "source":
+        if recipe.model.source is None and not recipe.model.config:
+            raise UserError(
+                "model.source: not given; want the pretrained model, whose weights the student keeps in this mode"
+            )
+        base = _base_model(recipe, _task_config(recipe, splits, tokenizer))
+    student = make_student(base, recipe)
+    if recipe.model.freeze_feature_encoder:
+        student.freeze_feature_encoder()
+    preprocessing = _preprocessing(recipe, teacher.config, extractor, tokenizer)
+    trainer = _trainer(
+        recipe, recipe.distill, folder or output, student, splits, preprocessing, mode=mode, teacher=teacher
+    )
+    where = "all" if recipe.conversion.layers is None else len(recipe.conversion.layers)
+    return Run(recipe, trainer, splits, Path(output), f"distil {path} into {recipe.conversion.mixer} ({where} layers)")
+
+
+def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, float]:
+    """The scores of a checkpoint on one split: accuracy, or word and character error rate for CTC."""
+    model = _any_length(load_model(checkpoint, "checkpoint"))
+    extractor = _feature_extractor(checkpoint, model.config, recipe.data.sampling_rate)
+    tokenizer = _tokenizer(checkpoint) if recipe.task == "ctc" else None
+    if recipe.task == "ctc" and tokenizer is None:
+        raise UserError(f"checkpoint: no tokenizer in {checkpoint}")
+    splits = load_splits(recipe.data, recipe.task)
+    if splits[split] is None:
+        raise UserError(f"split: the data has no clips for {split}")
+    preprocessing = _preprocessing(recipe, model.config, extractor, tokenizer)
+    options = {k: v for k, v in recipe.distill.items() if k == "per_device_eval_batch_size"}
+    with TemporaryDirectory() as folder:
+        trainer = _trainer(recipe, options, folder, model, splits, preprocessing, mode=Unguided())
+        scores = trainer.evaluate(splits[split], metric_key_prefix=split)
+    return {"clips": _size(splits[split]), **{k: v for k, v in scores.items() if _is_score(k)}}
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint in ``folder`` that was saved to its end: the trainer's state is written last."""
+    found = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
+
+
+def _trainer(
+    recipe: Recipe, options: dict, output: str, model, splits: Splits, preprocessing, **kwargs
+) -> DistillationTrainer:
+    defaults = {"report_to": "none", "log_level": "warning", "dataloader_pin_memory": torch.cuda.is_available()}
+    fixed = {"output_dir": output, "seed": recipe.seed, "remove_unused_columns": False}
+    wants_evaluation = options.get("eval_strategy", "no") != "no"
+    if wants_evaluation and splits.validation is None:
+        raise UserError("eval_strategy: the data has no validation split")
+    try:
+        args = DistillationArguments(**{**defaults, **options, **fixed})
+        trainer = DistillationTrainer(
+            model,
+            args,
+            train_dataset=splits.train,
+            eval_dataset=splits.validation,
+            data_collator=preprocessing.collator,
+            processing_class=preprocessing.saved,
+            compute_metrics=preprocessing.metrics,
+            preprocess_logits_for_metrics=preprocessing.metrics.answers,
+            **kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    # One of the two is there, by disable_tqdm.
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    if trainer.pop_callback(transformers.trainer_callback.ProgressCallback) is not None:
+        trainer.add_callback(Progress())
+    return trainer
+
+
+def _required(value: str | None, key: str, what: str) -> str:
+    if value is None:
+        raise UserError(f"{key}: not given; want {what}")
+    return value
+
+
+def _need_train(splits: Splits) -> None:
+    if splits.train is None:
+        raise UserError("data.train: no clips to train on")
+
+
+def _size(split) -> int | str:
+    return "streamed" if split.targets is None else len(split)
+
+
+def _is_score(name: str) -> bool:
+    return name.endswith(("_loss", "_accuracy", "_wer", "_cer"))
