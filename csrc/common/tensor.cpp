@@ -1,13 +1,11 @@
 #include "common/tensor.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <string>
+
+#include "common/pages.h"
 
 namespace linconv {
 
@@ -92,27 +90,21 @@ std::vector<Block> cut_into_blocks(const std::vector<Span>& spans, int64_t frame
   return blocks;
 }
 
-// Fresh memory comes in pages that the kernel clears one fault at a time. Large ones make that several times cheaper.
-static void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kLargePage = uintptr_t(2) << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) & ~(kLargePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kLargePage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure is no error
-#endif
-}
-
 static bool poison() {
   const char* value = std::getenv("LINCONV_POISON");
   return value != nullptr && std::string(value) == "1";
 }
 
-Tensor empty(std::initializer_list<int64_t> sizes, DType dtype) {
-  Tensor out = torch::stable::empty({sizes.begin(), sizes.size()}, scalar_type(dtype));
+static Tensor empty(const int64_t* sizes, size_t dims, DType dtype) {
+  Tensor out = torch::stable::empty({sizes, dims}, scalar_type(dtype));
   prefer_large_pages(out.data_ptr(), out.numel() * element_size(dtype));
   static const bool poisoned = poison();
   if (poisoned) torch::stable::fill_(out, std::numeric_limits<double>::quiet_NaN());
   return out;
 }
+
+Tensor empty(std::initializer_list<int64_t> sizes, DType dtype) { return empty(sizes.begin(), sizes.size(), dtype); }
+
+Tensor empty_as(const Tensor& other, DType dtype) { return empty(other.sizes().data(), other.dim(), dtype); }
 
 }  // namespace linconv

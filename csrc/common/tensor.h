@@ -76,5 +76,6 @@ std::vector<Block> cut_into_blocks(const std::vector<Span>& spans, int64_t frame
 // A new contiguous CPU tensor, not initialised; filled with NaN where the environment has LINCONV_POISON=1, by which tests
 // see that every element of a result is written.
 Tensor empty(std::initializer_list<int64_t> sizes, DType dtype);
+Tensor empty_as(const Tensor& other, DType dtype);  // with the sizes of another
 
 }  // namespace linconv

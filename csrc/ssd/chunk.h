@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/gemm.h"
+#include "common/pages.h"
 #include "common/transpose.h"
 #include "ssd/kernel.h"
 
@@ -25,6 +26,7 @@ class Arena {
   // Zeroed, so that what pads a tile is finite; a large block's pages cost nothing until they are written.
   explicit Arena(size_t bytes) : base_(static_cast<char*>(__builtin_calloc(bytes + kAlign, 1))) {
     if (base_ == nullptr) __builtin_trap();
+    prefer_large_pages(base_, bytes + kAlign);
     next_ = base_ + (kAlign - reinterpret_cast<uintptr_t>(base_) % kAlign);
   }
   ~Arena() { __builtin_free(base_); }

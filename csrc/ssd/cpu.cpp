@@ -138,16 +138,11 @@ SsdTensor contiguous_frames(const Tensor& tensor, int64_t directions, int64_t ba
           heads * columns, columns, 1};
 }
 
-Tensor empty_like(const Tensor& tensor, DType dtype) {
-  const auto sizes = tensor.sizes();
-  return torch::stable::empty({sizes.data(), sizes.size()}, scalar_type(dtype));
-}
-
 // Sums partial results into a tensor shaped as `like`: over `outer` parts, and over directions where it is shared.
 Tensor sum_parts(const Tensor& parts, DType math, const Tensor& like, const char* name, int64_t outer, int64_t outer_stride,
                  int64_t inner, int64_t inner_stride) {
   const DType dtype = dtype_of(like, name);
-  Tensor out = empty_like(like, dtype);
+  Tensor out = empty_as(like, dtype);
   const SsdSumArgs args{parts.data_ptr(), outer, outer_stride, inner, inner_stride, out.mutable_data_ptr(), dtype};
   torch::stable::parallel_for(0, like.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
     LINCONV_PICK(ssd_sum)(args, math == DType::kFloat64, begin, end);
@@ -161,7 +156,7 @@ std::tuple<Tensor, Tensor> scan_forward(const Scan& scan) {
   SsdForwardArgs args{};
   const Prepared held = prepare(scan, args);
   const int64_t batch = scan.x.size(scan.x.dim() - 4);
-  Tensor y = empty_like(scan.x, args.x.dtype);
+  Tensor y = empty_as(scan.x, args.x.dtype);
   args.y = contiguous_frames(y, args.summed ? 1 : args.directions, batch, args.frames, args.heads, args.headdim, args.x.dtype);
   std::initializer_list<int64_t> none{0};
   Tensor final_states = scan.directions == 1 ? empty({args.sequences, args.heads, args.headdim, args.dstate}, held.math)
@@ -189,7 +184,7 @@ ScanGradients scan_backward(const Scan& scan, const Tensor& dy, const std::optio
   args.head_block = args.group_heads() < kSsdBackwardHeads ? args.group_heads() : kSsdBackwardHeads;
   args.column_block = args.headdim;
 
-  Tensor dx = empty_like(scan.x, args.x.dtype);
+  Tensor dx = empty_as(scan.x, args.x.dtype);
   args.dx = contiguous_frames(dx, args.summed ? 1 : directions, batch, length, heads, args.headdim, args.x.dtype);
   const int64_t blocks = args.head_blocks(), dt_size = batch * length * heads, BC_size = batch * length * groups * dstate;
   Tensor ddt = empty({directions, dt_size}, math);
@@ -204,7 +199,7 @@ ScanGradients scan_backward(const Scan& scan, const Tensor& dy, const std::optio
   args.dD = scan.D ? dD.mutable_data_ptr() : nullptr;
   args.ddt_bias = scan.dt_bias ? ddt_bias.mutable_data_ptr() : nullptr;
   const std::initializer_list<int64_t> none{0};
-  Tensor dinitial = held.initial_states ? empty_like(*held.initial_states, math) : empty(none, math);
+  Tensor dinitial = held.initial_states ? empty_as(*held.initial_states, math) : empty(none, math);
   args.dinitial_states = held.initial_states ? dinitial.mutable_data_ptr() : nullptr;
 
   torch::stable::parallel_for(0, args.tasks(), 1, [&](int64_t begin, int64_t end) {
