@@ -29,7 +29,7 @@ def report() -> str:
         },
         {
             "platform": platform.platform(),
-            "CPU": _cpu_name(),
+            "CPU": cpu_name(),
             "threads": f"{torch.get_num_threads()} of {os.cpu_count()} CPUs",
             "CUDA devices": _cuda_devices(),
         },
@@ -48,7 +48,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

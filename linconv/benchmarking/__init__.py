@@ -1,15 +1,20 @@
 """The measuring harness shared by the demo and the benchmarks."""
 
-from .latency import Latency, compare, measure
-from .memory import peak_extra_bytes, peak_resident_bytes
-from .scaling import crossover, fit_quadratic, predict
+from linconv.benchmarking.curves import Curve, audio_forward, latency_curves, memory_curve
+from linconv.benchmarking.latency import Latency, compare, measure
+from linconv.benchmarking.memory import peak_extra_bytes, peak_resident_bytes
+from linconv.benchmarking.scaling import crossover, fit_quadratic, predict
 
 __all__ = [
+    "Curve",
     "Latency",
+    "audio_forward",
     "compare",
     "crossover",
     "fit_quadratic",
+    "latency_curves",
     "measure",
+    "memory_curve",
     "peak_extra_bytes",
     "peak_resident_bytes",
     "predict",
