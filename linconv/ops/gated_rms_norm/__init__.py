@@ -92,11 +92,14 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, z, weight, seq_lens)
 
 
-@once_differentiable
 def _backward(ctx, grad):
-    x, z, weight, seq_lens = ctx.saved_tensors
-    grads = torch.ops.linconv.gated_rms_norm_backward(grad, x, z, weight, *ctx.options, seq_lens)
-    return *grads, None, None, None
+    return *_gradients(ctx, grad, *ctx.saved_tensors), None, None, None
+
+
+# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
+@once_differentiable
+def _gradients(ctx, grad, x, z, weight, seq_lens):
+    return torch.ops.linconv.gated_rms_norm_backward(grad, x, z, weight, *ctx.options, seq_lens)
 
 
 if dispatch.compiled("gated_rms_norm"):

@@ -125,13 +125,18 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias, seq_lens, cu_seqlens)
 
 
-@once_differentiable
 def _backward(ctx, grad):
-    x, weight, bias, seq_lens, cu_seqlens = ctx.saved_tensors
+    grads = _gradients(ctx, grad, *ctx.saved_tensors)
+    return *grads, None, None, None, None, None
+
+
+# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
+@once_differentiable
+def _gradients(ctx, grad, x, weight, bias, seq_lens, cu_seqlens):
     grad_x, grad_weight, grad_bias = torch.ops.linconv.short_conv_backward(
         grad, x, weight, bias, *ctx.options, seq_lens, cu_seqlens
     )
-    return grad_x, grad_weight, None if bias is None else grad_bias, None, None, None, None, None
+    return grad_x, grad_weight, None if bias is None else grad_bias
 
 
 if dispatch.compiled("short_conv"):

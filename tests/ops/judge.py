@@ -1,0 +1,48 @@
+"""How the operators' tests judge results."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def same_bits(got, wanted):
+    """Equal, NaN to NaN and the sign of zero included."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    assert got.dtype == wanted.dtype and got.shape == wanted.shape
+    assert torch.equal(got.contiguous().view(integer), wanted.contiguous().view(integer))
+
+
+def error(got, exact):
+    return (got.double() - exact).abs().max().item() if got.numel() else 0.0
+
+
+def no_worse_than_torch(got, torchs, exact, factor, what=""):
+    """The error against fp64 is at most `factor` times that of torch's own operators in the same precision."""
+    ours, theirs = error(got, exact), error(torchs, exact)
+    assert ours <= factor * theirs, f"{what}: error {ours:.3g}, torch's own {theirs:.3g}, allowed {factor} times that"
+
+
+def gradients(function, inputs, upstream):
+    """Result and gradients of fresh copies of the inputs; None where an input is None."""
+    inputs = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*inputs)
+    present = [t for t in inputs if t is not None]
+    found = iter(torch.autograd.grad(out, present, upstream.to(out.dtype), materialize_grads=True))
+    return out.detach(), [None if t is None else next(found) for t in inputs]
+
+
+def on_instruction_set(name, file, selected):
+    """Run the tests of `file` that match `selected` in a process whose kernels are those of instruction set `name`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", file, "-k", selected],
+        env={**os.environ, "LINCONV_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
