@@ -355,9 +355,9 @@ def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, 
     return {"clips": _size(splits[split]), **{k: v for k, v in scores.items() if _is_score(k)}}
 
 
-def last_checkpoint(folder: Path) -> str | None:
+def last_checkpoint(folder: str | Path) -> str | None:
     """The last checkpoint in ``folder`` that was saved to its end: the trainer's state is written last."""
-    found = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
+    found = [p.parent for p in Path(folder).glob("checkpoint-*/trainer_state.json")]
     return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
 
 

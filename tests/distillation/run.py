@@ -1,0 +1,145 @@
+"""A small distillation to be started as a process of its own: run.py FOLDER [--steps N] [--batch N] [--accumulate N]
+[--kill-at STEP] [--resume] [--augment]. Under torchrun too."""
+
+import argparse
+import os
+import signal
+
+import torch
+from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForCTC, set_seed
+
+import linconv
+from linconv.distillation import DistillationArguments, DistillationTrainer, Hybrid
+from linconv.pipeline import last_checkpoint
+
+VOCABULARY = 8
+
+
+def config(augment: bool = False, **changes) -> Wav2Vec2Config:
+    """Two layers of width 16 and a frame every 20 samples; without ``augment`` nothing in training is random."""
+    entries = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "conv_dim": (8, 8),
+        "conv_stride": (5, 4),
+        "conv_kernel": (10, 8),
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "num_labels": 3,
+        "ctc_zero_infinity": True,
+        "mask_time_length": 4,
+        "mask_feature_length": 2,
+        "mask_time_prob": 0.2,
+        "mask_feature_prob": 0.1,
+        "apply_spec_augment": augment,
+    }
+    if not augment:
+        names = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout")
+        entries.update(dict.fromkeys((*names, "layerdrop"), 0.0))
+    return Wav2Vec2Config(**{**entries, **changes})
+
+
+class Noise(torch.utils.data.Dataset):
+    """Clips of noise of different lengths, each with a transcript."""
+
+    def __init__(self, count: int = 24):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict:
+        draw = torch.Generator().manual_seed(i)
+        length = int(torch.randint(300, 900, (), generator=draw))
+        return {
+            "input_values": torch.randn(length, generator=draw),
+            "labels": torch.randint(1, VOCABULARY, (int(torch.randint(1, 6, (), generator=draw)),), generator=draw),
+        }
+
+
+def collate(clips: list[dict]) -> dict[str, torch.Tensor]:
+    def pad(name, value):
+        return torch.nn.utils.rnn.pad_sequence([clip[name] for clip in clips], batch_first=True, padding_value=value)
+
+    mask = [torch.ones_like(clip["input_values"], dtype=torch.long) for clip in clips]
+    return {
+        "input_values": pad("input_values", 0.0),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence(mask, batch_first=True),
+        "labels": pad("labels", -100),
+    }
+
+
+def models(augment: bool = False):
+    set_seed(0)
+    teacher = Wav2Vec2ForCTC(config(augment))
+    return teacher, linconv.convert(teacher, mixer="bimamba2", d_state=8, headdim=8)
+
+
+def arguments(folder, **changes) -> DistillationArguments:
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+    }
+    return DistillationArguments(**{**options, **changes})
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--augment", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    teacher, student = models(given.augment)
+    args = arguments(
+        given.folder,
+        max_steps=given.steps,
+        per_device_train_batch_size=given.batch,
+        gradient_accumulation_steps=given.accumulate,
+        save_strategy="steps",
+        save_steps=3,
+        warmup_steps=2,
+        exponential_decay_to=0.1,
+    )
+    trainer = DistillationTrainer(
+        student,
+        args,
+        teacher=teacher,
+        mode=Hybrid(drop_layer_loss_at=5),
+        train_dataset=Noise(),
+        data_collator=collate,
+        callbacks=[KillAt(given.kill_at)] if given.kill_at else None,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir) if given.resume else None)
+    if trainer.is_world_process_zero():
+        torch.save(trainer.model.state_dict(), os.path.join(given.folder, "student.pt"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+import pytest
+
+from linconv.distillation import Hybrid, TargetGuided, Unguided, make_mode
+from linconv.distillation.schedules import Lessons
+
+
+def test_what_each_mode_teaches_and_starts_from():
+    assert Unguided().lessons(0) == Lessons(layers=False, kd=False) and Unguided().origin == "source"
+    assert TargetGuided().lessons(10**6) == Lessons(layers=True, kd=True) and TargetGuided().origin == "target"
+    assert TargetGuided("source").origin == "source"
+
+
+def test_hybrid_drops_each_loss_at_its_own_step():
+    mode = Hybrid(TargetGuided("source"), drop_layer_loss_at=3, drop_kd_at=5)
+    assert mode.origin == "source"
+    assert [(mode.lessons(s).layers, mode.lessons(s).kd) for s in range(7)] == [(True, True)] * 3 + [
+        (False, True)
+    ] * 2 + [(False, False)] * 2
+    assert Hybrid(drop_layer_loss_at=0).lessons(0) == Lessons(layers=False, kd=True)
+    assert Hybrid(drop_kd_at=1).lessons(9) == Lessons(layers=True, kd=False)
+
+
+def test_modes_by_name():
+    assert make_mode("unguided") == Unguided()
+    assert make_mode("target_guided", init="source") == TargetGuided("source")
+    assert make_mode("hybrid", init="source", drop_layer_loss_at=7) == Hybrid(TargetGuided("source"), 7)
+    assert make_mode("hybrid", mode="unguided", drop_kd_at=7) == Hybrid(Unguided(), None, 7)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: TargetGuided("teacher"), ValueError, "init: got 'teacher'; want one of target, source"),
+        (lambda: Hybrid(), ValueError, "drops no loss"),
+        (lambda: Hybrid(drop_kd_at=-1), ValueError, "drop_kd_at: got -1"),
+        (lambda: Hybrid(drop_layer_loss_at=0.5), ValueError, "drop_layer_loss_at: got 0.5"),
+        (lambda: Hybrid("target_guided", 3), TypeError, "mode: got str"),
+        (lambda: make_mode("hybird"), ValueError, "did you mean 'hybrid'"),
+        (lambda: make_mode("unguided", init="target"), ValueError, "init: not an option of the mode 'unguided'"),
+        (lambda: make_mode("target_guided", drop_kd_at=1), ValueError, "drop_kd_at: not an option"),
+    ],
+)
+def test_wrong_options_are_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

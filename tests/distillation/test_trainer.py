@@ -1,0 +1,413 @@
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    TrainingArguments,
+    Wav2Vec2ForAudioFrameClassification,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForSequenceClassification,
+    WhisperConfig,
+    WhisperForAudioClassification,
+)
+
+import linconv
+from linconv.conversion import encoder_layers, frame_lengths
+from linconv.distillation import DistillationArguments, DistillationTrainer, Hybrid, LayerStates, TargetGuided, Unguided
+from linconv.ops.distillation_loss import kd_loss, layerwise_mse
+
+from .run import Noise, arguments, collate, config, models
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+def trainer(folder, student, teacher=None, mode=None, data=None, collator=collate, callbacks=None, **changes):
+    return DistillationTrainer(
+        student,
+        arguments(folder, **changes),
+        teacher=teacher,
+        mode=mode,
+        train_dataset=Noise() if data is None else data,
+        eval_dataset=Noise(6),
+        data_collator=collator,
+        callbacks=callbacks,
+    )
+
+
+def records(folder) -> list[dict]:
+    return [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+def gradients(trainer, clips, micro_batches=1) -> dict[str, torch.Tensor]:
+    """The gradients of one optimizer step over ``clips``, cut into micro-batches."""
+    trainer.model.zero_grad()
+    size = len(clips) // micro_batches
+    batches = iter([collate(clips[i : i + size]) for i in range(0, len(clips), size)])
+    batches, counts = trainer.get_batch_samples(batches, micro_batches, torch.device("cpu"))
+    for batch in batches:
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=counts).backward()
+    return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def assert_same(a: dict, b: dict, **tolerance):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def test_the_loss_is_what_the_formula_says(tmp_path):
+    teacher, student = models()
+    guided = trainer(tmp_path, student, teacher, alpha_ce=0.5, alpha_kd=2.0, alpha_ld=15.0, temperature=3.0)
+    guided.state.logging_steps = 1
+    clips = [Noise()[i] for i in range(4)]
+    batch = collate(clips)
+    _, counts = guided.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    student.train()
+    loss = guided.compute_loss(student, batch, num_items_in_batch=counts)
+
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with LayerStates(encoder_layers(student)) as s, LayerStates(encoder_layers(teacher)) as t:
+        logits, teacher_logits = student(**inputs).logits, teacher(**inputs).logits
+    lengths = frame_lengths(student, batch["attention_mask"])
+    nll = 0
+    for i, (n, clip) in enumerate(zip(lengths, clips)):
+        said = clip["labels"]
+        log_probs = logits[i, :n].log_softmax(-1)[:, None]
+        nll += F.ctc_loss(log_probs, said[None], n[None], torch.tensor([len(said)]), reduction="sum")
+    ld = layerwise_mse(s.after, t.after, mask=lengths, layer_norm=True)
+    kd = kd_loss(logits, teacher_logits, temperature=3.0, mask=lengths)
+    torch.testing.assert_close(loss, 0.5 * nll / lengths.sum() + 2.0 * kd + 15.0 * ld)
+
+
+def test_accumulation_does_not_change_gradients(tmp_path):
+    teacher, student = models()
+    guided = trainer(tmp_path, student, teacher)
+    clips = [Noise()[i] for i in range(8)]
+    assert_same(gradients(guided, clips, 1), gradients(guided, clips, 4), rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_run_is_the_run_in_one_batch(tmp_path):
+    runs = {}
+    for size, accumulate in ((8, 1), (2, 4)):
+        teacher, student = models()
+        folder = tmp_path / str(size)
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate}
+        trainer(folder, student, teacher, **changes).train()
+        runs[size] = records(folder), dict(student.named_parameters())
+    for a, b in zip(runs[8][0], runs[2][0], strict=True):
+        assert a.keys() == b.keys()
+        assert {"task_loss", "kd_loss", "layer_loss", "layer_mse", "layer_cosine"} <= a.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
+    assert_same(runs[8][1], runs[2][1], rtol=1e-3, atol=1e-5)
+
+
+def test_padding_does_not_change_the_loss(tmp_path):
+    teacher, student = models()
+    guided = trainer(tmp_path, student, teacher)
+    batch = collate([Noise()[i] for i in range(3)])
+    padded = {
+        "input_values": F.pad(batch["input_values"], (0, 400)),
+        "attention_mask": F.pad(batch["attention_mask"], (0, 400)),
+        "labels": F.pad(batch["labels"], (0, 3), value=-100),
+    }
+    losses = []
+    for inputs in (batch, padded):
+        _, counts = guided.get_batch_samples(iter([inputs]), 1, torch.device("cpu"))
+        student.train()
+        losses.append(guided.compute_loss(student, inputs, num_items_in_batch=counts))
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_log_records_hold_the_parts_and_the_layers(tmp_path):
+    teacher, student = models()
+    before = copy.deepcopy(student)
+    clips = Noise(4)
+    trainer(tmp_path, student, teacher, data=clips, max_steps=1, alpha_ld=3.0).train()
+    (record,) = records(tmp_path)
+    parts = record["task_loss"] + record["kd_loss"] + 3.0 * record["layer_loss"]
+    assert record["loss"] == pytest.approx(parts, rel=1e-5)
+
+    batch = collate([clips[i] for i in range(4)])
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with LayerStates(encoder_layers(before)) as s, LayerStates(encoder_layers(teacher)) as t:
+        before(**inputs), teacher(**inputs)
+    lengths = frame_lengths(before, batch["attention_mask"])
+    mse = layerwise_mse(s.after, t.after, mask=lengths, layer_norm=True, reduction="none")
+    valid = torch.arange(s.after[0].shape[1]) < lengths[:, None]
+    cosine = [F.cosine_similarity(a[valid], b[valid], dim=-1).mean().item() for a, b in zip(s.after, t.after)]
+    assert record["layer_mse"] == pytest.approx(mse.tolist(), rel=1e-4)
+    assert record["layer_cosine"] == pytest.approx(cosine, rel=1e-4)
+
+
+def test_layers_reach_the_log_one_by_one(tmp_path):
+    teacher, student = models()
+    run = trainer(tmp_path, student, teacher, max_steps=1)
+    run.train()
+    logged = run.state.log_history[0]
+    (record,) = records(tmp_path)
+    assert [logged["layer_mse/1"], logged["layer_mse/2"]] == record["layer_mse"]
+    assert [logged["layer_cosine/1"], logged["layer_cosine/2"]] == record["layer_cosine"]
+
+
+def test_layers_are_compared_only_where_a_record_is_written(tmp_path):
+    teacher, student = models()
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    trainer(tmp_path, student, teacher, mode=Unguided(), max_steps=4, logging_steps=2).train()
+    assert len(calls) == 2
+    assert [r["step"] for r in records(tmp_path)] == [2, 4]
+    assert all(len(r["layer_mse"]) == 2 and "layer_loss" not in r for r in records(tmp_path))
+
+
+def test_teacher_is_frozen_and_stays_out_of_optimizer_and_checkpoint(tmp_path):
+    teacher, student = models()
+    teacher.train()
+    before = {n: p.clone() for n, p in teacher.named_parameters()}
+    guided = trainer(tmp_path, student, teacher, save_strategy="steps", save_steps=4)
+    guided.train()
+    assert not any(m.training for m in teacher.modules())
+    assert_same(before, dict(teacher.named_parameters()), rtol=0, atol=0)
+    optimized = {id(p) for group in guided.optimizer.param_groups for p in group["params"]}
+    assert not optimized & {id(p) for p in teacher.parameters()}
+    assert optimized == {id(p) for p in student.parameters()}
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "checkpoint-4" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(student.state_dict())
+
+
+def test_teacher_hears_the_students_augmentation(tmp_path):
+    """A student that is its teacher differs from it in nothing, masked and all, unless the masks differ."""
+    plain = config(augment=False)
+    plain.apply_spec_augment = True
+    teacher = Wav2Vec2ForCTC(plain)
+    with torch.no_grad():
+        teacher.wav2vec2.masked_spec_embed.fill_(3.0)
+    student = copy.deepcopy(teacher)
+    seen = {}
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.wav2vec2.encoder.pos_conv_embed.register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, args[0].detach().clone())
+        )
+    trainer(tmp_path, student, teacher, max_steps=1).train()
+    (record,) = records(tmp_path)
+    assert record["layer_loss"] == 0 and record["kd_loss"] == pytest.approx(0, abs=1e-9)
+    assert record["layer_cosine"] == pytest.approx([1, 1])
+    assert torch.equal(seen["student"], seen["teacher"])
+    masked = (seen["student"] == 3.0).sum(-1) >= plain.hidden_size - plain.mask_feature_length * 4
+    assert 0 < masked.sum() < masked.numel()
+    dropped = (seen["student"] == 0).all(1)  # features that are zero in every frame of a clip
+    assert dropped.any() and not dropped.all()
+    assert (student.config.mask_feature_prob, student.config.mask_time_prob) == (0.1, 0.2)
+
+
+def test_masks_longer_than_a_clip_are_cut(tmp_path):
+    long = config(apply_spec_augment=True, mask_time_length=500)
+    student = Wav2Vec2ForCTC(long)
+    trainer(tmp_path, student, copy.deepcopy(student), max_steps=1).train()
+    assert np.isfinite(records(tmp_path)[0]["loss"])
+
+
+def test_layer_drop_is_turned_off(tmp_path, caplog):
+    student = Wav2Vec2ForCTC(config(layerdrop=0.9))
+    trainer(tmp_path, student, copy.deepcopy(student), max_steps=2).train()
+    assert student.config.layerdrop == 0
+    assert "layerdrop of the student is set to 0" in caplog.text
+
+    dropping = Wav2Vec2ForCTC(config(layerdrop=1.0)).train()
+    with LayerStates(encoder_layers(dropping)) as states:
+        dropping(torch.randn(1, 400))
+    with pytest.raises(RuntimeError, match=r"layers \[0, 1\] did not run"):
+        states.after  # noqa: B018
+
+
+def test_hybrid_drops_the_layer_loss_at_its_step(tmp_path):
+    teacher, student = models()
+    trainer(tmp_path, student, teacher, mode=Hybrid(drop_layer_loss_at=1, drop_kd_at=2), max_steps=3).train()
+    assert [("layer_loss" in r, "kd_loss" in r) for r in records(tmp_path)] == [
+        (True, True), (False, True), (False, False)
+    ]  # fmt: skip
+    assert all("layer_mse" in r for r in records(tmp_path))
+
+
+def test_unguided_needs_no_teacher(tmp_path):
+    _, student = models()
+    trainer(tmp_path, student, max_steps=1).train()
+    (record,) = records(tmp_path)
+    assert record["loss"] == pytest.approx(record["task_loss"]) and "layer_mse" not in record
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
+    clips, got = [Noise()[i] for i in range(4)], []
+    for checkpointing in (False, True):
+        teacher, student = models()
+        guided = trainer(tmp_path, student, teacher, gradient_checkpointing=checkpointing)
+        if checkpointing:  # as Trainer.train does
+            student.gradient_checkpointing_enable(guided.args.gradient_checkpointing_kwargs)
+        got.append(gradients(guided, clips))
+    assert_same(*got, rtol=1e-5, atol=1e-7)
+    teacher, student = models()
+    trainer(tmp_path / "run", student, teacher, gradient_checkpointing=True, max_steps=2).train()
+    assert len(records(tmp_path / "run")) == 2
+
+
+def test_hidden_states_cut_off_by_reentrant_checkpointing_are_noticed(tmp_path):
+    _, student = models()
+    student.train().gradient_checkpointing_enable({"use_reentrant": True})
+    layers = encoder_layers(student)
+    with LayerStates([layers[0].feed_forward]) as states:
+        student(torch.randn(2, 400))
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        states.after  # noqa: B018
+
+
+def test_bf16(tmp_path):
+    runs = []
+    for bf16 in (False, True):
+        teacher, student = models()
+        trainer(tmp_path / str(bf16), student, teacher, bf16=bf16, max_steps=2).train()
+        runs.append(records(tmp_path / str(bf16)))
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    for name in ("loss", "layer_loss", "task_loss"):
+        assert runs[1][0][name] != runs[0][0][name]
+        assert runs[1][0][name] == pytest.approx(runs[0][0][name], rel=0.03)
+
+
+def test_streaming_data(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from (Noise()[i] for i in range(24))
+
+    runs = []
+    for folder, changes in (("stream", {"data": Stream()}), ("index", {"train_sampling_strategy": "sequential"})):
+        teacher, student = models()
+        trainer(tmp_path / folder, student, teacher, max_steps=3, **changes).train()
+        runs.append([r["loss"] for r in records(tmp_path / folder)])
+    assert runs[0] == runs[1]
+
+
+def test_embeddings_count_as_one_more_layer(tmp_path):
+    teacher, student = models()
+    options = {"include_embeddings": True, "layer_weights": [1.0, 2.0, 0.0], "layer_reduction": "sum"}
+    trainer(tmp_path, student, teacher, max_steps=1, **options).train()
+    (record,) = records(tmp_path)
+    # What the first layer is given does not differ yet.
+    assert record["layer_mse"][0] == 0 and len(record["layer_mse"]) == 3
+    assert record["layer_loss"] == pytest.approx(2 * record["layer_mse"][1], rel=1e-5)
+
+
+def test_learning_rate_decays_exponentially_after_the_warm_up(tmp_path):
+    teacher, student = models()
+    trainer(
+        tmp_path, student, teacher, max_steps=6, warmup_steps=2, learning_rate=1.0, exponential_decay_to=0.01
+    ).train()
+    rates = [r["learning_rate"] for r in records(tmp_path)]
+    assert rates == pytest.approx([0.0, 0.5, *(0.01 ** (k / 4) for k in range(4))])
+
+
+def classified(count=4):
+    return [{**Noise()[i], "labels": torch.tensor([i % 3])} for i in range(count)]
+
+
+def test_classification_of_clips(tmp_path):
+    teacher = Wav2Vec2ForSequenceClassification(config())
+    student = linconv.convert(teacher, d_state=8, headdim=8)
+
+    def collator(clips):
+        return {**collate(clips), "labels": torch.cat([clip["labels"] for clip in clips])}
+
+    clips = classified()
+    run = trainer(tmp_path, student, teacher, data=clips, collator=collator, max_steps=1)
+    batch = collator(clips)
+    want = [student.eval()(**batch), teacher(**batch)]
+    run.train()
+    (record,) = records(tmp_path)
+    assert record["task_loss"] == pytest.approx(want[0].loss.item(), rel=1e-4)
+    assert record["kd_loss"] == pytest.approx(kd_loss(want[0].logits, want[1].logits).item(), rel=1e-3)
+
+
+def test_classification_of_frames_leaves_padding_out(tmp_path):
+    teacher = Wav2Vec2ForAudioFrameClassification(config())
+    student = linconv.convert(teacher, d_state=8, headdim=8)
+    batch = collate([Noise()[i] for i in range(3)])
+    lengths = frame_lengths(student, batch["attention_mask"])
+    classes = torch.randint(3, (3, int(lengths.max())))
+    batch["labels"] = F.one_hot(classes, 3)
+    guided = trainer(tmp_path, student, teacher)
+    student.eval()
+    loss, outputs = guided.compute_loss(student, batch, return_outputs=True)
+    valid = torch.arange(classes.shape[1]) < lengths[:, None]
+    torch.testing.assert_close(loss, F.cross_entropy(outputs.logits[valid], classes[valid]))
+
+
+def test_whisper_encoder_on_clips_of_any_length(tmp_path):
+    whisper = WhisperConfig(
+        d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
+        decoder_attention_heads=2, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=60, num_labels=3,
+        classifier_proj_size=8, vocab_size=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    teacher = linconv.convert(WhisperForAudioClassification(whisper), layers=[])
+    student = linconv.convert(WhisperForAudioClassification(whisper), d_state=8, headdim=8)
+
+    def collator(clips):
+        lengths = torch.tensor([9, 24, 17, 40])
+        return {
+            "input_features": torch.randn(4, 8, 40),
+            "attention_mask": (torch.arange(40) < lengths[:, None]).long(),
+            "labels": torch.cat([clip["labels"] for clip in clips]),
+        }
+
+    trainer(tmp_path, student, teacher, data=classified(), collator=collator, max_steps=2).train()
+    assert [len(r["layer_mse"]) for r in records(tmp_path)] == [2, 2]
+    assert all(np.isfinite(r["loss"]) for r in records(tmp_path))
+
+
+def test_evaluation_reports_the_task_and_ctc_answers_blank_in_padding(tmp_path):
+    teacher, student = models()
+    run = trainer(tmp_path, student, teacher, per_device_eval_batch_size=6)
+    batch = collate([Noise()[i] for i in range(6)])
+    lengths = frame_lengths(student, batch["attention_mask"])
+    got = run.predict(Noise(6))
+    want = run.head.task_loss(
+        student(**run.head.model_inputs(batch)), batch["labels"],
+        torch.arange(got.predictions.shape[1]) < lengths[:, None], student.config,
+    ) / lengths.sum()  # fmt: skip
+    assert got.metrics["test_loss"] == pytest.approx(want.item(), rel=1e-5)
+    answers = got.predictions.argmax(-1)
+    padding = np.arange(answers.shape[1]) >= lengths.numpy()[:, None]
+    assert (answers[padding] == student.config.pad_token_id).all()
+
+
+def test_stale_records_are_dropped_when_a_run_starts_again(tmp_path):
+    tmp_path.joinpath("metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
+    teacher, student = models()
+    trainer(tmp_path, student, teacher, max_steps=2).train()
+    assert [r["step"] for r in records(tmp_path)] == [1, 2] and records(tmp_path)[0]["loss"] != 9.0
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    teacher, student = models()
+    with pytest.raises(TypeError, match="args: got TrainingArguments; want DistillationArguments"):
+        DistillationTrainer(student, TrainingArguments(str(tmp_path), use_cpu=True), teacher=teacher)
+    with pytest.raises(ValueError, match="teacher: got None"):
+        trainer(tmp_path, student, mode=TargetGuided())
+    with pytest.raises(ValueError, match="teacher: got a model of 1 layers; want 2"):
+        trainer(tmp_path, student, Wav2Vec2ForCTC(config(num_hidden_layers=1)))
+    with pytest.raises(ValueError, match="shares parameters with the student"):
+        trainer(tmp_path, teacher, teacher)
+    for name, value in (
+        ("alpha_kd", -1.0),
+        ("temperature", 0.0),
+        ("layer_reduction", "max"),
+        ("exponential_decay_to", 2.0),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            arguments(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        arguments(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert isinstance(arguments(tmp_path), DistillationArguments)
