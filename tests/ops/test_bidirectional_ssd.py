@@ -1,0 +1,256 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scan_cases import NAMES, REGIMES, assert_close, oracle, scan_arguments, split, to_double, with_gradients
+
+from linconv import ops
+from linconv.ops import dispatch
+
+pytestmark = pytest.mark.skipif(not dispatch.compiled("bidirectional_ssd"), reason="the compiled library is not built")
+
+DIAGONALS = ("both", "once", "shifted")
+
+
+def compiled(arguments, **options):
+    tensors, rest = split(arguments)
+    return ops.bidirectional_ssd(*tensors, **rest, backend="cpu", **options)
+
+
+def fallback(arguments, **options):
+    tensors, rest = split(arguments)
+    return ops.bidirectional_ssd(*tensors, **rest, backend="reference", **options)
+
+
+def sequences(kind, batch, length):
+    """Keyword arguments that say which frames are valid."""
+    if kind == "seq_lens":
+        return {"seq_lens": torch.tensor([length, length // 3, 0][:batch])}
+    if kind == "cu_seqlens":
+        return {"cu_seqlens": torch.tensor([0, 0, length // 3, length])}
+    return {}
+
+
+@pytest.mark.parametrize("backend", [compiled, fallback])
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("kind", ["all", "seq_lens", "cu_seqlens"])
+def test_matches_the_recurrence(backend, regime, diagonal, kind):
+    for length in (0, 1, 129):
+        arguments = scan_arguments(1 if kind == "cu_seqlens" else 3, length, per_direction=REGIMES[regime])
+        options = dict(dt_softplus=True, dt_limit=(0.2, 1.5), diagonal=diagonal, **sequences(kind, 3, length))
+        wanted, wanted_gradients = with_gradients(oracle, arguments, **options)
+        got, gradients = with_gradients(backend, arguments, **options)
+        assert_close({"y": got, **gradients}, {"y": wanted, **wanted_gradients})
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    regime=st.sets(st.sampled_from(NAMES)),
+    diagonal=st.sampled_from(DIAGONALS),
+    kind=st.sampled_from(["all", "seq_lens", "cu_seqlens"]),
+    length=st.integers(0, 140),
+    groups=st.integers(1, 3),
+    heads_per_group=st.sampled_from([1, 2, 5]),
+    headdim=st.sampled_from([1, 7, 16, 64, 80, 256]),
+    dstate=st.sampled_from([1, 5, 16, 33, 128]),
+    softplus=st.booleans(),
+    strided=st.booleans(),
+)
+def test_any_shape_and_stride(
+    regime, diagonal, kind, length, groups, heads_per_group, headdim, dstate, softplus, strided
+):  # fmt: skip
+    batch = 1 if kind == "cu_seqlens" else 2
+    arguments = scan_arguments(
+        batch, length, groups * heads_per_group, headdim, groups, dstate, per_direction=regime, strided=strided
+    )
+    options = dict(dt_softplus=softplus, diagonal=diagonal, **sequences(kind, batch, length))
+    wanted, wanted_gradients = with_gradients(oracle, arguments, **options)
+    got, gradients = with_gradients(compiled, arguments, **options)
+    assert_close({"y": got, **gradients}, {"y": wanted, **wanted_gradients})
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+def test_gradcheck(regime, diagonal):
+    arguments = scan_arguments(1, 5, 2, 2, 1, 2, per_direction=REGIMES[regime])
+    leaves = [t.requires_grad_() for t in arguments.values()]
+    options = dict(dt_softplus=True, diagonal=diagonal, seq_lens=torch.tensor([4]))
+    assert torch.autograd.gradcheck(lambda *ts: compiled(dict(zip(NAMES, ts)), **options), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_error_against_torch(regime, dtype):
+    """At most twice the error of plain torch at the same precision, thrice in gradients."""
+    arguments = scan_arguments(2, 300, 4, 64, 1, 32, per_direction=REGIMES[regime], dtype=dtype)
+    options = dict(dt_softplus=True)
+    exact, exact_gradients = with_gradients(oracle, to_double(arguments), **options)
+    ours, our_gradients = with_gradients(compiled, arguments, **options)
+    torchs, torch_gradients = with_gradients(fallback, arguments, **options)
+    assert ours.dtype == dtype
+
+    def error(got, wanted):
+        return (got.double() - wanted).abs().max() / wanted.abs().max()
+
+    assert error(ours, exact) <= 2 * error(torchs, exact)
+    for name in NAMES:
+        assert our_gradients[name].dtype == arguments[name].dtype
+        bound = 3 * error(torch_gradients[name], exact_gradients[name])
+        assert error(our_gradients[name], exact_gradients[name]) <= bound, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_padded_equals_alone(regime, diagonal, dtype):
+    """Bit for bit, with NaN and Inf in the padding; padded outputs and gradients are zero."""
+    lengths = torch.tensor([130, 1, 0, 64])
+    arguments = scan_arguments(4, 130, 6, 20, 2, 9, per_direction=REGIMES[regime], dtype=dtype)
+    frames = {n: (arguments[n].dim() > d) for n, d in dict(x=4, dt=3, B=4, C=4).items()}  # name: per direction
+    upstream = torch.randn(4, 130, 6, 20).to(dtype).expand(*[2] * frames["x"], 4, 130, 6, 20).clone()
+    for name, leading in frames.items():
+        for row, length in enumerate(lengths):
+            padding = arguments[name][:, row, length:] if leading else arguments[name][row, length:]
+            padding[..., ::2], padding[..., 1::2] = float("nan"), float("inf")
+    for row, length in enumerate(lengths):
+        (upstream[:, row, length:] if frames["x"] else upstream[row, length:]).fill_(float("nan"))
+
+    leaves = {n: t.requires_grad_() for n, t in arguments.items()}
+    batch = compiled(leaves, dt_softplus=True, diagonal=diagonal, seq_lens=lengths)
+    gradients = dict(zip(leaves, torch.autograd.grad(batch, list(leaves.values()), upstream)))
+    for row, length in enumerate(lengths):
+
+        def part(tensor, leading, frames=slice(None, length), row=row):
+            return tensor[:, row : row + 1, frames] if leading else tensor[row : row + 1, frames]
+
+        own = {n: part(t, frames[n]) if n in frames else t for n, t in arguments.items()}
+        own = {n: t.detach().requires_grad_() for n, t in own.items()}
+        alone = compiled(own, dt_softplus=True, diagonal=diagonal)
+        assert torch.equal(part(batch, frames["x"]), alone)
+        assert not part(batch, frames["x"], slice(length, None)).any()
+        own_gradients = torch.autograd.grad(alone, [own[n] for n in frames], part(upstream, frames["x"]))
+        for name, gradient in zip(frames, own_gradients):
+            assert torch.equal(part(gradients[name], frames[name]), gradient), name
+            assert not part(gradients[name], frames[name], slice(length, None)).any(), name
+    for name in ("A", "D", "dt_bias"):
+        assert gradients[name].isfinite().all(), name
+
+
+def test_packed_equals_alone():
+    arguments = scan_arguments(1, 200, per_direction=REGIMES["hydra"], dtype=torch.float32)
+    bounds = [0, 70, 70, 71, 200]
+    packed = compiled(arguments, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    for start, end in zip(bounds, bounds[1:]):
+        own = dict(arguments, x=arguments["x"][:, start:end])
+        own.update({n: arguments[n][:, :, start:end] for n in ("dt", "B", "C")})
+        assert torch.equal(packed[:, start:end], compiled(own))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_threads_do_not_change_a_bit(regime):
+    arguments = scan_arguments(2, 200, 8, 40, 1, 24, per_direction=REGIMES[regime], dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            y, gradients = with_gradients(compiled, arguments, dt_softplus=True)
+            results.append([y, *gradients.values()])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_expanded_arguments_and_upstream():
+    """Strides of 0, in the arguments and in the gradient that sum() sends back."""
+    arguments = scan_arguments(2, 70)
+    arguments["B"] = arguments["B"][:1, :1].expand(2, 70, -1, -1)
+    arguments["x"] = arguments["x"][..., :1].expand(-1, -1, -1, 5)
+    sums = [with_gradients(lambda a, f=f: f(a).sum(), arguments) for f in (compiled, oracle)]
+    assert_close({"y": sums[0][0], **sums[0][1]}, {"y": sums[1][0], **sums[1][1]})
+
+
+def test_offsets_past_32_bits():
+    """Rows 2^30 elements apart; only the touched pages of the storage are ever backed by memory."""
+    step = 2**30
+    storage = torch.empty(3 * step, dtype=torch.bfloat16)
+    arguments = scan_arguments(1, 4, 1, 3, 1, 2, per_direction=REGIMES["hydra"], dtype=torch.bfloat16)
+    far = storage.as_strided((1, 3, 1, 3), (1, step, 3, 1), storage_offset=step - 3)
+    arguments = {n: t[:, :, 1:] if n in ("dt", "B", "C") else t for n, t in arguments.items()}
+    far.copy_(arguments["x"][:, 1:])
+    near = dict(arguments, x=far.clone())
+    assert torch.equal(compiled(dict(arguments, x=far)), compiled(near))
+
+
+def test_empty_batch():
+    arguments = scan_arguments(0, 5)
+    y, gradients = with_gradients(compiled, arguments)
+    assert y.shape == (0, 5, 4, 5)
+    assert not any(gradients[n].any() for n in ("A", "D", "dt_bias"))
+
+
+def test_opcheck():
+    for regime, options in (("separate", {}), ("tied", {"seq_lens": torch.tensor([9, 4])})):
+        arguments = [t.requires_grad_() for t in scan_arguments(2, 9, per_direction=REGIMES[regime]).values()]
+        inputs = (*arguments, True, 0.0, float("inf"), "both", options.get("seq_lens"), None)
+        torch.library.opcheck(torch.ops.linconv.bidirectional_ssd.default, inputs)
+
+
+def test_compile_checkpoint_autocast():
+    arguments = scan_arguments(2, 70, per_direction=REGIMES["hydra"], dtype=torch.float32)
+
+    def f(a):
+        return compiled(a, dt_softplus=True, seq_lens=torch.tensor([70, 20]))
+
+    y, gradients = with_gradients(f, arguments)
+    again = torch.compile(f, fullgraph=True, backend="aot_eager")
+    y_compiled, gradients_compiled = with_gradients(again, arguments)
+    y_checkpoint, gradients_checkpoint = with_gradients(
+        lambda a: torch.utils.checkpoint.checkpoint(f, a, use_reentrant=False), arguments
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_autocast, _ = with_gradients(f, arguments)
+    assert torch.equal(y, y_compiled) and torch.equal(y, y_checkpoint) and torch.equal(y, y_autocast)
+    for name in NAMES:
+        assert torch.equal(gradients[name], gradients_compiled[name]), name
+        assert torch.equal(gradients[name], gradients_checkpoint[name]), name
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(x=torch.zeros(2, 9, 4)), ValueError, r"x has shape \(2, 9, 4\), wanted \(batch, L, heads, headdim\)"),
+        (dict(x=torch.zeros(2, 9, 4, 300, dtype=torch.float64)), ValueError, "headdim is 300"),
+        (dict(dt=torch.zeros(2, 8, 4, dtype=torch.float64)), ValueError, "dt has shape .* with batch = 2, L = 9, heads = 4"),
+        (dict(dt=torch.zeros(2, 9, 4, dtype=torch.int64)), TypeError, "dt has dtype torch.int64"),
+        (dict(A=torch.zeros(4, dtype=torch.float32)), TypeError, "A is torch.float32 and x is torch.float64"),
+        (dict(A=torch.zeros(3, 4, dtype=torch.float64)), ValueError, r"A has shape \(3, 4\), wanted \(heads,\) or \(2, heads\)"),
+        (dict(B=torch.zeros(2, 9, 3, 3, dtype=torch.float64)), ValueError, "B has 3 groups|C has shape"),
+        (dict(C=torch.zeros(2, 9, 2, 4, dtype=torch.float64)), ValueError, "C has shape .* dstate = 3"),
+        (dict(D="no"), TypeError, "D is str"),
+        (dict(dt_limit=(2.0, 1.0)), ValueError, "dt_limit is"),
+        (dict(diagonal="twice"), ValueError, "diagonal is 'twice', wanted one of 'both', 'once', 'shifted'"),
+        (dict(seq_lens=torch.tensor([10, 1])), ValueError, "seq_lens holds 10"),
+        (dict(seq_lens=torch.tensor([1, 1]), cu_seqlens=torch.tensor([0, 9])), ValueError, "at most one"),
+        (dict(backend="gpu"), ValueError, "backend='gpu'"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(change, error, message):
+    arguments = {**scan_arguments(2, 9), **change}
+    tensors = [arguments.pop(n) for n in NAMES[:5]]
+    with pytest.raises(error, match=message):
+        ops.bidirectional_ssd(*tensors, **arguments)
+
+
+def test_the_kernel_checks_what_it_reads():
+    x, dt, A, B, C, D, dt_bias = scan_arguments(2, 9).values()
+    call = torch.ops.linconv.bidirectional_ssd
+    rest = (D, dt_bias, True, 0.0, 1.0, "both", None, None)
+    with pytest.raises(RuntimeError, match="dt has size 8"):
+        call(x, dt[:, :8], A, B, C, *rest)
+    with pytest.raises(RuntimeError, match="A is not of the math dtype"):
+        call(x, dt, A.float(), B, C, *rest)
+    with pytest.raises(RuntimeError, match="diagonal"):
+        call(x, dt, A, B, C, *rest[:5], "none", None, None)

@@ -1,0 +1,139 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scan_cases import NAMES, assert_close, oracle_one_direction, scan_arguments, split, to_double, with_gradients
+
+from linconv import ops
+from linconv.ops import dispatch
+
+pytestmark = pytest.mark.skipif(not dispatch.compiled("ssd"), reason="the compiled library is not built")
+
+
+def ssd(backend):
+    def run(arguments, **options):
+        arguments = dict(arguments)
+        states = {"initial_states": arguments.pop("initial_states", None)}
+        tensors, rest = split(arguments)
+        return ops.ssd(*tensors, **rest, **states, return_final_states=True, backend=backend, **options)
+
+    return run
+
+
+def oracle(arguments, **options):
+    arguments = dict(arguments)
+    states = arguments.pop("initial_states", None)
+    return oracle_one_direction(arguments, initial_states=states, **options)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    backend=st.sampled_from(["cpu", "reference"]),
+    reverse=st.booleans(),
+    kind=st.sampled_from(["all", "seq_lens", "cu_seqlens"]),
+    length=st.integers(0, 140),
+    groups=st.integers(1, 3),
+    headdim=st.sampled_from([1, 7, 64, 80]),
+    dstate=st.sampled_from([1, 5, 33, 128]),
+    strided=st.booleans(),
+    started=st.booleans(),
+)
+def test_matches_the_recurrence(backend, reverse, kind, length, groups, headdim, dstate, strided, started):
+    batch = 1 if kind == "cu_seqlens" else 2
+    arguments = scan_arguments(batch, length, 2 * groups, headdim, groups, dstate, strided=strided)
+    options = dict(dt_softplus=True, reverse=reverse)
+    if kind == "seq_lens":
+        options["seq_lens"] = torch.tensor([length, length // 3])
+    if kind == "cu_seqlens":
+        options["cu_seqlens"] = torch.tensor([0, 0, length // 3, length])
+    if started:
+        arguments["initial_states"] = torch.randn(3 if kind == "cu_seqlens" else batch, 2 * groups, headdim, dstate).double()
+    (y, states), gradients = with_gradients(ssd(backend), arguments, **options)
+    (wanted_y, wanted_states), wanted = with_gradients(oracle, arguments, **options)
+    assert_close({"y": y, "states": states, **gradients}, {"y": wanted_y, "states": wanted_states, **wanted})
+
+
+def test_gradcheck():
+    arguments = scan_arguments(1, 5, 2, 2, 1, 2)
+    arguments["initial_states"] = torch.randn(1, 2, 2, 2, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in arguments.values()]
+    for options in ({"reverse": True}, {"seq_lens": torch.tensor([4])}):
+        assert torch.autograd.gradcheck(lambda *ts: ssd("cpu")(dict(zip(arguments, ts)), dt_softplus=True, **options), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_against_torch(dtype):
+    """At most twice the error of plain torch at the same precision, thrice in gradients."""
+    arguments = scan_arguments(2, 300, 4, 64, 1, 32, dtype=dtype)
+    exact, exact_gradients = with_gradients(oracle, to_double(arguments), dt_softplus=True)
+    ours, our_gradients = with_gradients(ssd("cpu"), arguments, dt_softplus=True)
+    torchs, torch_gradients = with_gradients(ssd("reference"), arguments, dt_softplus=True)
+    assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
+
+    def error(got, wanted):
+        return (got.double() - wanted).abs().max() / wanted.abs().max()
+
+    for i in range(2):
+        assert error(ours[i], exact[i]) <= 2 * error(torchs[i], exact[i])
+    for name in NAMES:
+        bound = 3 * error(torch_gradients[name], exact_gradients[name])
+        assert error(our_gradients[name], exact_gradients[name]) <= bound, name
+
+
+def test_one_scan_is_two_with_the_state_handed_over():
+    arguments = scan_arguments(2, 150)
+    y, states = ssd("cpu")(arguments)
+    cut = {n: arguments[n] for n in ("A", "D", "dt_bias")}
+    first = {**cut, **{n: arguments[n][:, :70] for n in ("x", "dt", "B", "C")}}
+    second = {**cut, **{n: arguments[n][:, 70:] for n in ("x", "dt", "B", "C")}}
+    y_first, handed = ssd("cpu")(first)
+    y_second, last = ssd("cpu")({**second, "initial_states": handed})
+    torch.testing.assert_close(torch.cat([y_first, y_second], dim=1), y)
+    torch.testing.assert_close(last, states)
+
+
+def test_gate():
+    arguments = scan_arguments(2, 20)
+    tensors, rest = split(arguments)
+    z = torch.randn_like(arguments["x"])
+    torch.testing.assert_close(ops.ssd(*tensors, **rest, z=z), ops.ssd(*tensors, **rest) * F.silu(z))
+
+
+def test_padding_is_never_read():
+    arguments = scan_arguments(2, 100, dtype=torch.float32)
+    lengths = torch.tensor([100, 37])
+    arguments["initial_states"] = torch.randn(2, 4, 5, 3)
+    for name in ("x", "dt", "B", "C"):
+        arguments[name][1, 37:] = float("nan")
+    for reverse in (False, True):
+        y, states = ssd("cpu")(arguments, seq_lens=lengths, reverse=reverse)
+        own = {n: t[1:, :37] if n in ("x", "dt", "B", "C") else t for n, t in arguments.items()}
+        own["initial_states"] = arguments["initial_states"][1:]
+        alone, alone_states = ssd("cpu")(own, reverse=reverse)
+        assert torch.equal(y[1:, :37], alone) and torch.equal(states[1:], alone_states)
+        assert not y[1, 37:].any()
+
+
+def test_opcheck():
+    arguments = [t.requires_grad_() for t in scan_arguments(1, 9).values()]
+    states = torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True)
+    for rest in ((None, torch.tensor([5]), None, True), (states, None, torch.tensor([0, 4, 9]), False)):
+        torch.library.opcheck(torch.ops.linconv.ssd.default, (*arguments, True, 0.0, float("inf"), *rest))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(x=torch.zeros(2, 2, 9, 4, 5)), ValueError, r"x has shape .*, wanted \(batch, L, heads, headdim\)"),
+        (dict(z=torch.zeros(1)), ValueError, "z has shape"),
+        (dict(initial_states=torch.zeros(2, 4, 3, 5).double()), ValueError, "initial_states has shape"),
+        (dict(initial_states=torch.zeros(2, 4, 5, 3)), TypeError, "initial_states is torch.float32"),
+        (dict(cu_seqlens=torch.tensor([0, 9])), ValueError, "batch of 1"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    arguments = {**scan_arguments(2, 9), **change}
+    tensors = [arguments.pop(n) for n in NAMES[:5]]
+    with pytest.raises(error, match=message):
+        ops.ssd(*tensors, **arguments)
