@@ -1,0 +1,108 @@
+"""The measuring harness: what it counts, how it predicts, what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+
+from linconv.benchmarking import compare, crossover, fit_quadratic, measure, peak_extra_bytes, predict
+from linconv.benchmarking.curves import Curve, latency_curves, memory_curve
+
+MIB = 2**20
+
+
+def test_compare_alternates_and_stops_at_the_limits():
+    calls = []
+    taken = compare(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+        warmup=1,
+        min_repeats=2,
+        max_repeats=3,
+        min_seconds=60,
+    )
+    assert calls == ["a", "b", "a", "b", "a", "b", "a", "b"]  # a warm-up each, then three rounds
+    assert taken["a"].repeats == taken["b"].repeats == 3
+    assert taken["a"].fastest <= taken["a"].median <= taken["a"].slowest
+
+
+def test_measure_times_the_work_and_not_what_surrounds_it():
+    import time
+
+    latency = measure(lambda: time.sleep(0.02), warmup=0, min_repeats=3, min_seconds=0)
+    assert 0.02 <= latency.fastest < 0.2
+
+
+@pytest.mark.parametrize("limits", [{"min_repeats": 0}, {"min_repeats": 5, "max_repeats": 4}])
+def test_compare_refuses_limits_that_cannot_be_met(limits):
+    with pytest.raises(ValueError, match="min_repeats"):
+        compare({"a": lambda: None}, **limits)
+
+
+def allocate(mebibytes):
+    kept = torch.ones(64 * MIB, dtype=torch.uint8)  # built beforehand: not to be counted
+
+    def work():
+        return torch.ones(mebibytes * MIB, dtype=torch.uint8).max() + kept[0]
+
+    return work
+
+
+def test_peak_memory_counts_the_work_alone():
+    assert peak_extra_bytes(allocate, 200) == pytest.approx(200 * MIB, abs=12 * MIB)
+
+
+def fail():
+    raise RuntimeError("no such model")
+
+
+def test_peak_memory_passes_on_what_went_wrong():
+    with pytest.raises(RuntimeError, match="no such model"):
+        peak_extra_bytes(fail)
+
+
+def test_fit_finds_the_three_terms_and_predicts_from_them():
+    lengths = np.array([5.0, 10, 30, 60])
+    fit = fit_quadratic(lengths, 0.01 + 0.002 * lengths + 0.0001 * lengths**2)
+    assert fit == pytest.approx((0.01, 0.002, 0.0001))
+    assert predict(fit, 600) == pytest.approx(0.01 + 1.2 + 36)
+
+
+def test_fit_of_linear_growth_has_no_negative_square():
+    a, b, c = fit_quadratic([1, 2, 4, 8], [1.0, 2.1, 3.9, 7.5])
+    assert min(a, b, c) >= 0
+    with pytest.raises(ValueError, match="lengths"):
+        fit_quadratic([1, 2], [1, 2])
+
+
+def test_crossover():
+    assert crossover([1, 2, 4, 8], [1, 2, 4, 8], [4 / 2**0.5] * 4) == pytest.approx(2 * 2**0.5)
+    assert crossover([1, 2], [2, 3], [1, 1]) == 1
+    assert crossover([1, 2], [1, 1], [2, 3]) is None
+    # Below, above, and below again: what counts is the length from which it stays below.
+    assert 4 < crossover([1, 2, 4, 8], [2, 2, 2, 2], [1, 1, 3, 1]) < 8
+    with pytest.raises(ValueError, match="must increase"):
+        crossover([2, 1], [1, 1], [1, 1])
+
+
+def test_curves_predict_what_the_budget_does_not_cover(monkeypatch):
+    clock = {"teacher": lambda n: n**2 / 100, "student": lambda n: n / 10}
+
+    def forward(checkpoint, audio, samples):
+        return lambda: clock[checkpoint](samples)
+
+    def timed(works, **limits):
+        from linconv.benchmarking.latency import Latency
+
+        return {name: Latency.of([float(work())]) for name, work in works.items()}
+
+    monkeypatch.setattr("linconv.benchmarking.curves.audio_forward", forward)
+    monkeypatch.setattr("linconv.benchmarking.curves.compare", timed)
+    monkeypatch.setattr("linconv.benchmarking.curves.peak_extra_bytes", lambda make, *a, preload: 1000.0 * a[-1])
+    lengths = [10, 20, 40, 80]
+    curves = latency_curves({n: n for n in clock}, "audio.npy", lengths, budget=50, sampling_rate=1)
+    assert curves["teacher"].predicted == (False, False, False, True)
+    assert curves["teacher"].values == pytest.approx([1, 4, 16, 64])
+    assert curves["student"].predicted == (False,) * 4
+    assert curves["student"].values == pytest.approx([1, 2, 4, 8])
+
+    memory = memory_curve("teacher", "audio.npy", lengths, curves["teacher"], budget=25, sampling_rate=1)
+    assert memory == Curve((10, 20, 40, 80), pytest.approx((1e4, 2e4, 4e4, 8e4)), (False, False, False, True))
