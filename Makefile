@@ -36,11 +36,13 @@ bench: $(VENV)/.installed
 
 build: $(VENV)/.installed
 
-# The operators' tests against a library built with AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not
-# looked for: Python never frees everything.
+# The operators' tests against a library built with AddressSanitizer and UndefinedBehaviorSanitizer. libasan comes first
+# in the process, and libstdc++ next to it, for it to find the throw that it wraps. Leaks are not looked for: Python never
+# frees everything.
 sanitize: $(VENV)/.installed
 	$(PY) setup.py --quiet build_native --sanitize=address,undefined
-	LINCONV_LIBRARY_PATH=$(CURDIR)/build/sanitize/lib LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) \
+	LINCONV_LIBRARY_PATH=$(CURDIR)/build/sanitize/lib \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST) tests/ops
 
 # Both ends of the range of transformers: each in an environment laid over $(VENV), which lends it torch and the rest.
