@@ -10,8 +10,10 @@
 namespace linconv::LINCONV_ISA {
 namespace {
 
-constexpr int kTile = 8;  // frames of a backward step
-constexpr int kSpan = kMaxConvWidth - 1;
+constexpr int kFrames = 4;        // that a step computes at once: they share their taps' loads
+constexpr int kTile = 2 * kFrames;  // frames between two updates of the weights' gradient
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 alignas(64) constexpr double kZeros[kConvChannels] = {};
 
@@ -35,47 +37,78 @@ struct alignas(64) Filter {
   }
 };
 
-// y = act(bias + sum_j w[j] x[j]) over n channels; x[j] is the row tap j reads.
-template <class T, int width, bool silu_>
-void convolve_row(const Filter<T>& f, const T* const* x, int n, T* y) {
-  for (int c = 0; c < n; c += kWidth<T>) {
-    Vec<T> sum = load(f.bias + c);
+// bias + sum_j w[j] x[i + j] for the kFrames frames i; x holds the rows from the first tap of frame 0 on.
+template <class T, int width>
+LINCONV_INLINE void filter(const Filter<T>& f, const T* const* x, int c, Vec<T> (&pre)[kFrames]) {
+  Vec<T> in[kFrames + width - 1];
+#pragma GCC unroll 16
+  for (int i = 0; i < kFrames + width - 1; ++i) in[i] = load(x[i] + c);
+  const Vec<T> bias = load(f.bias + c);
+#pragma GCC unroll 4
+  for (int i = 0; i < kFrames; ++i) pre[i] = bias;
 #pragma GCC unroll 8
-    for (int j = 0; j < width; ++j) sum += load(f.w[j] + c) * load(x[j] + c);
-    store(y + c, silu_ ? silu(sum) : sum);
+  for (int j = 0; j < width; ++j) {
+    const Vec<T> w = load(f.w[j] + c);
+#pragma GCC unroll 4
+    for (int i = 0; i < kFrames; ++i) pre[i] += w * in[i + j];
   }
 }
 
-// dpre = dy * act'(pre), pre computed again.
+// y = act(pre) of kFrames frames.
 template <class T, int width, bool silu_>
-void gradient_row(const Filter<T>& f, const T* const* x, const T* dy, int n, T* dpre) {
+void convolve(const Filter<T>& f, const T* const* x, int n, T* const* y) {
   for (int c = 0; c < n; c += kWidth<T>) {
-    Vec<T> d = load(dy + c);
-    if constexpr (silu_) {
-      Vec<T> sum = load(f.bias + c);
-#pragma GCC unroll 8
-      for (int j = 0; j < width; ++j) sum += load(f.w[j] + c) * load(x[j] + c);
-      const Vec<T> s = sigmoid(sum);
-      d *= s + sum * s * (splat<T>(1) - s);
+    Vec<T> pre[kFrames];
+    filter<T, width>(f, x, c, pre);
+#pragma GCC unroll 4
+    for (int i = 0; i < kFrames; ++i) store(y[i] + c, silu_ ? silu(pre[i]) : pre[i]);
+  }
+}
+
+// dpre = dy * act'(pre) of kFrames frames, pre computed again.
+template <class T, int width, bool silu_>
+void gradient(const Filter<T>& f, const T* const* x, const T* const* dy, int n, T* const* dpre) {
+  for (int c = 0; c < n; c += kWidth<T>) {
+    Vec<T> pre[kFrames];
+    if constexpr (silu_) filter<T, width>(f, x, c, pre);
+#pragma GCC unroll 4
+    for (int i = 0; i < kFrames; ++i) {
+      Vec<T> d = load(dy[i] + c);
+      if constexpr (silu_) {
+        const Vec<T> s = sigmoid(pre[i]);
+        d *= s + pre[i] * s * (splat<T>(1) - s);
+      }
+      store(dpre[i] + c, d);
     }
-    store(dpre + c, d);
   }
 }
 
-// dx (+)= sum_j w[j] dpre[-j]; dpre points at the row that tap 0 turns to.
-template <class T, int width, bool add>
-void transpose_row(const Filter<T>& f, const T* const* dpre, int n, T* dx) {
+// dx[i] = sum over directions and j of w[j] dpre[i + width - 1 - j] of kFrames frames; dpre holds the rows from the one
+// that the last tap of frame 0 turns to.
+template <class T, int width, int directions>
+void transpose(const Filter<T>* f, const T* const* const* dpre, int n, T* const* dx) {
   for (int c = 0; c < n; c += kWidth<T>) {
-    Vec<T> sum = add ? load(dx + c) : splat<T>(0);
+    Vec<T> sum[kFrames] = {};
+#pragma GCC unroll 2
+    for (int d = 0; d < directions; ++d) {
+      Vec<T> in[kFrames + width - 1];
+#pragma GCC unroll 16
+      for (int i = 0; i < kFrames + width - 1; ++i) in[i] = load(dpre[d][i] + c);
 #pragma GCC unroll 8
-    for (int j = 0; j < width; ++j) sum += load(f.w[j] + c) * load(dpre[-j] + c);
-    store(dx + c, sum);
+      for (int j = 0; j < width; ++j) {
+        const Vec<T> w = load(f[d].w[j] + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < kFrames; ++i) sum[i] += w * in[i + width - 1 - j];
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kFrames; ++i) store(dx[i] + c, sum[i]);
   }
 }
 
 // sums[j] += sum_i dpre[i] x[i + j] over the kTile frames of a tile; sums[width] += sum_i dpre[i].
 template <class T, int width>
-void weight_tile(const T* const* dpre, const T* const* x, int n, T (*sums)[kConvChannels]) {
+void weights(const T* const* dpre, const T* const* x, int n, T (*sums)[kConvChannels]) {
   for (int c = 0; c < n; c += kWidth<T>) {
     Vec<T> acc[width + 1];
 #pragma GCC unroll 9
@@ -94,18 +127,18 @@ void weight_tile(const T* const* dpre, const T* const* x, int n, T (*sums)[kConv
 
 template <class T>
 struct Steps {  // the above for one width and activation
-  void (*convolve)(const Filter<T>&, const T* const*, int, T*);
-  void (*gradient)(const Filter<T>&, const T* const*, const T*, int, T*);
-  void (*transpose)(const Filter<T>&, const T* const*, int, T*);
-  void (*transpose_add)(const Filter<T>&, const T* const*, int, T*);
+  void (*convolve)(const Filter<T>&, const T* const*, int, T* const*);
+  void (*gradient)(const Filter<T>&, const T* const*, const T* const*, int, T* const*);
+  void (*transpose[2])(const Filter<T>*, const T* const* const*, int, T* const*);  // by directions - 1
   void (*weights)(const T* const*, const T* const*, int, T (*)[kConvChannels]);
 };
 
 template <class T, int width>
 Steps<T> steps_of(bool silu_) {
-  return {silu_ ? convolve_row<T, width, true> : convolve_row<T, width, false>,
-          silu_ ? gradient_row<T, width, true> : gradient_row<T, width, false>, transpose_row<T, width, false>,
-          transpose_row<T, width, true>, weight_tile<T, width>};
+  return {silu_ ? convolve<T, width, true> : convolve<T, width, false>,
+          silu_ ? gradient<T, width, true> : gradient<T, width, false>,
+          {transpose<T, width, 1>, transpose<T, width, 2>},
+          weights<T, width>};
 }
 
 template <class T>
@@ -129,8 +162,7 @@ struct alignas(64) Ring {
 
   T* slot(int64_t t) { return buffer[t & (N - 1)]; }
   void put(int64_t t, const T* p) { row[t & (N - 1)] = row[(t & (N - 1)) + N] = p; }
-  const T* const* from(int64_t t) const { return row + (t & (N - 1)); }           // rows t, t + 1, ...
-  const T* const* down_from(int64_t t) const { return row + (t & (N - 1)) + N; }  // rows t, t - 1, ... at [0], [-1], ...
+  const T* const* from(int64_t t) const { return row + (t & (N - 1)); }  // rows t, t + 1, ...
 };
 
 template <class T>
@@ -168,10 +200,25 @@ struct Pass {  // one task: what it is of, and the directions that share an inpu
     for (; next < end; ++next) ring.put(next, inside(next) ? rows.read(next, ring.slot(next)) : zeros());
   }
 
+  // Where a step puts its kFrames frames; those past the end, which the last step has too, are dropped.
+  struct Targets {
+    const Rows<T>& rows;
+    int64_t t, count;
+    T* row[kFrames];
+
+    Targets(const Pass& pass, const Rows<T>& rows, int64_t t, T (*buffer)[kConvChannels])
+        : rows(rows), t(t), count(min<int64_t>(kFrames, pass.end() - t)) {
+      for (int i = 0; i < kFrames; ++i) row[i] = i < count ? rows.target(t + i, buffer[i]) : buffer[i];
+    }
+    void written() const {
+      for (int i = 0; i < count; ++i) rows.written(t + i, row[i]);
+    }
+  };
+
   void forward(int64_t direction, int64_t count) const {
     Filter<T> f[2];
-    Ring<T, 16> x;
-    alignas(64) T result[kConvChannels];
+    Ring<T, 32> x;  // frames of a step and a span on both sides
+    alignas(64) T results[kFrames][kConvChannels];
     const Rows<T> source = rows(a.x, direction), target[2] = {rows(a.y, direction), rows(a.y, direction + count - 1)};
     int64_t low = 0, high = 0;
     for (int i = 0; i < count; ++i) {
@@ -180,12 +227,12 @@ struct Pass {  // one task: what it is of, and the directions that share an inpu
       high = max(high, f[i].low + a.width - 1);
     }
     int64_t next = block.begin + low;
-    for (int64_t t = block.begin; t < end(); ++t) {
-      fetch(source, x, next, t + high + 1);
+    for (int64_t t = block.begin; t < end(); t += kFrames) {
+      fetch(source, x, next, t + kFrames + high);
       for (int i = 0; i < count; ++i) {
-        T* y = target[i].target(t, result);
-        step.convolve(f[i], x.from(t + f[i].low), n, y);
-        target[i].written(t, y);
+        const Targets y(*this, target[i], t, results);
+        step.convolve(f[i], x.from(t + f[i].low), n, y.row);
+        y.written();
       }
     }
     for (int i = 0; i < count; ++i) clear_padding(target[i]);
@@ -193,35 +240,41 @@ struct Pass {  // one task: what it is of, and the directions that share an inpu
 
   void backward(int64_t direction, int64_t count) const {
     Filter<T> f[2];
-    Ring<T, 32> x;  // frames of a tile and a span on both sides
-    Ring<T, 16> dpre[2];
+    Ring<T, 32> x;        // frames of a tile and a span on both sides
+    Ring<T, 16> dpre[2];  // and on one side
     alignas(64) T sums[2][kMaxConvWidth + 1][kConvChannels] = {};
-    alignas(64) T dy[kConvChannels], dx[kConvChannels];
+    alignas(64) T results[kFrames][kConvChannels];
     const int64_t span = a.width - 1;
+    const int64_t before = round_up(span, kFrames);  // frames whose dpre the first tile wants of the block before
     const Rows<T> source = rows(a.x, direction), target = rows(a.grad_x, direction),
                   upstream[2] = {rows(a.grad_y, direction), rows(a.grad_y, direction + count - 1)};
-    int64_t next_x = block.begin - span, next[2];
+    int64_t next_x = block.begin - before, next[2];
     for (int i = 0; i < count; ++i) {
       f[i].load(a, direction + i, channel, n);
-      next[i] = block.begin - f[i].low - span;
+      next[i] = block.begin - f[i].low - before;
     }
     for (int64_t tile = block.begin; tile < end(); tile += kTile) {
       fetch(source, x, next_x, tile + kTile + span);
       for (int i = 0; i < count; ++i) {
-        for (; next[i] < tile + kTile - f[i].low; ++next[i]) {
-          const int64_t t = next[i];
-          T* d = dpre[i].slot(t);
-          dpre[i].put(t, inside(t) ? d : zeros());
-          if (inside(t)) step.gradient(f[i], x.from(t + f[i].low), upstream[i].read(t, dy), n, d);
+        for (; next[i] < tile + kTile - f[i].low; next[i] += kFrames) {
+          const T* dy[kFrames];
+          T* d[kFrames];
+          for (int k = 0; k < kFrames; ++k) {
+            const int64_t t = next[i] + k;
+            dy[k] = inside(t) ? upstream[i].read(t, results[k]) : zeros();
+            d[k] = dpre[i].slot(t);
+            dpre[i].put(t, inside(t) ? d[k] : zeros());
+          }
+          step.gradient(f[i], x.from(next[i] + f[i].low), dy, n, d);
         }
         // Frames of the tile past the block's end are past the sequence's: zeros.
         step.weights(dpre[i].from(tile), x.from(tile + f[i].low), n, sums[i]);
       }
-      for (int64_t t = tile; t < min(tile + kTile, end()); ++t) {
-        T* out = target.target(t, dx);
-        step.transpose(f[0], dpre[0].down_from(t - f[0].low), n, out);
-        if (count > 1) step.transpose_add(f[1], dpre[1].down_from(t - f[1].low), n, out);
-        target.written(t, out);
+      for (int64_t t = tile; t < min(tile + kTile, end()); t += kFrames) {
+        const T* const* turned[2] = {dpre[0].from(t - f[0].low - span), dpre[count - 1].from(t - f[count - 1].low - span)};
+        const Targets dx(*this, target, t, results);
+        step.transpose[count - 1](f, turned, n, dx.row);
+        dx.written();
       }
     }
     clear_padding(target);

@@ -78,7 +78,7 @@ def test_oracle_low_precision(dtype, d, group_size):
         lambda *t: gated_rms_norm(*t, group_size=group_size, backend="cpu"), [x, z, weight], upstream
     )
     no_worse_than_torch(ours, theirs, exact, 2, "y")
-    for name, *parts in zip("x z weight".split(), our_gradients, their_gradients, exact_gradients):
+    for name, *parts in zip(["x", "z", "weight"], our_gradients, their_gradients, exact_gradients):
         no_worse_than_torch(*parts, 3, f"gradient of {name}")
 
 
