@@ -185,7 +185,7 @@ def _register(family: Family, config_class: type, classes: dict[str, type]) -> N
     for auto_name, stock_name in family.heads.items():
         auto = getattr(transformers, auto_name)
         auto.register(config_class, classes[PREFIX + stock_name])
-        # Pipelines look for the class name here.
+        # The speech recognition pipeline tells by the class names here which models generate.
         auto._model_mapping._model_mapping[config_class.model_type] = PREFIX + stock_name
     # Preprocessing is the stock model's.
     for auto, mapping in (
