@@ -1,0 +1,76 @@
+"""Errors of the argument checks that the operators share."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from linconv.ops import checks
+
+CPU = torch.device("cpu")
+
+
+def bounds(seq_lens=None, cu_seqlens=None, batch=1):
+    checks.sequence_bounds(seq_lens, cu_seqlens, batch, 5, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_good_bounds(dtype):
+    bounds()
+    bounds(seq_lens=torch.tensor([0, 5, 3], dtype=dtype), batch=3)
+    bounds(seq_lens=torch.empty(0, dtype=dtype), batch=0)
+    bounds(cu_seqlens=torch.tensor([0, 2, 2, 5], dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(seq_lens=[5]), TypeError, "seq_lens is list, wanted a torch.Tensor"),
+        (dict(seq_lens=torch.tensor([5.0])), TypeError, "seq_lens has dtype torch.float32, wanted torch.int32"),
+        (dict(seq_lens=torch.tensor(5)), ValueError, "seq_lens has shape (), wanted one dimension"),
+        (dict(seq_lens=torch.tensor([5, 5])), ValueError, "seq_lens has shape (2,), wanted (batch,) = (1,)"),
+        (dict(seq_lens=torch.tensor([6])), ValueError, "seq_lens holds 6, wanted 0 to L = 5"),
+        (dict(seq_lens=torch.tensor([-1])), ValueError, "seq_lens holds -1, wanted 0 to L = 5"),
+        (dict(seq_lens=torch.tensor([5], device="meta")), ValueError, "seq_lens is on meta, wanted cpu"),
+        (dict(seq_lens=torch.tensor([5]), cu_seqlens=torch.tensor([0, 5])), ValueError, "both given"),
+        (dict(cu_seqlens=torch.tensor([0, 5]), batch=2), ValueError, "cu_seqlens is given with a batch of 2"),
+        (dict(cu_seqlens=torch.tensor([], dtype=torch.int64)), ValueError, "cu_seqlens is empty"),
+        (dict(cu_seqlens=torch.tensor([0, 4])), ValueError, "cu_seqlens runs from 0 to 4, wanted 0 to L = 5"),
+        (dict(cu_seqlens=torch.tensor([1, 5])), ValueError, "cu_seqlens runs from 1 to 5, wanted 0 to L = 5"),
+        (dict(cu_seqlens=torch.tensor([0, 4, 3, 5])), ValueError, "cu_seqlens is [0, 4, 3, 5], wanted values"),
+    ],
+)  # fmt: skip
+def test_bad_bounds(arguments, error, message):
+    with pytest.raises(error) as raised:
+        bounds(**arguments)
+    assert message in str(raised.value)
+
+
+def test_values_are_not_read_where_there_are_none():
+    """Tracing runs on tensors without data: only their types and shapes are checked there."""
+    with FakeTensorMode():
+        seq_lens, cu_seqlens = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+        bounds(seq_lens=seq_lens, batch=3)
+        bounds(cu_seqlens=cu_seqlens)
+        with pytest.raises(ValueError, match=r"seq_lens has shape \(3,\), wanted \(batch,\) = \(2,\)"):
+            bounds(seq_lens=seq_lens, batch=2)
+
+
+def test_tensors():
+    x, double = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64)
+    checks.floating_tensor("x", x)
+    with pytest.raises(TypeError, match="x is float, wanted a torch.Tensor"):
+        checks.floating_tensor("x", 1.0)
+    with pytest.raises(TypeError, match="x has dtype torch.int64, wanted one of torch.float32"):
+        checks.floating_tensor("x", torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="x has layout torch.sparse_coo, wanted torch.strided"):
+        checks.floating_tensor("x", x.to_sparse())
+    checks.shape("x", x, (2, None), "(batch, L)")
+    with pytest.raises(ValueError, match=r"x has shape \(2, 3\), wanted \(batch, L\) = \(any, 4\)"):
+        checks.shape("x", x, (None, 4), "(batch, L)")
+    with pytest.raises(ValueError, match=r"x has shape \(2, 3\), wanted \(L\) = \(2\)"):
+        checks.shape("x", x, (2,), "(L)")
+    checks.like("y", x.bfloat16(), "x", x)
+    with pytest.raises(TypeError, match="y is torch.float64 and x is torch.float32, wanted torch.float64 for all"):
+        checks.like("y", double, "x", x)
+    with pytest.raises(ValueError, match="y is on meta, wanted cpu as x"):
+        checks.like("y", x.to("meta"), "x", x)
