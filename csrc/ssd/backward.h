@@ -21,7 +21,9 @@ class Backward {
     for (T** rows : {&B_, &C_, &dB_, &dC_, &product_}) *rows = arena_.template take<T>(kQ * states_);
     B_by_state_ = arena_.template take<T>(states_ * kQ);
     for (T** square : {&scores_, &weights_, &dscores_, &dweights_}) *square = arena_.template take<T>(kQ * kQ);
-    for (T** rows : {&x_, &dy_, &scaled_, &dx_}) *rows = arena_.template take<T>(kQ * width_);
+    for (T** rows : {&x_, &scaled_, &dx_}) *rows = arena_.template take<T>(kQ * width_);
+    dy_at_step_ = arena_.template take<T>((kQ + 1) * width_);
+    dy_ = dy_at_step_ + args.shifted * width_;
     for (T** columns : {&x_by_column_, &dx_by_column_}) *columns = arena_.template take<T>(width_ * kQ);
     dstate_ = arena_.template take<T>(args.head_block * state_size());
     saved_ = arena_.template take<T>(longest_chunks() * args.head_block * state_size());
@@ -30,15 +32,13 @@ class Backward {
 
   void run(const Task& task) {
     const ResultRows<T> rows = result_.rows(task);
-    if (args_.shifted) write_skips(args_, task, args_.dy, width_, rows, dy_);
     for (int d = 0; d < task.directions; ++d) {
       const int direction = task.first_direction + d;
       const Steps steps(args_, task.sequence, direction);
       for (int h = 0; h < task.heads; ++h) sums_[h] = {};
-      if (args_.shifted && args_.D) sum_skip_gradients(task, direction, steps);
       save_states(task, direction, steps);
       for (int h = 0; h < task.heads; ++h) read_state(task, h, args_.dfinal_states, dstate_ + h * state_size());
-      for (int64_t c = steps.chunks() - 1; c >= 0; --c) chunk(task, direction, steps, c, args_.shifted || d > 0, rows);
+      for (int64_t c = steps.chunks() - 1; c >= 0; --c) chunk(task, direction, steps, c, d > 0, rows);
       write_sums(task, direction);
       zero_padding(task, direction);
       for (int h = 0; h < task.heads; ++h) write_state(task, h, dstate_ + h * state_size());
@@ -54,7 +54,7 @@ class Backward {
   int64_t state_size() const { return int64_t(width_) * states_; }
   int64_t longest_chunks() const { return (args_.longest() + kQ - 1) / kQ; }
   size_t bytes() const {
-    return 6 * Arena::bytes<T>(kQ * states_) + 4 * Arena::bytes<T>(kQ * kQ) + 6 * Arena::bytes<T>(kQ * width_) +
+    return 6 * Arena::bytes<T>(kQ * states_) + 4 * Arena::bytes<T>(kQ * kQ) + 6 * Arena::bytes<T>((kQ + 1) * width_) +
            Arena::bytes<T>(args_.head_block * state_size()) +
            Arena::bytes<T>(longest_chunks() * args_.head_block * state_size()) + Arena::bytes<T>(result_.scratch_size());
   }
@@ -88,20 +88,20 @@ class Backward {
     zero(dscores_, kQ * kQ);
     zero(dB_, kQ * states_);
     zero(dC_, kQ * states_);
-    // A shifted output of step i is read one step later, and that of the last step nowhere.
-    const int64_t outputs = steps.length - first - args_.shifted;
-    const int written = outputs < count ? int(outputs) : count;
+    // The shifted output of a step lies one step later, and that of the last step nowhere.
+    const int outputs = args_.shifted && steps.length - first > count ? count + 1 : count;
     for (int h = 0; h < task.heads; ++h) {
       const int head = task.head + h;
       T* dstate = dstate_ + h * state_size();
       const T* state = saved(c, h);
       decays_.read(args_, steps, direction, head, first, count);
       read_rows(args_.x, steps, direction, head, first, count, kQ, 0, args_.headdim, width_, x_);
-      read_rows(args_.dy, steps, direction, head, first + args_.shifted, written, tiled, 0, args_.headdim, width_, dy_);
+      read_rows(args_.dy, steps, direction, head, first, outputs, kQ + 1, 0, args_.headdim, width_, dy_at_step_);
       transpose(x_, width_, kQ, width_, x_by_column_, kQ);
       gemm<T, Update::kStore, Triangle::kResult>(tiled, kQ, args_.headdim, {dy_, width_, 1}, x_by_column_, kQ, dweights_, kQ);
-      const T skip = args_.D && !args_.shifted ? static_cast<const T*>(args_.D)[direction * args_.heads + head] : 0;
-      weigh(count, args_.direction[direction].strict, skip, &sums_[h].D);
+      const T skip = skip_of<T>(args_, direction, head);
+      const double skip_gradient = weigh(count, args_.direction[direction].strict, args_.shifted ? T(0) : skip);
+      sums_[h].D += args_.shifted ? dot(x_, dy_at_step_, count * width_) : skip_gradient;
 
       // dX^T = dS^T B^T diag(e^{p_last - p} dt) + dY^T weights
       const Strided<T> dy_by_column{dy_, 1, width_};
@@ -115,15 +115,13 @@ class Backward {
         gemm<T, Update::kStore, Triangle::kRight>(width_, kQ, count, dy_by_column, weights_, kQ, dx_by_column_, kQ);
       }
       transpose(dx_by_column_, kQ, width_, kQ, dx_, width_);
-      for (int i = 0; i < count; ++i) {
-        const T* dx = dx_ + i * width_;
-        add ? rows.add(h, steps.frame(first + i), dx, task.columns) : rows.store(h, steps.frame(first + i), dx, task.columns);
-      }
+      if (args_.shifted) add_scaled(skip, dy_at_step_, count * width_, dx_);
+      for (int i = 0; i < count; ++i) rows.put(add, h, steps.frame(first + i), dx_ + i * width_, task.columns);
 
       // What the states gave: dC += diag(e^p) dY S^T, dB += diag(e^{p_last - p} dt) X dS^T, and both against C and B.
       from_state(entered, count, tiled, dy_, state, C_, decays_.start, dC_, from_C_);
       from_state(left, count, tiled, x_, dstate, B_, decays_.end_dt, dB_, from_B_);
-      const T carried = entered && left ? decays_.whole * dot(state, dstate) : 0;
+      const T carried = entered && left ? decays_.whole * dot(state, dstate, state_size()) : 0;
       gradient_of_steps(task, direction, steps, first, count, h, carried);
 
       if (!leaves) continue;
@@ -141,7 +139,8 @@ class Backward {
   }
 
   // From dweights: the weights themselves, dscores, and what each row gained and each column gave through the decays.
-  void weigh(int count, bool strict, T skip, double* dskip) {
+  // Returns the sum of the diagonal of dweights, the gradient of a skip that stands there.
+  double weigh(int count, bool strict, T skip) {
     zero(gave_, kQ);
     double diagonal = 0;
     for (int i = 0; i < count; ++i) {
@@ -163,7 +162,7 @@ class Backward {
       weights_[i * kQ + i] += skip;
       diagonal += dweights_[i * kQ + i];
     }
-    if (!args_.shifted) *dskip += diagonal;
+    return diagonal;
   }
 
   // product = rows state; into += diag(scale) product; against[i] = row i of product . row i of factor.
@@ -196,17 +195,6 @@ class Backward {
       sums_[h].dt_bias += gradient;
       static_cast<T*>(args_.ddt.data)[steps.at(args_.ddt, direction, task.head + h, first + i)] = gradient;
     }
-  }
-
-  void sum_skip_gradients(const Task& task, int direction, const Steps& steps) {
-    for (int h = 0; h < task.heads; ++h)
-      for (int64_t step = 0; step < steps.length; ++step) {
-        read_rows(args_.x, steps, direction, task.head + h, step, 1, 1, 0, args_.headdim, width_, x_);
-        read_rows(args_.dy, steps, direction, task.head + h, step, 1, 1, 0, args_.headdim, width_, dy_);
-        Vec<T> total{};
-        for (int p = 0; p < width_; p += kWidth<T>) total += load(x_ + p) * load(dy_ + p);
-        sums_[h].D += sum(total);
-      }
   }
 
   void write_sums(const Task& task, int direction) {
@@ -250,9 +238,9 @@ class Backward {
     for (int i = 0; i < count; ++i)
       for (int p = 0; p < width_; ++p) scaled_[i * width_ + p] = scales[i] * rows[i * width_ + p];
   }
-  T dot(const T* a, const T* b) const {
+  static T dot(const T* a, const T* b, int64_t n) {
     Vec<T> total{};
-    for (int64_t i = 0; i < state_size(); i += kWidth<T>) total += load(a + i) * load(b + i);
+    for (int64_t i = 0; i < n; i += kWidth<T>) total += load(a + i) * load(b + i);
     return sum(total);
   }
   static void zero(T* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(T)); }
@@ -266,7 +254,8 @@ class Backward {
   T *B_, *C_, *dB_, *dC_, *product_;                 // (kQ, states)
   T* B_by_state_;                                    // (states, kQ)
   T *scores_, *weights_, *dscores_, *dweights_;      // (kQ, kQ)
-  T *x_, *dy_, *scaled_, *dx_;                       // (kQ, width)
+  T *x_, *scaled_, *dx_;                             // (kQ, width)
+  T *dy_at_step_, *dy_;                              // (kQ + 1, width): of each frame; of each step's own result
   T *x_by_column_, *dx_by_column_;                   // (width, kQ)
   T *dstate_, *saved_;                               // (head_block, width, states); the same per chunk
   alignas(64) T gained_[kQ], gave_[kQ], from_C_[kQ], from_B_[kQ];

@@ -120,6 +120,9 @@ struct ResultRows {
     T* to = static_cast<T*>(data) + at(h, frame);
     for (int i = 0; i < n; ++i) to[i] += values[i];
   }
+  void put(bool added, int h, int64_t frame, const T* values, int n) const {
+    added ? add(h, frame, values, n) : store(h, frame, values, n);
+  }
   const T* row(int h, int64_t frame) const { return static_cast<const T*>(data) + at(h, frame); }
 };
 
@@ -129,7 +132,7 @@ class Result {
  public:
   Result(const SsdArgs& args, const SsdTensor& tensor, int width)
       : args_(args), tensor_(tensor), width_(width),
-        staged_(tensor.dtype != math_dtype<T>() && (args.shifted || (args.summed && args.directions == 2))) {}
+        staged_(tensor.dtype != math_dtype<T>() && args.summed && args.directions == 2) {}
   int64_t scratch_size() const {
     return staged_ ? args_.longest() * args_.head_block * width_ : 0;
   }
@@ -223,22 +226,16 @@ inline Vec<T> decay_between(const Decays<T>& decays, int i, int j) {
   return exp(splat(decays.sum[i]) - load(decays.sum + j));
 }
 
-// D x for every frame, before the directions of a shifted diagonal are added to it; `source` is x, or dy for its gradient.
+// The skip of one head; zero where there is none.
 template <class T>
-inline void write_skips(const SsdArgs& args, const Task& task, const SsdTensor& source, int width, const ResultRows<T>& rows,
-                        T* scratch) {
-  for (int d = 0; d < task.directions; ++d) {
-    const int direction = task.first_direction + d;
-    const Steps steps(args, task.sequence, direction);
-    for (int h = 0; h < task.heads; ++h) {
-      const T* D = args.D ? static_cast<const T*>(args.D) + direction * args.heads + task.head + h : nullptr;
-      for (int64_t step = 0; step < steps.length; ++step) {
-        read_rows(source, steps, direction, task.head + h, step, D != nullptr, 1, task.column, task.columns, width, scratch);
-        for (int p = 0; p < width && D; ++p) scratch[p] *= *D;
-        d == 0 ? rows.store(h, steps.frame(step), scratch, task.columns) : rows.add(h, steps.frame(step), scratch, task.columns);
-      }
-    }
-  }
+inline T skip_of(const SsdArgs& args, int direction, int head) {
+  return args.D ? static_cast<const T*>(args.D)[direction * args.heads + head] : T(0);
+}
+
+// to += factor * from, rows of n elements, a multiple of the vector width.
+template <class T>
+inline void add_scaled(T factor, const T* from, int64_t n, T* to) {
+  for (int64_t i = 0; i < n; i += kWidth<T>) store(to + i, load(to + i) + splat(factor) * load(from + i));
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ class Forward {
     B_by_state_ = arena_.template take<T>(states_ * kQ);
     scores_ = arena_.template take<T>(kQ * kQ);
     weights_ = arena_.template take<T>(kQ * kQ);
-    x_ = arena_.template take<T>(kQ * width_);
+    x_ = arena_.template take<T>((kQ + 1) * width_);
     weighted_x_ = arena_.template take<T>(kQ * width_);
     y_ = arena_.template take<T>(kQ * width_);
     state_ = arena_.template take<T>(args.head_block * states_ * width_);
@@ -26,19 +26,14 @@ class Forward {
 
   void run(const Task& task) {
     const ResultRows<T> rows = result_.rows(task);
-    if (args_.shifted) write_skips(args_, task, args_.x, width_, rows, x_);
-    for (int d = 0; d < task.directions; ++d) sweep(task, task.first_direction + d, args_.shifted || d > 0, rows);
+    for (int d = 0; d < task.directions; ++d) sweep(task, task.first_direction + d, d > 0, rows);
     result_.finish(task);
   }
 
  private:
   size_t bytes() const {
-    return 3 * Arena::bytes<T>(kQ * states_) + 2 * Arena::bytes<T>(kQ * kQ) + 3 * Arena::bytes<T>(kQ * width_) +
+    return 3 * Arena::bytes<T>(kQ * states_) + 2 * Arena::bytes<T>(kQ * kQ) + 3 * Arena::bytes<T>((kQ + 1) * width_) +
            Arena::bytes<T>(args_.head_block * states_ * width_) + Arena::bytes<T>(result_.scratch_size());
-  }
-
-  T skip(int direction, int head) const {
-    return args_.D ? static_cast<const T*>(args_.D)[direction * args_.heads + head] : 0;
   }
 
   void sweep(const Task& task, int direction, bool add, const ResultRows<T>& rows) {
@@ -56,8 +51,12 @@ class Forward {
         const int head = task.head + h;
         T* state = state_ + h * states_ * width_;
         decays_.read(args_, steps, direction, head, c * kQ, count);
-        read_rows(args_.x, steps, direction, head, c * kQ, count, tiled, task.column, task.columns, width_, x_);
-        weigh_scores(count, args_.direction[direction].strict, args_.shifted ? T(0) : skip(direction, head));
+        // A shifted result lands one step later, on the skip of that step: one more frame is needed.
+        const T skip = skip_of<T>(args_, direction, head);
+        const int64_t remaining = steps.length - c * kQ;
+        const int with_next = args_.shifted && remaining > count ? count + 1 : count;
+        read_rows(args_.x, steps, direction, head, c * kQ, with_next, kQ + 1, task.column, task.columns, width_, x_);
+        weigh_scores(count, args_.direction[direction].strict, args_.shifted ? T(0) : skip);
         // Y = diag(e^p) C S + weights X
         const Strided<T> weights{weights_, kQ, 1};
         if (entered) {
@@ -67,12 +66,15 @@ class Forward {
         } else {
           gemm<T, Update::kStore, Triangle::kLeft>(tiled, width_, count, weights, x_, width_, y_, width_);
         }
-        for (int i = 0; i < count; ++i) {
-          const int64_t step = c * kQ + i + args_.shifted;
-          if (step == steps.length) break;
-          const T* y = y_ + i * width_;
-          add ? rows.add(h, steps.frame(step), y, task.columns) : rows.store(h, steps.frame(step), y, task.columns);
+        if (args_.shifted) {
+          add_scaled(skip, x_ + width_, (with_next - 1) * width_, y_);
+          if (c == 0) {
+            for (int p = 0; p < width_; ++p) weighted_x_[p] = skip * x_[p];
+            rows.put(add, h, steps.frame(0), weighted_x_, task.columns);
+          }
         }
+        for (int i = 0; i < with_next - args_.shifted; ++i)
+          rows.put(add, h, steps.frame(c * kQ + i + args_.shifted), y_ + i * width_, task.columns);
         if (!leaves) continue;
         // S = e^{p_last} S + B^T diag(e^{p_last - p} dt) X
         for (int i = 0; i < count; ++i)
@@ -125,7 +127,7 @@ class Forward {
   Decays<T> decays_;
   T *B_, *C_, *B_by_state_;  // (kQ, states) twice, (states, kQ)
   T *scores_, *weights_;     // (kQ, kQ): C B^T; with the decays of one head
-  T *x_, *weighted_x_, *y_;  // (kQ, width)
+  T *x_, *weighted_x_, *y_;  // (kQ, width); x_ has one row more
   T* state_;                 // (head_block, states, width)
 };
 

@@ -1,0 +1,46 @@
+"""Rows of a benchmark: printed as they come, kept as JSON with what they were measured on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from linconv.benchmarking.machine import provenance
+
+__all__ = ["Record", "run"]
+
+
+class Record:
+    """Collects rows and prints each. A row is a dict of names and numbers; times are seconds, sizes bytes."""
+
+    def __init__(self, benchmark: str):
+        self.benchmark, self.rows = benchmark, []
+
+    def add(self, **row) -> None:
+        self.rows.append(row)
+        print("  ".join(f"{name} {_short(name, value)}" for name, value in row.items()), flush=True)
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = {"benchmark": self.benchmark, "provenance": provenance(), "rows": self.rows}
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {path}")
+
+
+def _short(name: str, value) -> str:
+    if isinstance(value, float):
+        return f"{value * 1e3:.2f} ms" if name.endswith("seconds") else f"{value:.3g}"
+    return str(value)
+
+
+def run(benchmark: str, description: str, lengths: list[int], body) -> None:
+    """The command line of a benchmark: ``body(record, lengths)`` between arguments and result file."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="numbers of frames")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows and what they were measured on")
+    options = parser.parse_args()
+    record = Record(benchmark)
+    body(record, options.lengths)
+    if options.out:
+        record.write(options.out)
