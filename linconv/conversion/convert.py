@@ -10,15 +10,7 @@ from transformers import PreTrainedModel
 import linconv.auto  # noqa: F401  the classes of converted models stand there, under the names in their checkpoints
 from linconv import mixers
 from linconv.conversion import families
-from linconv.conversion.models import (
-    PREFIX,
-    ConvertedModel,
-    Recipe,
-    auto_map,
-    converted_classes,
-    converted_config_class,
-    install,
-)
+from linconv.conversion.models import ConvertedModel, Recipe, auto_map, converted_config_class, install
 
 
 def convert(
@@ -32,7 +24,8 @@ def convert(
     model, after ``import linconv.auto``, which this function does too.
 
     Args:
-        teacher: a transformers model of a family in `linconv.conversion.families`, with any of its heads; not changed.
+        teacher: a transformers model of a family in `linconv.conversion.families`, with any of its heads, or what
+            convert has made of one without converting a layer; not changed.
         mixer: name of the mixer, see `linconv.mixers.names`.
         layers: which transformer blocks to convert: None or "all", indices (negative ones count from the end), or
             "none" or [] for none, which gives the teacher's own outputs.
@@ -45,13 +38,7 @@ def convert(
         TypeError: a model that cannot be converted, or an option the mixer does not have.
         ValueError: an unknown mixer, a layer that is not there, or options that do not fit the model's width.
     """
-    family = families.of(teacher)
-    classes = converted_classes(family)
-    if isinstance(teacher, ConvertedModel):
-        raise TypeError(f"teacher is a {type(teacher).__name__}, converted already; wanted a stock model")
-    if PREFIX + type(teacher).__name__ not in classes or type(teacher).__name__ not in family.heads.values():
-        wanted = ", ".join(family.heads.values())
-        raise TypeError(f"teacher is a {type(teacher).__name__}, wanted one of {wanted}")
+    family = convertible_family(teacher)
     mixers.get(mixer)
     recipe = Recipe(mixer, layer_indices(layers, len(family.blocks(teacher))), mixer_kwargs)
 
@@ -68,6 +55,24 @@ def convert(
     install(student, family, recipe)
     student.set_attn_implementation(teacher.config._attn_implementation)
     return student
+
+
+def convertible_family(teacher: PreTrainedModel) -> families.Family:
+    """The family of a model that can be converted.
+
+    Raises:
+        TypeError: a model that cannot; the message has those that can.
+    """
+    family, stock = families.of(teacher), type(teacher)
+    if isinstance(teacher, ConvertedModel):
+        if Recipe.from_config(teacher.config).layers:
+            raise TypeError(
+                f"teacher is a {stock.__name__}, converted already; wanted a stock model or one with no layer converted"
+            )
+        stock = stock.__bases__[-1]
+    if not any(stock is family.stock_class(name) for name in family.heads.values()):
+        raise TypeError(f"teacher is a {stock.__name__}, wanted one of {', '.join(family.heads.values())}")
+    return family
 
 
 def layer_indices(layers: str | Sequence[int] | None, count: int) -> tuple[int, ...]:

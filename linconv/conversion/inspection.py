@@ -8,8 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from linconv import mixers
-from linconv.conversion import families
-from linconv.conversion.convert import layer_indices
+from linconv.conversion.convert import convertible_family, layer_indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ def inspect(
     Raises:
         TypeError, ValueError: as `linconv.convert`.
     """
-    family = families.of(teacher)
+    family = convertible_family(teacher)
     mixer_class = mixers.get(mixer)
     blocks = family.blocks(teacher)
     indices = layer_indices(layers, len(blocks))

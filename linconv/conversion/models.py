@@ -118,7 +118,7 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
     classes = converted_classes(family)
     for module in model.modules():
         converted = classes.get(PREFIX + type(module).__name__)
-        if converted is not None:
+        if converted is not None and issubclass(converted, type(module)):
             module.__class__ = converted
     blocks = family.blocks(model)
     for index in recipe.layers:

@@ -257,6 +257,15 @@ def test_a_forward_pass_is_two_products_and_three_operators(name):
     assert not moved & set(count.names)
 
 
+@pytest.mark.skipif(not COMPILED, reason="the reference operators are not one graph")
+@pytest.mark.parametrize("name", mixers.names())
+def test_torch_compile_in_one_graph(name):
+    mixer = mixers.get(name)(16, **SMALL)
+    u, lengths = torch.randn(2, 20, 16), torch.tensor([20, 7])
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(u, lengths), mixer(u, lengths))
+
+
 def test_flops_are_counted_as_documented():
     mixer = mixers.BiMamba2(1024)
     scan = 2 * (4 * 16 * 128 * 64 + 64 * 16 * 64 + 64 * 1 * 128)
