@@ -4,8 +4,8 @@
 #   PYTHON       the Python it is made with, 3.10 or later
 #   VENV         where it is; an environment that has torch already keeps it
 #   TORCH        which torch to install where there is none, 2.11 or later
-#   TORCH_INDEX  where its CPU-only build is looked for besides the default index; empty for the default index alone,
-#                whose Linux builds of torch bring gigabytes of CUDA libraries along
+#   TORCH_INDEX  where its CPU-only build is looked for besides the default index, if it can be reached; the default
+#                index's Linux builds of torch bring gigabytes of CUDA libraries along
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -62,7 +62,8 @@ FORCE:
 $(VENV)/.torch:
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('linconv needs Python 3.10 or later, got $(PYTHON) ' + sys.version)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -c "import torch" 2>/dev/null || $(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
+	reach="import urllib.request; urllib.request.urlopen('$(TORCH_INDEX)', timeout=10); print('--extra-index-url $(TORCH_INDEX)')"; \
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) $$($(PY) -c "$$reach" 2>/dev/null) "$(TORCH)"
 	$(PIP) "setuptools>=77" "cmake>=3.24" ninja
 	touch $@
 
