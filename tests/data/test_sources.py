@@ -1,0 +1,155 @@
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from audio_folder import WORDS, make_folder
+
+from linconv.data import load_splits
+from linconv.data.audio import read_audio
+from linconv.errors import UserError
+from linconv.recipe import Data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("clips") / "words")
+
+
+def splits(folder, task="classification", **changes):
+    return load_splits(Data(**{"path": str(folder), "label": "word", "text": "sentence", **changes}), task)
+
+
+def test_splits_of_a_folder_follow_its_table(folder):
+    got = splits(folder)
+    assert [len(got[name]) for name in ("train", "validation", "test")] == [9, 3, 6]
+    assert got.labels == sorted(WORDS)
+    assert {f.name for f in got.validation.files} == {f"{word}_3.flac" for word in WORDS}
+    clip = got.test[0]
+    assert clip["audio"].dtype == np.float32 and 1600 <= len(clip["audio"]) <= 2400
+    assert clip["target"] == got.test.files[0].name.split("_")[0]
+
+
+def test_a_split_may_be_missing_and_named_otherwise(folder):
+    got = splits(folder, train="test", validation="none", test="train")
+    assert (len(got.train), got.validation, len(got.test)) == (6, None, 9)
+
+
+def test_transcripts_are_normalized(folder):
+    assert splits(folder, "ctc").train.targets[0] == "say one twice"
+    assert splits(folder, "ctc", normalize_text=False).train.targets[0] == "Say one, twice!"
+    assert splits(folder, "ctc").labels is None
+
+
+def test_where_selects_rows(folder):
+    assert len(splits(folder, where={"word": ["one", "two"]}).train) == 6
+    assert len(splits(folder, where={"word": "one", "speaker": "s0"}).train) == 2
+
+
+def test_holdout_is_fixed_stratified_and_disjoint(folder):
+    def names(**changes):
+        got = splits(folder, holdout={"validation": 0.2, "test": 0.3}, **changes)
+        return [[f.name for f in got[split].files] for split in ("train", "validation", "test")], got
+
+    parts, got = names()
+    assert [len(part) for part in parts] == [9, 3, 6]
+    assert sorted(sum(parts, [])) == sorted(f"{w}_{i}.flac" for w in WORDS for i in range(6))
+    assert all(got.test.targets.count(word) == 2 for word in WORDS)
+    assert names()[0] == parts
+    assert names(holdout_seed=1)[0] != parts
+    # A clip's split hangs on the clip, not on which others are there.
+    one = splits(folder, holdout={"validation": 0.2, "test": 0.3}, where={"word": "one"})
+    assert {f.name for f in one.test.files} == {n for n in parts[2] if n.startswith("one")}
+
+
+def test_long_clips_are_left_out(folder):
+    durations = [soundfile.info(f).duration for f in splits(folder).train.files]
+    limit = sorted(durations)[4]
+    assert len(splits(folder, max_seconds=limit).train) == 5
+
+
+def test_reading_mixes_channels_and_resamples(tmp_path):
+    time = np.arange(8000) / 8000
+    left, right = np.sin(2 * np.pi * 440 * time), np.zeros_like(time)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), 8000, subtype="FLOAT")
+    mono = read_audio(tmp_path / "a.wav", 8000)
+    np.testing.assert_allclose(mono, left / 2, atol=1e-6)
+    fast = read_audio(tmp_path / "a.wav", 16000)
+    assert fast.shape == (16000,) and fast.dtype == np.float32
+    inner = slice(400, -400)
+    want = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000) / 2
+    np.testing.assert_allclose(fast[inner], want[inner], atol=5e-3)
+    assert np.array_equal(read_audio((tmp_path / "a.wav").read_bytes(), 8000), mono)
+
+
+def test_files_that_are_not_clips_are_named(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"not sound")
+    with pytest.raises(ValueError, match="a.wav: not a sound file"):
+        read_audio(tmp_path / "a.wav", 16000)
+    soundfile.write(tmp_path / "b.wav", np.zeros(0), 16000)
+    with pytest.raises(ValueError, match="b.wav: no samples"):
+        read_audio(tmp_path / "b.wav", 16000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": None}, "data.path: not given"),
+        ({"label": None}, "data.label: not given"),
+        ({"label": "wrod"}, "data.label: no 'wrod'; did you mean 'word'"),
+        ({"split_column": "splits"}, "data.split_column: no 'splits'; did you mean 'split'"),
+        ({"train": "trian"}, "data.train: no 'trian'; did you mean 'train'"),
+        ({"where": {"speeker": "s0"}}, "data.where.speeker: no 'speeker'; did you mean 'speaker'"),
+        ({"where": {"word": "onne"}}, "data.where.word: no 'onne'; did you mean 'one'"),
+        ({"where": {"word": [True]}}, "put yes and no, true and false into quotes"),
+        ({"holdout": {"tset": 0.5}}, "data.holdout: no 'tset'; did you mean 'test'"),
+        ({"holdout": {"test": 1.5}}, "data.holdout.test: got 1.5"),
+        ({"holdout": {"test": 0.5, "validation": 0.5}}, "leave nothing to train on"),
+        (
+            {"where": {"word": "one"}, "train": "validation", "label": "speaker"},
+            "'s0' is among the labels of the split",
+        ),
+    ],
+)
+def test_wrong_settings_are_named(folder, changes, message):
+    with pytest.raises(UserError, match=message):
+        splits(folder, **changes)
+
+
+def test_wrong_folders_are_named(folder, tmp_path):
+    with pytest.raises(UserError, match="data.path: no folder .*wrds'; did you mean .*words'"):
+        splits(folder.parent / "wrds")
+    with pytest.raises(UserError, match="no metadata.csv"):
+        splits(tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "two_4.flac").unlink()
+    with pytest.raises(UserError, match="no file 'two_4.flac'"):
+        splits(broken)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_data_sets(folder, tmp_path, streaming):
+    datasets = pytest.importorskip("datasets")
+    import pyarrow.parquet
+
+    files = splits(folder)
+    features = datasets.Features({"audio": datasets.Audio(16000), "word": datasets.ClassLabel(names=sorted(WORDS))})
+    for split in ("train", "test"):
+        rows = {
+            "audio": [{"bytes": f.read_bytes(), "path": f.name} for f in files[split].files],
+            "word": [sorted(WORDS).index(target) for target in files[split].targets],
+        }
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        table = pyarrow.Table.from_pydict(rows, schema=features.arrow_schema)
+        pyarrow.parquet.write_table(table, tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
+    from linconv.data import sources
+
+    data = Data(path=str(tmp_path / "hub"), label="word", streaming=streaming)
+    got = sources._from_hub(data, "label")
+    assert got["validation"] is None
+    clips = list(got["train"]) if streaming else [got["train"][i] for i in range(len(got["train"]))]
+    assert [clip["target"] for clip in clips] == files.train.targets
+    assert all(np.array_equal(clip["audio"], files.train[i]["audio"]) for i, clip in enumerate(clips))
+    assert isinstance(got["train"], torch.utils.data.IterableDataset) == streaming
