@@ -56,7 +56,8 @@ class build_native(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def get_source_files(self) -> list[str]:
-        return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*")) if p.is_file()]
+        files = [ROOT / "CMakeLists.txt", *(ROOT / "cmake").rglob("*"), *(ROOT / "csrc").rglob("*")]
+        return [str(path.relative_to(ROOT)) for path in sorted(files) if path.is_file()]
 
     def get_outputs(self) -> list[str]:
         return []

@@ -51,7 +51,9 @@ def check(regime, dtype):
     plain = ops.bidirectional_ssd(*tensors, **options, backend="reference")
     ours, theirs = ((y.double() - exact).abs().max().item() for y in (scan(tensors, options), plain))
     if not ours <= 2 * theirs:
-        raise SystemExit(f"{regime}, {dtype}: error {ours:.2e} against {theirs:.2e} of plain torch; no speed is reported")
+        raise SystemExit(
+            f"{regime}, {dtype}: error {ours:.2e} against {theirs:.2e} of plain torch; no speed is reported"
+        )
 
 
 def forward_work(length):
@@ -82,8 +84,8 @@ def body(record, lengths):
                 tensors, options = arguments(regime, length, dtype)
                 leaves = [t.requires_grad_() for t in tensors]
                 y = scan(leaves, options)
-                backward[regime, dtype, "backward"] = lambda y=y, leaves=leaves, g=torch.randn_like(y): torch.autograd.grad(
-                    y, leaves, g, retain_graph=True
+                backward[regime, dtype, "backward"] = lambda y=y, leaves=leaves, g=torch.randn_like(y): (  # noqa: B008
+                    torch.autograd.grad(y, leaves, g, retain_graph=True)
                 )
         timed_backward = compare(backward, **rounds(length))
         for taken, flops in ((timed, FORWARD_FLOPS), (timed_backward, BACKWARD_FLOPS)):
@@ -111,14 +113,16 @@ def body(record, lengths):
         if peers:
             many = {"min_repeats": 5} if length < 5000 else {"min_repeats": 1, "min_seconds": 0.0, "warmup": 0}
             with torch.no_grad():
-                taken = compare({"ours": lambda: scan(tensors, options), **peers}, **many)
+                taken = compare({"ours": lambda: scan(tensors, options), **peers}, **many)  # noqa: B023
             for name in peers:
                 record.add(
                     length=length, peer=name, peer_seconds=taken[name].median, seconds=taken["ours"].median,
                     speedup=taken[name].median / taken["ours"].median,
                 )  # fmt: skip
         record.add(
-            length=length, seconds_per_frame=ours / length, extra_bytes_per_frame=peak_extra_bytes(_memory, length) / length
+            length=length,
+            seconds_per_frame=ours / length,
+            extra_bytes_per_frame=peak_extra_bytes(_memory, length) / length,
         )
 
 

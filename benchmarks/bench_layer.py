@@ -63,10 +63,10 @@ def body(record, lengths):
         works = {}
         for name, layer in layers.items():
             rows = torch.randn(1, length, layer.out_proj.in_features)
-            works[name] = lambda layer=layer: layer(x)
-            works[name, "projections"] = lambda layer=layer, rows=rows: (layer.in_proj(x), layer.out_proj(rows))
+            works[name] = lambda layer=layer: layer(x)  # noqa: B023
+            works[name, "projections"] = lambda layer=layer, rows=rows: (layer.in_proj(x), layer.out_proj(rows))  # noqa: B023
         if length <= ATTENTION_UP_TO:
-            works["attention"] = lambda: attention(x)
+            works["attention"] = lambda: attention(x)  # noqa: B023
         limits = {"min_repeats": 11} if length < 5000 else {"min_repeats": 3, "min_seconds": 0, "warmup": 1}
         taken = compare(works, **limits)
         for name in layers:

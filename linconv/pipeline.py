@@ -110,13 +110,15 @@ def _task_config(recipe: Recipe, splits: Splits | None, tokenizer):
         raise UserError("model: want one of source (a checkpoint) and config (to train from scratch)")
     if model.source is not None:
         config = load_config(model.source, "model.source")
-        _set_entries(config, model.overrides, "model.overrides")
+        _check_entries(config, model.overrides, "model.overrides")
+        config.update(model.overrides)
     else:
         entries = dict(model.config)
         model_type = entries.pop("model_type", None)
         family = _family(str(model_type), "model.config.model_type")
-        config = family.stock_config_class()()
-        _set_entries(config, {**entries, **model.overrides}, "model.config")
+        config_class, entries = family.stock_config_class(), {**entries, **model.overrides}
+        _check_entries(config_class(), entries, "model.config")
+        config = config_class(**entries)  # made at once: some entries follow from others
     if recipe.task == "classification":
         config.id2label = dict(enumerate(splits.labels))
         config.label2id = {label: i for i, label in enumerate(splits.labels)}
@@ -129,14 +131,10 @@ def _task_config(recipe: Recipe, splits: Splits | None, tokenizer):
     return config
 
 
-def _set_entries(config, entries: dict, what: str) -> None:
-    known = config.to_dict()
-    for key, value in entries.items():
-        if key not in known:
-            raise unknown(f"{what}.{key}", key, known)
-        if isinstance(value, list) and isinstance(known[key], tuple):
-            value = tuple(value)
-        setattr(config, key, value)
+def _check_entries(config, entries: dict, what: str) -> None:
+    for key in entries:
+        if key not in config.to_dict():
+            raise unknown(f"{what}.{key}", key, config.to_dict())
 
 
 def _base_model(recipe: Recipe, config) -> PreTrainedModel:

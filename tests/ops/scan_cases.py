@@ -61,7 +61,9 @@ def with_gradients(function, arguments, **options):
     leaves = {n: t.detach().requires_grad_() for n, t in arguments.items()}
     out = function(leaves, **options)
     torch.manual_seed(1)
-    pairs = [(o, torch.randn(o.shape, dtype=torch.float64).to(o.dtype)) for o in (out if isinstance(out, tuple) else (out,))]
+    pairs = [
+        (o, torch.randn(o.shape, dtype=torch.float64).to(o.dtype)) for o in (out if isinstance(out, tuple) else (out,))
+    ]
     outputs, upstream = zip(*[(o, u) for o, u in pairs if o.requires_grad])  # plain torch's states of no frames do not
     gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True, materialize_grads=True)
     return out, dict(zip(leaves, gradients))
@@ -70,7 +72,13 @@ def with_gradients(function, arguments, **options):
 def assert_close(got, wanted, tolerance=1e-9):
     for name, value in wanted.items():
         scale = 1 + (value.abs().max() if value.numel() else 0)
-        torch.testing.assert_close(got[name] / scale, value / scale, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name] / scale,
+            value / scale,
+            rtol=0,
+            atol=tolerance,
+            msg=lambda m: f"{name}: {m}",  # noqa: B023
+        )
 
 
 def to_double(arguments):

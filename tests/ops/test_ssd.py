@@ -48,7 +48,9 @@ def test_matches_the_recurrence(backend, reverse, kind, length, groups, headdim,
     if kind == "cu_seqlens":
         options["cu_seqlens"] = torch.tensor([0, 0, length // 3, length])
     if started:
-        arguments["initial_states"] = torch.randn(3 if kind == "cu_seqlens" else batch, 2 * groups, headdim, dstate).double()
+        arguments["initial_states"] = torch.randn(
+            3 if kind == "cu_seqlens" else batch, 2 * groups, headdim, dstate
+        ).double()
     (y, states), gradients = with_gradients(ssd(backend), arguments, **options)
     (wanted_y, wanted_states), wanted = with_gradients(oracle, arguments, **options)
     assert_close({"y": y, "states": states, **gradients}, {"y": wanted_y, "states": wanted_states, **wanted})
@@ -59,7 +61,10 @@ def test_gradcheck():
     arguments["initial_states"] = torch.randn(1, 2, 2, 2, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in arguments.values()]
     for options in ({"reverse": True}, {"seq_lens": torch.tensor([4])}):
-        assert torch.autograd.gradcheck(lambda *ts: ssd("cpu")(dict(zip(arguments, ts)), dt_softplus=True, **options), leaves)
+        assert torch.autograd.gradcheck(
+            lambda *ts: ssd("cpu")(dict(zip(arguments, ts)), dt_softplus=True, **options),
+            leaves,  # noqa: B023
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -41,7 +41,7 @@ def bidirectional_ssd(
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype, device or value does not fit; the message names it.
-    """
+    """  # noqa: E501
     arguments.check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, directions=2)
     if diagonal not in DIAGONALS:
         raise ValueError(f"diagonal is {diagonal!r}, wanted one of {', '.join(map(repr, DIAGONALS))}")

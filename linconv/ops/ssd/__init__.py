@@ -58,7 +58,19 @@ def ssd(
     else:
         A, D, dt_bias, initial_states = arguments.in_math_dtype(x, A, D, dt_bias, initial_states)
         y, states = torch.ops.linconv.ssd(
-            x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), initial_states, seq_lens, cu_seqlens, reverse
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            dt_bias,
+            dt_softplus,
+            *map(float, dt_limit),
+            initial_states,
+            seq_lens,
+            cu_seqlens,
+            reverse,
         )
     if z is not None:
         y = y * F.silu(z)

@@ -77,7 +77,9 @@ def ssd(
 
     Returns y in x's dtype and the last states (sequences, heads, headdim, dstate) in the math dtype.
     """
-    options = dict(dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, reverse=reverse, strict=strict, scan=scan)
+    options = dict(
+        dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, reverse=reverse, strict=strict, scan=scan
+    )
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         parts = [

@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+
+from linconv.errors import UserError
+from linconv.recipe import load_recipe
+
+RECIPES = sorted(Path(__file__).parent.parent.glob("recipes/*.yaml"))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_committed_recipes_are_valid(path):
+    from linconv.distillation import DistillationArguments, make_mode
+
+    recipe = load_recipe(path)
+    make_mode(recipe.guide.name, **recipe.guide.options())
+    for block in (recipe.finetune, recipe.distill):
+        DistillationArguments(output_dir="unused", use_cpu=True, **{k: v for k, v in block.items() if k != "bf16"})
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+def test_values_become_what_their_key_wants(tmp_path):
+    recipe = load_recipe(
+        write(
+            tmp_path,
+            """
+            task: ctc
+            data: {path: x, holdout: {test: 0.2}, max_seconds: 20}
+            conversion: {layers: [0, 2]}
+            guide: {name: hybrid, drop_layer_loss_at: 30}
+            distill: {learning_rate: 3e-4, alpha_ld: 15, layer_weights: [1, 2], eval_strategy: no, bf16: true}
+            """,
+        ),
+        [("seed", 3), ("data.path", "y"), ("distill.max_steps", 7)],
+    )
+    assert (recipe.task, recipe.seed, recipe.data.path) == ("ctc", 3, "y")
+    assert recipe.distill == {
+        "learning_rate": 3e-4, "alpha_ld": 15.0, "layer_weights": [1.0, 2.0], "eval_strategy": "no", "bf16": True,
+        "max_steps": 7,
+    }  # fmt: skip
+    assert isinstance(recipe.distill["alpha_ld"], float) and isinstance(recipe.data.max_seconds, float)
+    assert recipe.guide.options() == {"drop_layer_loss_at": 30}
+    assert load_recipe(None).conversion.mixer == "bimamba2"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("taks", "ctc", "recipe key taks: no 'taks'; did you mean 'task'"),
+        ("data.pth", "x", "recipe key data.pth: no 'pth'; did you mean 'path'"),
+        ("distill.lerning_rate", 1.0, "did you mean 'learning_rate'"),
+        ("finetune.alpha_kdd", 1.0, "did you mean 'alpha_kd'"),
+        ("guide.name", "hybird", "guide.name: no 'hybird'; did you mean 'hybrid'"),
+        ("distill.lr_scheduler_type", "cosin", "did you mean 'cosine'"),
+        ("conversion.layers", 3, "conversion.layers: got 3; want list"),
+        ("conversion.layers", [0, "one"], r"conversion.layers\[1\]: got 'one'; want int"),
+        ("seed", "x", "seed: got 'x'; want int"),
+        ("seed", True, "seed: got True; want int"),
+        ("distill.learning_rate", "fast", "distill.learning_rate: got 'fast'; want float"),
+        ("distill.max_steps", 1.5, "distill.max_steps: got 1.5; want int"),
+        ("distill.bf16", "yes", "distill.bf16: got 'yes'; want bool"),
+        ("distill.output_dir", "x", "it is given at the top of the recipe"),
+        ("data", "x", "data: got 'x'; want keys: path"),
+        ("task.name", 1, "task.name: 'task' holds a value, not keys"),
+        ("data.holdout.test", "some", "data.holdout.test: got 'some'; want float"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, key, value, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(tmp_path, "task: ctc"), [(key, value)])
+
+
+def test_wrong_files_are_named(tmp_path):
+    path = write(tmp_path, "task: [")
+    with pytest.raises(UserError, match="not YAML"):
+        load_recipe(path)
+    with pytest.raises(UserError, match="got list at the top"):
+        load_recipe(write(tmp_path, "- task"))
+    with pytest.raises(UserError, match="did you mean '.*recipe.yaml'"):
+        load_recipe(tmp_path / "recpe.yaml")
