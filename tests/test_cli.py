@@ -1,0 +1,286 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from audio_folder import make_folder
+
+from linconv.cli import main
+
+WAV2VEC2 = {
+    "model_type": "wav2vec2",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "conv_dim": [8, 8],
+    "conv_stride": [16, 8],
+    "conv_kernel": [20, 10],
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "classifier_proj_size": 8,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only lose by sharing their work out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("data") / "words")
+
+
+def recipe(folder, data, **changes):
+    training = {
+        "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True,
+        "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+    tree = {
+        "task": "classification",
+        "data": {"path": str(data), "label": "word", "text": "sentence"},
+        "model": {"config": WAV2VEC2, "teacher": str(folder / "teacher")},
+        "output": str(folder / "student"),
+        "conversion": {"mixer": "bimamba2", "options": {"d_state": 8, "headdim": 8}},
+        "finetune": training,
+        "distill": training,
+        **changes,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def linconv(*argv, status=0):
+    assert main([str(a) for a in argv]) == status
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    """A teacher and its student, through the command line."""
+    folder = tmp_path_factory.mktemp("run")
+    path = recipe(folder, data)
+    linconv("finetune", path)
+    linconv("distill", path)
+    return folder, path
+
+
+def test_finetune_and_distill_leave_models_scores_and_metrics(trained):
+    folder, _ = trained
+    teacher = json.loads((folder / "teacher" / "config.json").read_text())
+    assert teacher["id2label"] == {"0": "one", "1": "three", "2": "two"}
+    student = json.loads((folder / "student" / "config.json").read_text())
+    assert student["architectures"] == ["LinconvWav2Vec2ForSequenceClassification"]
+    assert student["linconv"]["layers"] == [0, 1] and student["id2label"] == teacher["id2label"]
+    results = json.loads((folder / "student" / "results.json").read_text())
+    assert 0 <= results["scores"]["test_accuracy"] <= 1
+    assert results["recipe"]["conversion"]["mixer"] == "bimamba2"
+    lines = [json.loads(line) for line in (folder / "student" / "metrics.jsonl").read_text().splitlines()]
+    assert [len(r["layer_mse"]) for r in lines if "layer_mse" in r] == [2, 2]
+
+
+def test_eval_gives_the_scores_of_the_run_again(trained, capsys):
+    folder, path = trained
+    for name in ("teacher", "student"):
+        capsys.readouterr()
+        linconv("eval", folder / name, path, "--json")
+        scores = json.loads(capsys.readouterr().out)
+        want = json.loads((folder / name / "results.json").read_text())["scores"]
+        assert scores["clips"] == 6
+        assert scores["test_accuracy"] == want["test_accuracy"]
+        assert scores["test_loss"] == pytest.approx(want["test_loss"], rel=1e-5)
+    linconv("eval", folder / "teacher", path, "--split", "validation")
+    assert "validation_accuracy" in capsys.readouterr().out
+
+
+def test_dry_run_says_what_would_be_done_and_leaves_nothing(trained, tmp_path, capsys):
+    folder, path = trained
+    output = tmp_path / "new"
+    linconv("distill", path, "--output", output, "--mixer", "hydra", "--mode", "hybrid", "--dry-run",
+            "--set", "guide.drop_layer_loss_at=1", "--steps", 7, "--layers", "1")  # fmt: skip
+    said = capsys.readouterr().out
+    assert "hydra (1 layers)" in said and "drop_layer_loss_at=1" in said and "7 steps" in said and "9 train" in said
+    assert not output.exists()
+
+
+def test_resume_goes_on_from_the_last_checkpoint(trained, tmp_path, capsys):
+    _, path = trained
+    flags = (
+        "distill",
+        path,
+        "--output",
+        tmp_path / "out",
+        "--set",
+        "distill.save_strategy=steps",
+        "--set",
+        "distill.save_steps=2",
+    )
+    linconv(*flags, "--resume", status=2)
+    assert "no complete checkpoint" in capsys.readouterr().err
+    linconv(*flags)
+    linconv(*flags, "--steps", 3, "--resume")
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
+
+
+def test_student_of_the_pretrained_model(trained, tmp_path, data, capsys):
+    """guide.init: source keeps the weights of model.source, under the fine-tuned teacher."""
+    from transformers import AutoModelForAudioClassification
+
+    folder, _ = trained
+    source = folder / "teacher"
+    changes = {
+        "finetune.learning_rate": 0.1,
+        "model.config": "{}",
+        "model.source": source,
+        "model.teacher": tmp_path / "tuned",
+    }
+    path = recipe(tmp_path, data)
+    sets = [x for key, value in changes.items() for x in ("--set", f"{key}={value}")]
+    linconv("finetune", path, *sets)
+    keep = ["--set", "guide.init=source", "--set", "distill.learning_rate=0.0"]
+    linconv("distill", path, *sets, *keep)
+    weights = {
+        name: dict(AutoModelForAudioClassification.from_pretrained(where).named_parameters())
+        for name, where in (("source", source), ("tuned", tmp_path / "tuned"), ("student", tmp_path / "student"))
+    }
+    name = "wav2vec2.encoder.layers.0.feed_forward.output_dense.weight"
+    assert torch.equal(weights["student"][name], weights["source"][name])
+    assert not torch.equal(weights["student"][name], weights["tuned"][name])
+    linconv("distill", path, "--mode", "unguided", "--set", "model.config={}", "--teacher", source, status=2)
+    assert "model.source: not given" in capsys.readouterr().err
+
+
+def test_ctc_by_way_of_the_command_line(tmp_path, data, capsys):
+    path = recipe(tmp_path, data, task="ctc")
+    linconv("finetune", path)
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    vocabulary = json.loads((tmp_path / "teacher" / "vocab.json").read_text())
+    assert config["vocab_size"] == len(vocabulary) and config["pad_token_id"] == vocabulary["[PAD]"] == 0
+    linconv("distill", path)
+    capsys.readouterr()
+    linconv("eval", tmp_path / "student", path, "--json")
+    scores = json.loads(capsys.readouterr().out)
+    want = json.loads((tmp_path / "student" / "results.json").read_text())["scores"]
+    assert {k: scores[k] for k in ("test_wer", "test_cer")} == {k: want[k] for k in ("test_wer", "test_cer")}
+    assert scores["test_cer"] > 0
+
+
+def test_whisper_encoder_on_short_clips(tmp_path, data):
+    """Fine-tuned from a speech recognition checkpoint, on the frames that a clip has, then distilled."""
+    from transformers import AutoConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    whisper = WhisperConfig(
+        d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
+        decoder_attention_heads=2, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=1500, vocab_size=16,
+        classifier_proj_size=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    WhisperForConditionalGeneration(whisper).save_pretrained(tmp_path / "whisper")
+    WhisperFeatureExtractor(feature_size=8).save_pretrained(tmp_path / "whisper")
+    path = recipe(tmp_path, data, model={"source": str(tmp_path / "whisper"), "teacher": str(tmp_path / "teacher")})
+    linconv("finetune", path)
+    linconv("distill", path, "--mixer", "hydra")
+    linconv("eval", tmp_path / "student", path)
+    configs = [AutoConfig.from_pretrained(tmp_path / name) for name in ("teacher", "student")]
+    assert [c.linconv["layers"] for c in configs] == [[], [0, 1]]
+    assert configs[1].linconv["mixer"] == "hydra"
+
+
+def test_inspect_and_convert(trained, tmp_path, capsys):
+    from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+
+    folder, _ = trained
+    sizes = ("--set", "d_state=8", "--set", "headdim=8")
+    linconv("inspect", folder / "teacher", "--mixer", "hydra", *sizes)
+    assert "crossover" in capsys.readouterr().out
+    linconv("convert", folder / "teacher", "--layers", "0-1", "--output", tmp_path / "out", *sizes)
+    assert "LinconvWav2Vec2ForSequenceClassification" in capsys.readouterr().out
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path / "out")
+    assert model.config.linconv["layers"] == [0, 1]
+    assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").sampling_rate == 16000
+
+
+def test_help_version_and_env(capsys):
+    linconv()
+    assert "distill" in capsys.readouterr().out
+    for argv in (["--help"], ["distill", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 0
+    linconv("env")
+    assert "torch" in capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_transformers():
+    code = "import sys; from linconv.cli import main; main(['env']) ; assert 'transformers' not in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, env={"PYTHONPATH": ":".join(sys.path)}
+    )
+
+
+MISTAKES = {
+    "command": (["distil"], "command: no 'distil'; did you mean 'distill'?"),
+    "flag": (["distill", "RECIPE", "--mixr", "x"], "no argument '--mixr'; did you mean '--mixer'?"),
+    "shortened flag": (["distill", "RECIPE", "--mix", "x"], "no argument '--mix'; did you mean '--mixer'?"),
+    "flag's value": (["distill", "RECIPE", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    "recipe": (["distill", "FOLDER/recip.yaml"], "did you mean 'FOLDER/recipe.yaml'?"),
+    "recipe key": (["distill", "RECIPE", "--set", "distill.alpha_dl=1"], "did you mean 'alpha_ld'?"),
+    "set": (["distill", "RECIPE", "--set", "seed"], "--set: got 'seed'; want KEY=VALUE"),
+    "mixer": (["distill", "RECIPE", "--mixer", "bimamba"], "conversion.mixer: no 'bimamba'; did you mean 'bimamba2'?"),
+    "mixer option": (
+        ["distill", "RECIPE", "--set", "conversion.options.d_stat=8"],
+        "conversion.options.d_stat: no 'd_stat'; did you mean 'd_state'?",
+    ),
+    "layer": (["distill", "RECIPE", "--layers", "0,9"], "layers has 9"),
+    "layers": (["distill", "RECIPE", "--layers", "first"], "--layers: got 'first'"),
+    "mode": (["distill", "RECIPE", "--mode", "hibrid"], "guide.name: no 'hibrid'; did you mean 'hybrid'?"),
+    "mode option": (["distill", "RECIPE", "--set", "guide.drop_kd_at=3"], "drop_kd_at: not an option of the mode"),
+    "teacher": (["distill", "RECIPE", "--teacher", "FOLDER/teachr"], "did you mean 'FOLDER/teacher'?"),
+    "teacher without config": (["distill", "RECIPE", "--teacher", "DATA"], "no config.json in DATA"),
+    "data": (["finetune", "RECIPE", "--data", "DATAS"], "data.path: no folder 'DATAS'; did you mean 'DATA'?"),
+    "label": (["finetune", "RECIPE", "--label", "wrod"], "data.label: no 'wrod'; did you mean 'word'?"),
+    "model type": (
+        ["finetune", "RECIPE", "--set", "model.config.model_type=wav2vec"],
+        "model.config.model_type: no 'wav2vec'; did you mean 'wav2vec2'?",
+    ),
+    "config entry": (
+        ["finetune", "RECIPE", "--set", "model.config.hiden_size=8"],
+        "model.config.hiden_size: no 'hiden_size'; did you mean 'hidden_size'?",
+    ),
+    "checkpoint": (["eval", "FOLDER/studnt", "RECIPE"], "no folder 'FOLDER/studnt'; did you mean 'FOLDER/student'?"),
+    "split": (["eval", "FOLDER/student", "RECIPE", "--split", "tset"], "invalid choice: 'tset'"),
+    "inspected model": (["inspect", "FOLDER/teachers"], "no folder 'FOLDER/teachers'; did you mean 'FOLDER/teacher'?"),
+    "inspect mixer": (["inspect", "FOLDER/teacher", "--mixer", "hidra"], "--mixer: no 'hidra'; did you mean 'hydra'?"),
+    "convert option": (
+        ["convert", "FOLDER/teacher", "--output", "FOLDER/x", "--set", "headim=8"],
+        "--set headim: no 'headim'; did you mean 'headdim'?",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_in_one_line_and_status_2(mistake, trained, data, capsys):
+    folder, path = trained
+    argv, message = MISTAKES[mistake]
+
+    def fill(text):
+        return text.replace("RECIPE", path).replace("FOLDER", str(folder)).replace("DATA", str(data))
+
+    try:
+        status = main([fill(a) for a in argv])
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr().err.strip()
+    assert status == 2
+    assert len(said.splitlines()) == 1 and said.startswith("linconv")
+    assert fill(message) in said
