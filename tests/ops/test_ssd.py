@@ -62,7 +62,7 @@ def test_gradcheck():
     leaves = [t.requires_grad_() for t in arguments.values()]
     for options in ({"reverse": True}, {"seq_lens": torch.tensor([4])}):
         assert torch.autograd.gradcheck(
-            lambda *ts: ssd("cpu")(dict(zip(arguments, ts)), dt_softplus=True, **options),
+            lambda *ts: ssd("cpu")(dict(zip(arguments, ts)), dt_softplus=True, **options),  # noqa: B023
             leaves,  # noqa: B023
         )
 
