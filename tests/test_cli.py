@@ -16,7 +16,6 @@ WAV2VEC2 = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
     "conv_dim": [8, 8],
-    "num_feat_extract_layers": 2,
     "conv_stride": [16, 8],
     "conv_kernel": [20, 10],
     "num_conv_pos_embeddings": 4,

@@ -191,6 +191,14 @@ def test_empty_batch():
     assert not any(gradients[n].any() for n in ("A", "D", "dt_bias"))
 
 
+def test_a_second_derivative_is_an_error():
+    leaves = {n: t.requires_grad_() for n, t in scan_arguments(1, 5).items()}
+    gradients = torch.autograd.grad(compiled(leaves).sum(), list(leaves.values()), create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward(retain_graph=True)
+
+
 def test_opcheck():
     for regime, options in (("separate", {}), ("tied", {"seq_lens": torch.tensor([9, 4])})):
         arguments = [t.requires_grad_() for t in scan_arguments(2, 9, per_direction=REGIMES[regime]).values()]

@@ -70,11 +70,16 @@ def _setup_context(ctx, inputs, output):
     ctx.options = (softplus, low, high, diagonal)
 
 
-@once_differentiable
 def _backward(ctx, dy):
-    *tensors, seq_lens, cu_seqlens = ctx.saved_tensors
+    return *_gradients(ctx, dy, *ctx.saved_tensors), *[None] * 6
+
+
+# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
+@once_differentiable
+def _gradients(ctx, dy, *saved):
+    *tensors, seq_lens, cu_seqlens = saved
     gradients = torch.ops.linconv.bidirectional_ssd_backward(dy, *tensors, *ctx.options, seq_lens, cu_seqlens)
-    return *arguments.only_present(gradients, tensors), *[None] * 6
+    return tuple(arguments.only_present(gradients, tensors))
 
 
 if dispatch.compiled("bidirectional_ssd"):

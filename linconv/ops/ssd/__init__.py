@@ -93,15 +93,20 @@ def _setup_context(ctx, inputs, output):
     ctx.options = (softplus, low, high, rest[3])
 
 
-@once_differentiable
 def _backward(ctx, dy, dfinal_states):
-    *tensors, initial_states, seq_lens, cu_seqlens = ctx.saved_tensors
+    *of_tensors, of_states = _gradients(ctx, dy, dfinal_states, *ctx.saved_tensors)
+    return *of_tensors, None, None, None, of_states, None, None, None
+
+
+# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
+@once_differentiable
+def _gradients(ctx, dy, dfinal_states, *saved):
+    *tensors, initial_states, seq_lens, cu_seqlens = saved
     softplus, low, high, reverse = ctx.options
     gradients = torch.ops.linconv.ssd_backward(
         dy, dfinal_states, *tensors, softplus, low, high, initial_states, seq_lens, cu_seqlens, reverse
     )
-    *of_tensors, of_states = arguments.only_present(gradients, (*tensors, initial_states))
-    return *of_tensors, None, None, None, of_states, None, None, None
+    return tuple(arguments.only_present(gradients, (*tensors, initial_states)))
 
 
 if dispatch.compiled("ssd"):
