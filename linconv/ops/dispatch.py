@@ -1,10 +1,14 @@
-"""The one place that loads the compiled libraries and picks an operator's backend.
+"""The one place that loads the compiled libraries, registers operators and picks an operator's backend.
+
+An operator's schema stands in csrc/library.cpp, once. ``linconv::<op>`` runs the compiled kernels of its tensors'
+device; ``linconv::<op>_triton`` has the same schema and runs ``linconv/ops/<op>/triton.py``, imported at first call.
 
 The libraries are loaded when this module is imported. One that is missing, cannot be loaded, or was built for another
 version of linconv never stops the import: :func:`backends` tells why it is not used, and the first call that would
 have used it warns once (:class:`LinconvPerformanceWarning`) and runs on the reference backend.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -15,7 +19,16 @@ import torch
 
 from linconv._version import __version__
 
-__all__ = ["LinconvPerformanceWarning", "backends", "build_info", "compiled", "pick", "warn_once"]
+__all__ = [
+    "LinconvPerformanceWarning",
+    "backends",
+    "build_info",
+    "compiled",
+    "operator",
+    "pick",
+    "register",
+    "warn_once",
+]
 
 NAMES = ("cpu", "triton", "cuda", "mamba_ssm", "reference")
 # Where the compiled libraries are; the variable is for a build kept apart, such as one with sanitizers.
@@ -72,6 +85,8 @@ _isa_problem = _build_info.get("isa_error")
 _cpu_kernels = _kernels("CPU") if _cpu_problem is None else frozenset()
 _cuda_problem = _load_cuda()
 _cuda_kernels = _kernels("CUDA") if _cuda_problem is None else frozenset()
+_triton_operators: dict[str, str] = {}  # the module of each operator that has Triton kernels
+_gpu_preference: dict[str, tuple[str, ...]] = {}
 _warned: set[str] = set()
 
 
@@ -84,15 +99,80 @@ def build_info() -> dict:
 
 
 def compiled(op: str) -> bool:
-    """Whether ``torch.ops.linconv.<op>`` exists, in a library of this version: fake and autograd may be registered."""
+    """Whether ``torch.ops.linconv.<op>`` has a kernel, in a library of this version."""
     return _cpu_problem is None and (op in _cpu_kernels or op in _cuda_kernels)
+
+
+def _triton_problem() -> str | None:
+    """Why no Triton kernel can run, or None."""
+    if not _triton_operators:
+        return "this version has no Triton kernels" if _cpu_problem is None else _cpu_problem
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not (torch.cuda.is_available() or interpreting()):
+        return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, which takes CPU tensors: for checks of their numbers only."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def register(op, *, fake, fake_backward, setup_context, backward, triton=None, prefer=("cuda", "triton")) -> None:
+    """Registers ``linconv::<op>`` with torch, for every backend that has it.
+
+    Args:
+        op: the operator's name; its gradients are ``<op>_backward``'s.
+        fake, fake_backward: what the two give for tensors without data.
+        setup_context, backward: the autograd formula. ``backward`` finds the operator for the gradients, of the backend
+            that ran forward, as ``ctx.backward_operator``.
+        triton: the module with functions named as the two operators, which run the Triton kernels; imported at the
+            first call. None where there are none.
+        prefer: which backend takes CUDA tensors, best first.
+    """
+    if _cpu_problem is not None:  # the CPU library holds the schemas
+        return
+    kernels = _cpu_kernels | _cuda_kernels
+    backend_of = {op: None} if op in kernels else {}
+    if triton is not None:
+        for name in (op, f"{op}_backward"):
+            schema = str(getattr(torch.ops.linconv, name).default._schema).split("(", 1)[1]
+            torch.library.define(f"linconv::{name}_triton", f"({schema}")
+            torch.library.impl(
+                f"linconv::{name}_triton", "CompositeExplicitAutograd", functools.partial(_run_triton, triton, name)
+            )
+            _triton_operators[name] = triton
+        backend_of[f"{op}_triton"] = "triton"
+    _gpu_preference[op] = prefer
+    for name, backend in backend_of.items():
+        suffix = "_triton" if backend else ""
+
+        def with_operator(ctx, *grads, backend=backend):
+            ctx.backward_operator = operator(f"{op}_backward", backend or grads[0].device.type)
+            return backward(ctx, *grads)
+
+        torch.library.register_fake(f"linconv::{name}", fake)
+        torch.library.register_fake(f"linconv::{op}_backward{suffix}", fake_backward)
+        torch.library.register_autograd(f"linconv::{name}", with_operator, setup_context=setup_context)
+
+
+def _run_triton(module: str, name: str, *arguments):
+    return getattr(importlib.import_module(module), name)(*arguments)
+
+
+def operator(op: str, backend: str):
+    """The torch operator with which ``backend`` ("cpu", "cuda" or "triton") runs ``op``."""
+    if backend == "triton" or (backend == "cuda" and op not in _cuda_kernels):
+        return getattr(torch.ops.linconv, f"{op}_triton")
+    return getattr(torch.ops.linconv, op)
 
 
 def backends() -> dict[str, str]:
     """Every backend by name: ``"available"``, or the reason why it is not."""
     found = {
         "cpu": _cpu_problem or _isa_problem,
-        "triton": "this version has no Triton kernels",
+        "triton": _triton_problem(),
         "cuda": _cuda_problem,
         "mamba_ssm": "this version has no mamba_ssm backend"
         if importlib.util.find_spec("mamba_ssm")
@@ -121,6 +201,10 @@ def _reason_against(op: str, device: torch.device, backend: str) -> str | None:
         if device.type not in ("cuda", "meta"):
             return f"it takes CUDA tensors, got {device}"
         return _cuda_problem or (None if op in _cuda_kernels else f"the library has no {op} kernel")
+    if backend == "triton":
+        if device.type not in ("cpu", "meta") if interpreting() else device.type not in ("cuda", "meta"):
+            return f"it takes {'CPU' if interpreting() else 'CUDA'} tensors, got {device}"
+        return _triton_problem() or (None if op in _triton_operators else f"there is no Triton kernel of {op}")
     return backends()[backend]
 
 
@@ -133,7 +217,7 @@ def pick(op: str, device: torch.device, backend: str | None = None) -> str:
         backend: a name out of :func:`backends` to force it, or None for the best there is.
 
     Returns:
-        ``"cpu"``, ``"cuda"`` or ``"reference"``; the last warns once when it stands in for a compiled kernel.
+        ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; the last warns once when it stands in for a kernel.
 
     Raises:
         ValueError: an unknown name, a forced backend that cannot run here (says why), or a ``LINCONV_CPU_ISA`` that
@@ -146,11 +230,13 @@ def pick(op: str, device: torch.device, backend: str | None = None) -> str:
         if reason is not None:
             raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
         return backend
-    wanted = "cuda" if device.type == "cuda" else "cpu"
-    reason = _reason_against(op, device, wanted)
-    if reason is None:
-        return wanted
+    reasons = []
+    for wanted in _gpu_preference.get(op, ("cuda", "triton")) if device.type == "cuda" else ("cpu",):
+        reason = _reason_against(op, device, wanted)
+        if reason is None:
+            return wanted
+        reasons.append(f"not on {wanted}: {reason}")
     if wanted == "cpu" and _isa_problem is not None and _isa_problem.startswith("LINCONV_CPU_ISA"):
         raise ValueError(_isa_problem)  # the user's own setting: no silent substitute
-    warn_once(f"linconv: {op} runs on the slow reference backend, not on {wanted}: {reason}. To mend it, {REBUILD}.")
+    warn_once(f"linconv: {op} runs on the slow reference backend, {'; '.join(reasons)}. To mend it, {REBUILD}.")
     return "reference"

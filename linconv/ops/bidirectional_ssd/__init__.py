@@ -1,6 +1,5 @@
 """State space dual scan of Mamba-2 in both directions of time, in one call."""
 
-import torch
 from torch.autograd.function import once_differentiable
 
 from linconv.ops import dispatch
@@ -45,13 +44,14 @@ def bidirectional_ssd(
     arguments.check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, directions=2)
     if diagonal not in DIAGONALS:
         raise ValueError(f"diagonal is {diagonal!r}, wanted one of {', '.join(map(repr, DIAGONALS))}")
-    if dispatch.pick("bidirectional_ssd", x.device, backend) == "reference":
+    backend = dispatch.pick("bidirectional_ssd", x.device, backend)
+    if backend == "reference":
         return reference.bidirectional_ssd(
             x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, diagonal=diagonal,
             seq_lens=seq_lens, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     A, D, dt_bias = arguments.in_math_dtype(x, A, D, dt_bias)
-    return torch.ops.linconv.bidirectional_ssd(
+    return dispatch.operator("bidirectional_ssd", backend)(
         x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), diagonal, seq_lens, cu_seqlens
     )
 
@@ -78,11 +78,10 @@ def _backward(ctx, dy):
 @once_differentiable
 def _gradients(ctx, dy, *saved):
     *tensors, seq_lens, cu_seqlens = saved
-    gradients = torch.ops.linconv.bidirectional_ssd_backward(dy, *tensors, *ctx.options, seq_lens, cu_seqlens)
+    gradients = ctx.backward_operator(dy, *tensors, *ctx.options, seq_lens, cu_seqlens)
     return tuple(arguments.only_present(gradients, tensors))
 
 
-if dispatch.compiled("bidirectional_ssd"):
-    torch.library.register_fake("linconv::bidirectional_ssd", _fake)
-    torch.library.register_fake("linconv::bidirectional_ssd_backward", _fake_backward)
-    torch.library.register_autograd("linconv::bidirectional_ssd", _backward, setup_context=_setup_context)
+dispatch.register(
+    "bidirectional_ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward
+)

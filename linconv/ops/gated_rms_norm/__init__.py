@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch.autograd.function import once_differentiable
 
 from linconv.ops import checks, dispatch
@@ -49,11 +48,12 @@ def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None, ba
             shape = "(2, batch, L, d)" if per_direction else "(batch, L, d)"
             raise ValueError(f"seq_lens is given with x of shape {tuple(x.shape)}, wanted {shape}")
         checks.sequence_bounds(seq_lens, None, lead[0], lead[1], x.device)
-    if dispatch.pick("gated_rms_norm", x.device, backend) == "reference":
+    backend = dispatch.pick("gated_rms_norm", x.device, backend)
+    if backend == "reference":
         return reference.gated_rms_norm(x, z, weight, eps=eps, group_size=group_size, seq_lens=seq_lens)
     x, z, weight = reference.directions(x, z, weight)
     rows = (math.prod(lead[:-1]), lead[-1] if lead else 1)
-    out = torch.ops.linconv.gated_rms_norm(
+    out = dispatch.operator("gated_rms_norm", backend)(
         x.reshape(x.shape[0], *rows, d), z.reshape(z.shape[0], *rows, d), weight, eps, group_size or d, seq_lens
     )
     if not per_direction:
@@ -99,10 +99,7 @@ def _backward(ctx, grad):
 # Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
 @once_differentiable
 def _gradients(ctx, grad, x, z, weight, seq_lens):
-    return torch.ops.linconv.gated_rms_norm_backward(grad, x, z, weight, *ctx.options, seq_lens)
+    return ctx.backward_operator(grad, x, z, weight, *ctx.options, seq_lens)
 
 
-if dispatch.compiled("gated_rms_norm"):
-    torch.library.register_fake("linconv::gated_rms_norm", _fake)
-    torch.library.register_fake("linconv::gated_rms_norm_backward", _fake_backward)
-    torch.library.register_autograd("linconv::gated_rms_norm", _backward, setup_context=_save)
+dispatch.register("gated_rms_norm", fake=_fake, fake_backward=_fake_backward, setup_context=_save, backward=_backward)

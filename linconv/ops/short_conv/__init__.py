@@ -1,6 +1,5 @@
 """Short depthwise convolution over time, causal, anti-causal or both in one pass, with an optional SiLU."""
 
-import torch
 from torch.autograd.function import once_differentiable
 
 from linconv.ops import checks, dispatch
@@ -48,13 +47,14 @@ def short_conv(
         checks.floating_tensor("bias", bias)
         checks.shape("bias", bias, (channels,), "(channels,)")
     _check(x, weight, bias, activation, lookahead, seq_lens, cu_seqlens)
-    if dispatch.pick("short_conv", x.device, backend) == "reference":
+    backend = dispatch.pick("short_conv", x.device, backend)
+    if backend == "reference":
         return reference.short_conv(
             x, weight, bias, activation=activation, reverse=reverse, lookahead=lookahead, seq_lens=seq_lens,
             cu_seqlens=cu_seqlens,
         )  # fmt: skip
     bias = None if bias is None else bias[None]
-    return torch.ops.linconv.short_conv(
+    return dispatch.operator("short_conv", backend)(
         x[None], weight[None], bias, activation == "silu", bool(reverse), lookahead, seq_lens, cu_seqlens
     )[0]
 
@@ -86,12 +86,15 @@ def bidirectional_short_conv(
         checks.floating_tensor("bias", bias)
         checks.shape("bias", bias, (2, channels), "(2, channels)")
     _check(x, weight, bias, activation, 0, seq_lens, cu_seqlens)
-    if dispatch.pick("short_conv", x.device, backend) == "reference":
+    backend = dispatch.pick("short_conv", x.device, backend)
+    if backend == "reference":
         return reference.bidirectional_short_conv(
             x, weight, bias, activation=activation, seq_lens=seq_lens, cu_seqlens=cu_seqlens
         )
     x = x if x.dim() == 4 else x[None]
-    return torch.ops.linconv.short_conv(x, weight, bias, activation == "silu", False, 0, seq_lens, cu_seqlens)
+    return dispatch.operator("short_conv", backend)(
+        x, weight, bias, activation == "silu", False, 0, seq_lens, cu_seqlens
+    )
 
 
 def _check(x, weight, bias, activation, lookahead, seq_lens, cu_seqlens):
@@ -133,13 +136,8 @@ def _backward(ctx, grad):
 # Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
 @once_differentiable
 def _gradients(ctx, grad, x, weight, bias, seq_lens, cu_seqlens):
-    grad_x, grad_weight, grad_bias = torch.ops.linconv.short_conv_backward(
-        grad, x, weight, bias, *ctx.options, seq_lens, cu_seqlens
-    )
+    grad_x, grad_weight, grad_bias = ctx.backward_operator(grad, x, weight, bias, *ctx.options, seq_lens, cu_seqlens)
     return grad_x, grad_weight, None if bias is None else grad_bias
 
 
-if dispatch.compiled("short_conv"):
-    torch.library.register_fake("linconv::short_conv", _fake)
-    torch.library.register_fake("linconv::short_conv_backward", _fake_backward)
-    torch.library.register_autograd("linconv::short_conv", _backward, setup_context=_save)
+dispatch.register("short_conv", fake=_fake, fake_backward=_fake_backward, setup_context=_save, backward=_backward)

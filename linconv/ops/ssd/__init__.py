@@ -1,6 +1,5 @@
 """State space dual scan of Mamba-2 in one direction."""
 
-import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
@@ -50,14 +49,15 @@ def ssd(
     arguments.check_states(initial_states, sizes, cu_seqlens, x)
     if z is not None and z.shape != x.shape:
         raise ValueError(f"z has shape {tuple(z.shape)}, wanted that of x, {tuple(x.shape)}")
-    if dispatch.pick("ssd", x.device, backend) == "reference":
+    backend = dispatch.pick("ssd", x.device, backend)
+    if backend == "reference":
         y, states = reference.ssd(
             x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
             initial_states=initial_states, seq_lens=seq_lens, cu_seqlens=cu_seqlens, reverse=reverse,
         )  # fmt: skip
     else:
         A, D, dt_bias, initial_states = arguments.in_math_dtype(x, A, D, dt_bias, initial_states)
-        y, states = torch.ops.linconv.ssd(
+        y, states = dispatch.operator("ssd", backend)(
             x,
             dt,
             A,
@@ -103,13 +103,10 @@ def _backward(ctx, dy, dfinal_states):
 def _gradients(ctx, dy, dfinal_states, *saved):
     *tensors, initial_states, seq_lens, cu_seqlens = saved
     softplus, low, high, reverse = ctx.options
-    gradients = torch.ops.linconv.ssd_backward(
+    gradients = ctx.backward_operator(
         dy, dfinal_states, *tensors, softplus, low, high, initial_states, seq_lens, cu_seqlens, reverse
     )
     return tuple(arguments.only_present(gradients, (*tensors, initial_states)))
 
 
-if dispatch.compiled("ssd"):
-    torch.library.register_fake("linconv::ssd", _fake)
-    torch.library.register_fake("linconv::ssd_backward", _fake_backward)
-    torch.library.register_autograd("linconv::ssd", _backward, setup_context=_setup_context)
+dispatch.register("ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward)
