@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from linconv.benchmarking.machine import provenance
+from linconv.benchmarking.memory import keep_freed_memory
 
 __all__ = ["Record", "run"]
 
@@ -16,6 +17,7 @@ class Record:
 
     def __init__(self, benchmark: str):
         self.benchmark, self.rows = benchmark, []
+        self.freed_memory_kept = keep_freed_memory()
 
     def add(self, **row) -> None:
         self.rows.append(row)
@@ -23,7 +25,8 @@ class Record:
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        result = {"benchmark": self.benchmark, "provenance": provenance(), "rows": self.rows}
+        measured_on = {**provenance(), "freed_memory_kept": self.freed_memory_kept}
+        result = {"benchmark": self.benchmark, "provenance": measured_on, "rows": self.rows}
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {path}")
 
