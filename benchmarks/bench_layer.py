@@ -1,6 +1,7 @@
 """A BiMamba2 or Hydra layer on CPU against the attention layer whose place it takes, in one run.
 
     python benchmarks/bench_layer.py --out benchmarks/results/cpu/layer.json
+    python benchmarks/bench_layer.py --lengths --default-malloc --out layer_5_17.json
 
 Width 1024, batch 1, fp32. Peers: Wav2Vec2's attention with its four projections (16 heads, SDPA); and two passes of
 transformers' Mamba2Mixer with flips, which must come to the same result. The projections of the layer are timed alone:
@@ -74,7 +75,7 @@ def against_attention(record, layers, attention, length):
         works[name, "projections"] = functools.partial(projections, layer, x, rows)
     if length <= ATTENTION_UP_TO:
         works["attention"] = functools.partial(attention, x)
-    limits = {"min_repeats": 11} if length < 5000 else {"min_repeats": 3, "min_seconds": 0, "warmup": 1}
+    limits = {"min_repeats": 11} if length < 5000 else {"min_repeats": 5, "min_seconds": 0, "warmup": 1}
     taken = compare(works, **limits)
     for name in layers:
         seconds, alone = taken[name].median, taken[name, "projections"].median
