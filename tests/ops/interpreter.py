@@ -46,3 +46,15 @@ def _mend_interpreter():
 
 if INTERPRETING:
     _mend_interpreter()
+
+
+def small_scan_tiles(monkeypatch):
+    """In the interpreter, which is slow, the scans work on chunks of 16 frames; a GPU runs the tiles that are shipped."""
+    if INTERPRETING:
+        from linconv.ops.ssd import triton as scan
+
+        tiles = scan.Tiles(
+            chunk=32, rows=16, heads=2, block_p=16, block_n=16, state_p=16, state_n=16, gradient_chunk=16,
+            gradient_heads=2, gradient_p=16,
+        )  # fmt: skip
+        monkeypatch.setattr(scan, "choose_tiles", lambda *_: tiles)

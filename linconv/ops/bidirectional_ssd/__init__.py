@@ -83,5 +83,6 @@ def _gradients(ctx, dy, *saved):
 
 
 dispatch.register(
-    "bidirectional_ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward
-)
+    "bidirectional_ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward,
+    triton="linconv.ops.bidirectional_ssd.triton", prefer=("triton", "cuda"),
+)  # fmt: skip
