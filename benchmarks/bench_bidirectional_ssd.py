@@ -7,6 +7,8 @@ torch.mm timed in turn with the kernel. Forward operations a frame are 2 (4 H N 
 2 (10 H N P + 2 Q H P + 3 Q G N): see docs/kernels/bidirectional_ssd.md.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -84,8 +86,8 @@ def body(record, lengths):
                 tensors, options = arguments(regime, length, dtype)
                 leaves = [t.requires_grad_() for t in tensors]
                 y = scan(leaves, options)
-                backward[regime, dtype, "backward"] = lambda y=y, leaves=leaves, g=torch.randn_like(y): (  # noqa: B008
-                    torch.autograd.grad(y, leaves, g, retain_graph=True)
+                backward[regime, dtype, "backward"] = functools.partial(
+                    torch.autograd.grad, y, leaves, torch.randn_like(y), retain_graph=True
                 )
         timed_backward = compare(backward, **rounds(length))
         for taken, flops in ((timed, FORWARD_FLOPS), (timed_backward, BACKWARD_FLOPS)):
@@ -113,7 +115,7 @@ def body(record, lengths):
         if peers:
             many = {"min_repeats": 5} if length < 5000 else {"min_repeats": 1, "min_seconds": 0.0, "warmup": 0}
             with torch.no_grad():
-                taken = compare({"ours": lambda: scan(tensors, options), **peers}, **many)  # noqa: B023
+                taken = compare({"ours": functools.partial(scan, tensors, options), **peers}, **many)
             for name in peers:
                 record.add(
                     length=length, peer=name, peer_seconds=taken[name].median, seconds=taken["ours"].median,

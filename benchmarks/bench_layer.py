@@ -7,6 +7,8 @@ transformers' Mamba2Mixer with flips, which must come to the same result. The pr
 what is left is the part that is not a GEMM.
 """
 
+import functools
+
 import torch
 
 from linconv.benchmarking import compare
@@ -44,6 +46,10 @@ def two_mamba2_mixers(layer):
     return lambda x: mixers[0](x) + mixers[1](x.flip(1)).flip(1)
 
 
+def projections(layer, x, rows):
+    return layer.in_proj(x), layer.out_proj(rows)
+
+
 @torch.no_grad()
 def body(record, lengths):
     layers = {name: get(name)(WIDTH).eval() for name in ("bimamba2", "hydra")}
@@ -63,10 +69,10 @@ def body(record, lengths):
         works = {}
         for name, layer in layers.items():
             rows = torch.randn(1, length, layer.out_proj.in_features)
-            works[name] = lambda layer=layer: layer(x)  # noqa: B023
-            works[name, "projections"] = lambda layer=layer, rows=rows: (layer.in_proj(x), layer.out_proj(rows))  # noqa: B023
+            works[name] = functools.partial(layer, x)
+            works[name, "projections"] = functools.partial(projections, layer, x, rows)
         if length <= ATTENTION_UP_TO:
-            works["attention"] = lambda: attention(x)  # noqa: B023
+            works["attention"] = functools.partial(attention, x)
         limits = {"min_repeats": 11} if length < 5000 else {"min_repeats": 3, "min_seconds": 0, "warmup": 1}
         taken = compare(works, **limits)
         for name in layers:
