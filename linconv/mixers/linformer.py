@@ -7,6 +7,7 @@ from linconv import ops
 from linconv.mixers.protocol import Mixer
 from linconv.ops.linformer import rewrite_pays
 
+INITS = ("frames", "normal")
 SHARING = ("none", "headwise", "key_value", "layerwise")
 
 
@@ -26,6 +27,9 @@ class LinformerAttention(Mixer):
         max_length: the most frames of a sequence; None for 512, in conversion for what the model has positions for.
         num_heads: None for heads of 64, in conversion for the model's own.
         dropout: share of the attention weights dropped in training; None for none, in conversion for the model's own.
+        init: how projections start. "frames": frame t is the only part of row t mod r, times the root of r, so that a
+            sequence of r frames starts with exact attention; "normal": drawn from N(0, 1), so that a row is a random
+            mixture of all frames.
         normalize: whether projected keys and values are divided by the root of the number of valid frames.
 
     Raises:
@@ -33,17 +37,27 @@ class LinformerAttention(Mixer):
     """
 
     def __init__(
-        self, d_model, r=256, sharing="headwise", max_length=None, num_heads=None, dropout=None, normalize=True
+        self,
+        d_model,
+        r=256,
+        sharing="headwise",
+        max_length=None,
+        num_heads=None,
+        dropout=None,
+        normalize=True,
+        init="frames",
     ):
         super().__init__(d_model)
         self.max_length = 512 if max_length is None else max_length
         self.num_heads = max(d_model // 64, 1) if num_heads is None else num_heads
         self.dropout = 0.0 if dropout is None else dropout
-        self.r, self.sharing, self.normalize = r, sharing, normalize
+        self.r, self.sharing, self.normalize, self.init = r, sharing, normalize, init
         if not 1 <= r <= 512:
             raise ValueError(f"r is {r}, wanted 1 to 512")
         if sharing not in SHARING:
             raise ValueError(f"sharing is {sharing!r}, wanted one of {', '.join(SHARING)}")
+        if init not in INITS:
+            raise ValueError(f"init is {init!r}, wanted one of {', '.join(INITS)}")
         if self.max_length < 1:
             raise ValueError(f"max_length is {max_length}, wanted at least 1")
         if self.num_heads < 1 or d_model % self.num_heads:
@@ -145,10 +159,17 @@ class LinformerAttention(Mixer):
             projection.reset_parameters()
         self._draw_projections()
 
+    @torch.no_grad()
     def _draw_projections(self):
+        # Either way a row of K' is about as large as one of K, by the division by the root of the length.
         for proj in (self.proj_k, self.proj_v):
-            if proj is not None:
-                nn.init.normal_(proj)  # K' is as large as K then, by the division by the root of the length
+            if proj is None:
+                continue
+            if self.init == "normal":
+                nn.init.normal_(proj)
+            else:
+                frames = torch.arange(self.max_length, device=proj.device) % self.r
+                proj.copy_(self.r**0.5 * nn.functional.one_hot(frames, self.r))
 
     def extra_repr(self):
         return f"heads={self.num_heads}, r={self.r}, max_length={self.max_length}, sharing={self.sharing}"
