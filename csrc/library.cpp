@@ -71,6 +71,18 @@ STABLE_TORCH_LIBRARY(linconv, m) {
   m.def("linear_kd_loss(" OUTPUTS ") -> (Tensor, Tensor)");
   m.def("linear_kd_loss_backward(Tensor grad, " OUTPUTS ", Tensor statistics) -> (Tensor, Tensor)");
 #undef OUTPUTS
+  // x (batch, heads, L, headdim), proj (1 or heads, Lmax, r) -> (batch, heads, r, headdim) in the math dtype; q as x,
+  // k, v (batch, heads, r, headdim) -> as q. What is shaped as x is in memory (batch, L, heads, headdim).
+  m.def("linformer_project(Tensor x, Tensor proj, bool normalize, Tensor? seq_lens) -> Tensor");
+  m.def(
+      "linformer_project_backward(Tensor grad, Tensor x, Tensor proj, bool normalize, Tensor? seq_lens) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "linformer_attend(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed, Tensor? seq_lens) "
+      "-> Tensor");
+  m.def(
+      "linformer_attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed, "
+      "Tensor? seq_lens) -> (Tensor, Tensor, Tensor)");
 }
 
 namespace linconv {

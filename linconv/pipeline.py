@@ -14,7 +14,7 @@ import linconv.auto  # noqa: F401  converted checkpoints load by name from here 
 from linconv import mixers
 from linconv.conversion import ConvertedModel, convert
 from linconv.conversion.families import FAMILIES, Family
-from linconv.data import Collator, Splits, build_tokenizer, load_splits
+from linconv.data import Collator, SentenceCollator, Splits, build_tokenizer, load_splits
 from linconv.data.metrics import Metrics
 from linconv.distillation import DistillationArguments, DistillationTrainer, Unguided, make_mode
 from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
@@ -25,7 +25,11 @@ __all__ = ["Run", "distill", "evaluate", "finetune", "load_config", "load_model"
 
 RESULTS_FILE = "results.json"
 
-_AUTO_CLASS = {"classification": "AutoModelForAudioClassification", "ctc": "AutoModelForCTC"}
+_AUTO_CLASS = {
+    "classification": "AutoModelForAudioClassification",
+    "ctc": "AutoModelForCTC",
+    "text_classification": "AutoModelForSequenceClassification",
+}
 
 
 # ---- Models
@@ -119,7 +123,7 @@ def _task_config(recipe: Recipe, splits: Splits | None, tokenizer):
         config_class, entries = family.stock_config_class(), {**entries, **model.overrides}
         _check_entries(config_class(), entries, "model.config")
         config = config_class(**entries)  # made at once: some entries follow from others
-    if recipe.task == "classification":
+    if recipe.task != "ctc":
         config.id2label = dict(enumerate(splits.labels))
         config.label2id = {label: i for i, label in enumerate(splits.labels)}
     else:
@@ -158,7 +162,10 @@ def save_preprocessing(source: str, folder: str) -> None:
             continue
 
 
-def _feature_extractor(path: str | None, config, sampling_rate: int):
+def _feature_extractor(path: str | None, config, recipe: Recipe):
+    if recipe.task == "text_classification":
+        return None
+    sampling_rate = recipe.data.sampling_rate
     if path is not None:
         try:
             extractor = AutoFeatureExtractor.from_pretrained(path)
@@ -186,22 +193,28 @@ def _tokenizer(path: str | None):
 
 @dataclass
 class _Preprocessing:
-    """From clips to batches and from outputs to scores."""
+    """From clips or sentences to batches and from outputs to scores."""
 
-    collator: Collator
+    collator: Collator | SentenceCollator
     metrics: Metrics
     saved: Any  # what goes into the checkpoint folder
 
 
 def _preprocessing(recipe: Recipe, config, extractor, tokenizer) -> _Preprocessing:
-    if recipe.task == "classification":
+    if recipe.task != "ctc":
         label2id = dict(config.label2id)
 
         def encode(target: str) -> int:
             if target not in label2id:
-                raise unknown("label of a clip", target, label2id)
+                raise unknown("data: label", target, label2id)
             return label2id[target]
 
+        if recipe.task == "text_classification":
+            limit = getattr(config, "max_position_embeddings", None)
+            # RoBERTa's positions start behind the index of padding.
+            taken = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+            length = min(n for n in (recipe.data.max_length, limit and limit - taken, 1 << 20) if n)
+            return _Preprocessing(SentenceCollator(tokenizer, encode, length), Metrics(), tokenizer)
         return _Preprocessing(Collator(extractor, encode), Metrics(), extractor)
     processor = transformers.Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer)
     return _Preprocessing(Collator(extractor, lambda text: tokenizer(text).input_ids), Metrics(tokenizer), processor)
@@ -231,7 +244,7 @@ class Run:
             ("run", self.title),
             ("model", f"{type(model).__name__}, {count:,} parameters, {trained:,} trained"),
             ("data", ", ".join(f"{_size(split)} {name}" for name, split in sizes.items() if split is not None)),
-            ("training", f"{steps} of {batch} clips, learning rate {args.learning_rate:g}, seed {args.seed}"),
+            ("training", f"{steps} of {batch}, learning rate {args.learning_rate:g}, seed {args.seed}"),
             ("output", str(self.output)),
         ]
         if self.trainer.teacher is not None:
@@ -279,20 +292,20 @@ def finetune(recipe: Recipe, folder: str | None = None) -> Run:
     splits = load_splits(recipe.data, recipe.task)
     _need_train(splits)
     transformers.set_seed(recipe.seed)
-    tokenizer = None
-    if recipe.task == "ctc":
-        tokenizer = _tokenizer(recipe.model.source)
-        if tokenizer is None:
-            if splits.train.targets is None:
-                raise UserError("data.streaming: a vocabulary cannot be built from a stream")
-            tokenizer = build_tokenizer(splits.train.targets)
+    tokenizer = None if recipe.task == "classification" else _tokenizer(recipe.model.source)
+    if recipe.task == "text_classification" and tokenizer is None:
+        raise UserError("model.source: want a checkpoint with a tokenizer")
+    if recipe.task == "ctc" and tokenizer is None:
+        if splits.train.targets is None:
+            raise UserError("data.streaming: a vocabulary cannot be built from a stream")
+        tokenizer = build_tokenizer(splits.train.targets)
     config = _task_config(recipe, splits, tokenizer)
     model = _any_length(_base_model(recipe, config))
     if recipe.model.freeze_feature_encoder:
         if not hasattr(model, "freeze_feature_encoder"):
             raise UserError(f"model.freeze_feature_encoder: a {type(model).__name__} has none")
         model.freeze_feature_encoder()
-    extractor = _feature_extractor(recipe.model.source, config, recipe.data.sampling_rate)
+    extractor = _feature_extractor(recipe.model.source, config, recipe)
     preprocessing = _preprocessing(recipe, config, extractor, tokenizer)
     trainer = _trainer(recipe, recipe.finetune, folder or output, model, splits, preprocessing, mode=Unguided())
     return Run(recipe, trainer, splits, Path(output), f"fine-tune {recipe.model.source or 'a new model'}")
@@ -310,9 +323,9 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
     except (TypeError, ValueError) as error:
         raise UserError(f"guide.{error}") from error
     teacher = _any_length(load_model(path, "model.teacher"))
-    extractor = _feature_extractor(path, teacher.config, recipe.data.sampling_rate)
-    tokenizer = _tokenizer(path) if recipe.task == "ctc" else None
-    if recipe.task == "ctc" and tokenizer is None:
+    extractor = _feature_extractor(path, teacher.config, recipe)
+    tokenizer = None if recipe.task == "classification" else _tokenizer(path)
+    if recipe.task != "classification" and tokenizer is None:
         raise UserError(f"model.teacher: no tokenizer in {path}")
     splits = load_splits(recipe.data, recipe.task)
     _need_train(splits)
@@ -338,19 +351,22 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
 def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, float]:
     """The scores of a checkpoint on one split: accuracy, or word and character error rate for CTC."""
     model = _any_length(load_model(checkpoint, "checkpoint"))
-    extractor = _feature_extractor(checkpoint, model.config, recipe.data.sampling_rate)
-    tokenizer = _tokenizer(checkpoint) if recipe.task == "ctc" else None
-    if recipe.task == "ctc" and tokenizer is None:
+    extractor = _feature_extractor(checkpoint, model.config, recipe)
+    tokenizer = None if recipe.task == "classification" else _tokenizer(checkpoint)
+    if recipe.task != "classification" and tokenizer is None:
         raise UserError(f"checkpoint: no tokenizer in {checkpoint}")
     splits = load_splits(recipe.data, recipe.task)
     if splits[split] is None:
-        raise UserError(f"split: the data has no clips for {split}")
+        raise UserError(f"split: the data has nothing for {split}")
     preprocessing = _preprocessing(recipe, model.config, extractor, tokenizer)
     options = {k: v for k, v in recipe.distill.items() if k == "per_device_eval_batch_size"}
     with TemporaryDirectory() as folder:
         trainer = _trainer(recipe, options, folder, model, splits, preprocessing, mode=Unguided())
         scores = trainer.evaluate(splits[split], metric_key_prefix=split)
-    return {"clips": _size(splits[split]), **{k: v for k, v in scores.items() if _is_score(k)}}
+    return {
+        "rows" if recipe.task == "text_classification" else "clips": _size(splits[split]),
+        **{k: v for k, v in scores.items() if _is_score(k)},
+    }
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -397,7 +413,7 @@ def _required(value: str | None, key: str, what: str) -> str:
 
 def _need_train(splits: Splits) -> None:
     if splits.train is None:
-        raise UserError("data.train: no clips to train on")
+        raise UserError("data.train: nothing to train on")
 
 
 def _size(split) -> int | str:

@@ -15,17 +15,21 @@ __all__ = ["Conversion", "Data", "Guide", "Model", "Recipe", "load_recipe"]
 
 @dataclass
 class Data:
-    """Where the clips are and which column says what.
+    """Where the clips or sentences are and which column says what.
 
-    ``path`` is a folder with a ``metadata.csv``, or the name of a data set on the hub. ``label`` names the column of
-    the classes, ``text`` that of the transcripts. Splits come from ``split_column`` of the table (or from the hub),
-    or, where ``holdout`` says so, from shares of the clips drawn by ``holdout_seed`` within each label.
+    ``path`` is a folder with a ``metadata.csv``, for sentences with a table (.tsv or .csv) for each split, or the name
+    of a data set on the hub. ``label`` names the column of the classes, ``text`` that of the transcripts, ``sentence``
+    that of the sentences, or both of a task about pairs. Splits come from ``split_column`` of the table (or from the
+    hub), or, where ``holdout`` says so, from shares of the clips (or of the training sentences) drawn by
+    ``holdout_seed`` within each label. ``limit`` keeps so many sentences of a split, drawn by the same seed, and
+    ``max_length`` cuts each to so many tokens.
     """
 
     path: str | None = None
     name: str | None = None
     label: str | None = None
     text: str | None = None
+    sentence: str | list[str] | None = None
     audio: str = "audio"
     split_column: str = "split"
     train: str = "train"
@@ -34,6 +38,8 @@ class Data:
     where: dict[str, Any] = field(default_factory=dict)
     holdout: dict[str, float] = field(default_factory=dict)
     holdout_seed: int = 0
+    limit: dict[str, int] = field(default_factory=dict)
+    max_length: int | None = None
     max_seconds: float | None = None
     sampling_rate: int = 16000
     normalize_text: bool = True
@@ -84,7 +90,7 @@ class Guide:
 class Recipe:
     """A run. ``finetune`` and ``distill`` hold arguments of :class:`linconv.distillation.DistillationArguments`."""
 
-    task: Literal["classification", "ctc"] = "classification"
+    task: Literal["classification", "ctc", "text_classification"] = "classification"
     seed: int = 0
     output: str | None = None
     data: Data = field(default_factory=Data)

@@ -70,6 +70,8 @@ def convertible_family(teacher: PreTrainedModel) -> families.Family:
                 f"teacher is a {stock.__name__}, converted already; wanted a stock model or one with no layer converted"
             )
         stock = stock.__bases__[-1]
+    if getattr(teacher.config, "is_decoder", False) and not getattr(teacher.config, "is_encoder_decoder", False):
+        raise TypeError(f"teacher is a {stock.__name__} with is_decoder, wanted one that attends both ways")
     if not any(stock is family.stock_class(name) for name in family.heads.values()):
         raise TypeError(f"teacher is a {stock.__name__}, wanted one of {', '.join(family.heads.values())}")
     return family

@@ -18,11 +18,13 @@ class Family:
     config: name of the config class.
     heads: stock head class by the Auto class that loads it; the first one is the bare model.
     layers: path from ``model.base_model`` to the list of transformer blocks.
-    attention: name of the self-attention module in a block.
+    attention: path from a block to its self-attention module.
+    projections: paths from a block to the linear layers of query, key, value and output; the output's may lie outside
+        of the attention module. By default, the usual names within it.
     attention_outputs: how many values its forward returns; the first is the hidden state.
     input_name: the forward argument that holds the signal or tokens, time last.
     frame_lengths: (model, valid lengths of the input) to the valid frames the blocks see.
-    frames_per_second: of the blocks, at the usual sampling rate; for display.
+    frames_per_second: of the blocks, at the usual sampling rate; for display. None where frames are tokens.
     layer_drop: config entry of LayerDrop, or None.
     inner: classes within a head that are converted too, other than the bare model.
     overrides: module with a class of the same name for every stock class whose forward conversion changes, or None.
@@ -36,8 +38,9 @@ class Family:
     attention: str
     input_name: str
     frame_lengths: Callable[[nn.Module, Tensor], Tensor]
-    frames_per_second: float
+    frames_per_second: float | None
     attention_outputs: int = 2
+    projections: tuple[str, str, str, str] | None = None
     layer_drop: str | None = None
     inner: tuple[str, ...] = ()
     overrides: str | None = None
@@ -52,12 +55,50 @@ class Family:
         """The transformer blocks of a model of this family, stock or converted."""
         return model.base_model.get_submodule(self.layers)
 
+    def self_attention(self, block: nn.Module) -> "SelfAttention":
+        """The projections of a stock block's self-attention."""
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        paths = self.projections or [f"{self.attention}.{name}" for name in names]
+        return SelfAttention(*map(block.get_submodule, paths))
+
+    def replace_attention(self, block: nn.Module, slot: nn.Module) -> None:
+        """Puts ``slot`` into the place of a stock block's self-attention, all of it."""
+        _replace(block, self.attention, slot)
+        if self.projections and not self.projections[3].startswith(f"{self.attention}."):
+            _replace(block, self.projections[3], nn.Identity())  # the slot has an output projection of its own
+
+
+class SelfAttention(nn.Module):
+    """The linear layers of a self-attention under the same names for every family. They are the model's own."""
+
+    def __init__(self, query: nn.Linear, key: nn.Linear, value: nn.Linear, output: nn.Linear):
+        super().__init__()
+        self.query, self.key, self.value, self.output = query, key, value, output
+
+
+def _replace(block: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, module)
+
 
 def _after_feature_encoder(model: nn.Module, lengths: Tensor) -> Tensor:
     for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride):
         lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
     return lengths.clamp(min=0)
 
+
+def _bert_heads(prefix: str, *more: str) -> dict[str, str]:
+    """The head classes of BERT and what came of it; those that attend to the past only are not among them."""
+    heads = ("MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering", *more)
+    return {"AutoModel": f"{prefix}Model", **{f"AutoModelFor{head}": f"{prefix}For{head}" for head in heads}}
+
+
+_BERT_BLOCK = dict(
+    layers="encoder.layer",
+    attention="attention.self",
+    projections=("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+)
+_TOKENS = dict(input_name="input_ids", frame_lengths=lambda model, lengths: lengths, frames_per_second=None)
 
 FAMILIES = {
     family.model_type: family
@@ -98,6 +139,32 @@ FAMILIES = {
             layer_drop="encoder_layerdrop",
             inner=("WhisperEncoder",),
             overrides="linconv.conversion.whisper",
+        ),
+        Family(
+            model_type="bert",
+            modeling="transformers.models.bert.modeling_bert",
+            config="BertConfig",
+            heads=_bert_heads("Bert", "PreTraining", "NextSentencePrediction"),
+            **_BERT_BLOCK,
+            **_TOKENS,
+        ),
+        Family(
+            model_type="roberta",
+            modeling="transformers.models.roberta.modeling_roberta",
+            config="RobertaConfig",
+            heads=_bert_heads("Roberta"),
+            **_BERT_BLOCK,
+            **_TOKENS,
+        ),
+        Family(
+            model_type="distilbert",
+            modeling="transformers.models.distilbert.modeling_distilbert",
+            config="DistilBertConfig",
+            heads=_bert_heads("DistilBert"),
+            layers="transformer.layer",
+            attention="attention",
+            projections=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+            **_TOKENS,
         ),
     )
 }

@@ -1,10 +1,10 @@
 """What a conversion would do to a model, before it is done."""
 
+import bisect
 import copy
 import dataclasses
 from collections.abc import Sequence
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from linconv import mixers
@@ -31,7 +31,7 @@ class Inspection:
     parameters_after: int
     flops: dict[int, tuple[int, int]]
     crossover_frames: int
-    frames_per_second: float
+    frames_per_second: float | None
 
     def __str__(self):
         change = self.parameters_after - self.parameters
@@ -40,14 +40,18 @@ class Inspection:
             f"  {self.attention} -> {self.mixer}",
             f"  parameters {self.parameters:,} -> {self.parameters_after:,} ({change:+,})",
             "",
-            f"  {'frames':>8} {'seconds':>8} {self.attention + ' GFLOP':>26} {self.mixer + ' GFLOP':>18} {'ratio':>7}",
+            f"  {'frames':>8} {'seconds':>8} {self.attention + ' GFLOP':>26} {self.mixer + ' GFLOP':>24} {'ratio':>7}",
         ]
         for length, (before, after) in self.flops.items():
-            seconds, ratio = length / self.frames_per_second, before / after if after else float("nan")
-            lines.append(f"  {length:>8} {seconds:>8.1f} {before / 1e9:>26.3f} {after / 1e9:>18.3f} {ratio:>7.2f}")
-        seconds = self.crossover_frames / self.frames_per_second
-        lines += ["", f"  predicted crossover, by operations: {self.crossover_frames} frames ({seconds:.1f} s)"]
+            ratio = before / after if after else float("nan")
+            seconds = self._seconds(length)
+            lines.append(f"  {length:>8} {seconds:>8} {before / 1e9:>26.3f} {after / 1e9:>24.3f} {ratio:>7.2f}")
+        seconds = f" ({self._seconds(self.crossover_frames)} s)" if self.frames_per_second else ""
+        lines += ["", f"  predicted crossover, by operations: {self.crossover_frames} frames{seconds}"]
         return "\n".join(lines)
+
+    def _seconds(self, frames: int) -> str:
+        return f"{frames / self.frames_per_second:.1f}" if self.frames_per_second else ""
 
 
 def inspect(
@@ -70,34 +74,37 @@ def inspect(
     mixer_class = mixers.get(mixer)
     blocks = family.blocks(teacher)
     indices = layer_indices(layers, len(blocks))
-    attentions = [getattr(block, family.attention) for block in blocks]
-    attention = attentions[0]
+    attentions = [block.get_submodule(family.attention) for block in blocks]
     width = teacher.config.hidden_size
-    sizes_only = copy.deepcopy(attention).to("meta")
-    new = mixer_class.from_attention(sizes_only, teacher.config, **mixer_kwargs)
+    sizes_only = [copy.deepcopy(family.self_attention(blocks[i])).to("meta") for i in indices or (0,)]
+    layers_of_mixer = [mixer_class.from_attention(sizes, teacher.config, **mixer_kwargs) for sizes in sizes_only]
+    mixer_class.join(layers_of_mixer)
+    new = layers_of_mixer[0]
 
-    projections = sum(m.weight.numel() for m in attention.modules() if isinstance(m, nn.Linear))
-    per_frame = new.flops(1)
-    # attention takes fewer operations as long as 2 projections + 4 L width < per_frame
-    crossover = max(0, per_frame - 2 * projections) // (4 * width) + 1
+    projections = sum(m.weight.numel() for m in sizes_only[0].children())
+
+    def attention_flops(length):
+        return 2 * length * projections + 4 * length * length * width
+
+    # The difference only grows with the length: attention's operations do so faster.
+    crossover = bisect.bisect_left(range(1, 1 << 24), True, key=lambda n: new.flops(n) < attention_flops(n)) + 1
     parameters = sum(p.numel() for p in teacher.parameters())
-    removed = sum(p.numel() for i in indices for p in attentions[i].parameters())
+    replaced = {
+        p: p.numel() for i in indices for m in (attentions[i], family.self_attention(blocks[i])) for p in m.parameters()
+    }
+    added = sum(p.numel() for mixer in (layers_of_mixer if indices else ()) for p in mixer.parameters())
     return Inspection(
         model=type(teacher).__name__,
         family=family.model_type,
-        attention=type(attention).__name__,
+        attention=type(attentions[0]).__name__,
         mixer=mixer_class.__name__,
         blocks=len(blocks),
         layers=indices,
         width=width,
         parameters=parameters,
-        parameters_after=parameters - removed + len(indices) * sum(p.numel() for p in new.parameters()),
+        parameters_after=parameters - sum(replaced.values()) + added,
         flops={
-            length: (
-                len(indices) * (2 * length * projections + 4 * length * length * width),
-                len(indices) * new.flops(length),
-            )
-            for length in lengths
+            length: (len(indices) * attention_flops(length), len(indices) * new.flops(length)) for length in lengths
         },
         crossover_frames=crossover,
         frames_per_second=family.frames_per_second,

@@ -60,16 +60,31 @@ def register() -> None:
 
 
 def seq_lens(attention_mask: Tensor | None) -> Tensor | None:
-    """(batch,) valid frames of a (batch, L) mask that is True, or 1, at the valid frames.
+    """(batch,) valid frames of a mask.
+
+    Args:
+        attention_mask: (batch, L), True, or 1, at the valid frames; or (batch, 1, any, L), the same for every query,
+            True at them or, in floating point, 0 at them and below elsewhere. None: all frames are valid.
 
     Raises:
-        ValueError: a mask of another form.
+        ValueError: a mask of another form, or one with valid frames behind padding ones; its values are read on the CPU
+            only, for elsewhere that would stall the device.
     """
     if attention_mask is None:
         return None
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
         got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask is {got}, wanted (batch, L)")
+    readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if attention_mask.dim() == 4:
+        if readable and not (attention_mask == attention_mask[:, :1, :1]).all():
+            raise ValueError("attention_mask differs from query to query, wanted one that masks padding only")
+        attention_mask = attention_mask[:, 0, 0]
+        if attention_mask.is_floating_point():
+            attention_mask = attention_mask >= 0
+    attention_mask = attention_mask.to(torch.bool)
+    if readable and (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+        raise ValueError("attention_mask has valid frames after padding ones, wanted the padding on the right")
     return attention_mask.sum(dim=-1)
 
 

@@ -120,15 +120,19 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
         converted = classes.get(PREFIX + type(module).__name__)
         if converted is not None and issubclass(converted, type(module)):
             module.__class__ = converted
-    blocks = family.blocks(model)
-    for index in recipe.layers:
-        attention = getattr(blocks[index], family.attention)
-        mixer = mixers.get(recipe.mixer).from_attention(attention, model.config, **recipe.options)
+    blocks, mixer_class = family.blocks(model), mixers.get(recipe.mixer)
+    new = [
+        mixer_class.from_attention(family.self_attention(blocks[i]), model.config, **recipe.options)
+        for i in recipe.layers
+    ]
+    mixer_class.join(new)
+    for index, mixer in zip(recipe.layers, new):
+        attention = blocks[index].get_submodule(family.attention)
         slot = masks.AttentionSlot(mixer, family.attention_outputs).train(attention.training)
         if not next(slot.parameters()).is_meta:
             for module in slot.modules():
                 module._is_hf_initialized = True  # else a later init_weights would start it afresh
-        setattr(blocks[index], family.attention, slot)
+        family.replace_attention(blocks[index], slot)
 
 
 @functools.cache

@@ -1,11 +1,11 @@
-"""Clips to a batch."""
+"""Clips, or sentences, to a batch."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-__all__ = ["Collator"]
+__all__ = ["Collator", "SentenceCollator"]
 
 
 class Collator:
@@ -54,3 +54,23 @@ class Collator:
             return_tensors="np",
         )
         return torch.from_numpy(np.asarray(extracted[self.input_name][0], dtype=np.float32))
+
+
+class SentenceCollator:
+    """Makes a padded batch of sentences or pairs: token ids, attention mask, labels.
+
+    Args:
+        tokenizer: that of the model.
+        encode: a target to its label.
+        max_length: tokens that a row is cut to; None for as many as the tokenizer says its model takes.
+    """
+
+    def __init__(self, tokenizer, encode: Callable[[str], int], max_length: int | None = None):
+        self.tokenizer, self.encode, self.max_length = tokenizer, encode, max_length
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        texts = [list(column) for column in zip(*(row["text"] for row in rows))]
+        batch = self.tokenizer(
+            *texts, padding=True, padding_side="right", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return {**batch, "labels": torch.tensor([self.encode(row["target"]) for row in rows])}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from linconv.data.audio import read_audio
+from linconv.data.sentences import Sentences, load_sentences
 from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
 from linconv.recipe import Data
 
@@ -63,11 +64,11 @@ class AudioStream(torch.utils.data.IterableDataset):
 
 @dataclass
 class Splits:
-    """The clips of a task; ``labels`` are the sorted classes of the training clips, None for transcripts."""
+    """The clips or sentences of a task; ``labels`` are the sorted classes to train on, None for transcripts."""
 
-    train: AudioClips | HubClips | AudioStream | None
-    validation: AudioClips | HubClips | AudioStream | None
-    test: AudioClips | HubClips | AudioStream | None
+    train: AudioClips | HubClips | AudioStream | Sentences | None
+    validation: AudioClips | HubClips | AudioStream | Sentences | None
+    test: AudioClips | HubClips | AudioStream | Sentences | None
     labels: list[str] | None
 
     def __getitem__(self, split: str):
@@ -75,20 +76,23 @@ class Splits:
 
 
 def load_splits(data: Data, task: str) -> Splits:
-    """The three splits that ``data`` describes, for a ``task`` of "classification" or "ctc". A split may be missing.
+    """The three splits that ``data`` describes, for a ``task`` as in a recipe. A split may be missing.
 
     Raises:
         UserError: something that ``data`` names is not there; the message says what and what comes nearest.
     """
     if data.path is None:
-        raise UserError("data.path: not given; want a folder with a metadata.csv, or a data set on the hub")
+        table = "one table for each split" if task == "text_classification" else "a metadata.csv"
+        raise UserError(f"data.path: not given; want a folder with {table}, or a data set on the hub")
     column = "text" if task == "ctc" else "label"
     if getattr(data, column) is None:
         raise UserError(
             f"data.{column}: not given; want the column of the {'transcripts' if task == 'ctc' else 'classes'}"
         )
     folder = Path(data.path)
-    if folder.is_dir():
+    if task == "text_classification":
+        splits = load_sentences(data)
+    elif folder.is_dir():
         splits = _from_folder(folder, data, column)
     elif may_be_on_hub(data.path):
         splits = _from_hub(data, column)
@@ -100,7 +104,7 @@ def load_splits(data: Data, task: str) -> Splits:
         for split in splits.values():
             if split is not None and split.targets is not None:
                 split.targets = [normalize(text) for text in split.targets]
-    labels = _labels(splits) if task == "classification" else None
+    labels = None if task == "ctc" else _labels(splits)
     return Splits(**splits, labels=labels)
 
 

@@ -31,7 +31,8 @@ class Mixer(nn.Module, abc.ABC):
         It is drawn on the CPU, so that a seed gives the same mixer on every device.
 
         Args:
-            attention: the self-attention module whose place it takes; it is not changed.
+            attention: the self-attention whose place it takes, with the modules ``query``, ``key``, ``value`` and
+                ``output`` where the mixer takes over weights; it is not changed.
             config: the model's config, of which ``hidden_size`` is read.
             options: the mixer's own keywords.
 
@@ -46,6 +47,10 @@ class Mixer(nn.Module, abc.ABC):
         with torch.device("meta" if weight.is_meta else "cpu"):
             mixer = cls(config.hidden_size, **options)
         return mixer.to(device=weight.device, dtype=weight.dtype)
+
+    @classmethod
+    def join(cls, layers: list["Mixer"]) -> None:  # noqa: B027  most mixers share nothing
+        """Called once with all new mixers of a model, first to last, for what they are to share."""
 
     @classmethod
     def options(cls) -> dict[str, object]:

@@ -1,0 +1,462 @@
+#include "linformer/kernel.h"
+
+#include "common/arena.h"
+#include "common/gemm.h"
+#include "common/rows.h"
+#include "common/transpose.h"
+
+namespace linconv::LINCONV_ISA {
+namespace {
+
+template <class T>
+constexpr int kPanel = kTileVectors * kWidth<T>;
+
+constexpr int kDepth = 128;   // frames that a projection sums in registers
+constexpr int kQueries = 32;  // whose scores over r keys stay near the core
+
+// Columns of scratch rows: whole panels, and a vector more, lest rows a power of two apart fall into the same cache sets.
+template <class T>
+int leading(int64_t columns) {
+  return round_up(static_cast<int>(columns), kPanel<T>) + kWidth<T>;
+}
+
+// `count` rows of n elements, from row `first` of a matrix whose last two dimensions start at `start`, to scratch.
+template <class T>
+void load_rows(const void* start, DType dtype, int64_t row_stride, int64_t stride, int64_t first, int64_t count, int64_t n,
+               T* to, int ld) {
+  for (int64_t i = 0; i < count; ++i)
+    load_row(offset(start, dtype, (first + i) * row_stride), dtype, stride, n, to + i * ld);
+}
+template <class T>
+void load_rows(const View<4>& view, int64_t row, int64_t head, int64_t first, int64_t count, T* to, int ld) {
+  load_rows(at(view, row, head), view.dtype, view.stride[2], view.stride[3], first, count, view.size[3], to, ld);
+}
+template <class T>
+void load_rows(const View<3>& view, int64_t head, int64_t first, int64_t count, T* to, int ld) {
+  load_rows(at(view, view.size[0] == 1 ? 0 : head), view.dtype, view.stride[1], view.stride[2], first, count, view.size[2],
+            to, ld);
+}
+
+template <class T>
+void store_rows(const View<4>& view, int64_t row, int64_t head, int64_t first, int64_t count, const T* from, int ld) {
+  for (int64_t i = 0; i < count; ++i)
+    store_row(at(view, row, head, first + i), view.dtype, view.stride[3], view.size[3], from + i * ld);
+}
+template <class T>
+void clear_rows(const View<4>& view, int64_t row, int64_t head, int64_t first, int64_t last) {
+  const T zeros[64] = {};
+  for (int64_t t = first; t < last; ++t)
+    for (int64_t c = 0; c < view.size[3]; c += 64)
+      store_row(at(view, row, head, t, c), view.dtype, view.stride[3], min<int64_t>(64, view.size[3] - c), zeros);
+}
+
+template <class T>
+void scale_elements(T factor, int64_t n, T* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
+template <class T>
+T length_factor(int64_t length, bool normalize) {
+  if (!normalize || length == 0) return T(1);
+  return T(1) / (sizeof(T) == 8 ? __builtin_sqrt(static_cast<double>(length)) : __builtin_sqrtf(static_cast<float>(length)));
+}
+
+// A matrix (rows, columns) in scratch, transposed into panels: element (i, j) at panels[i / kPanel][j][i % kPanel], the
+// right factor of products whose columns are its rows. Rows behind the last one, up to a whole panel, become zeros.
+template <class T>
+void transpose_to_panels(T* from, int ld, int rows, int columns, T* panels) {
+  const int padded = round_up(rows, kPanel<T>), height = round_up(columns, kWidth<T>);
+  for (int i = rows; i < padded; ++i)
+    for (int j = 0; j < height; ++j) from[i * ld + j] = 0;
+  for (int i = 0; i < padded; i += kPanel<T>)
+    transpose(from + i * ld, ld, kPanel<T>, height, panels + int64_t(i) * height, kPanel<T>);
+}
+template <class T>
+int64_t panels_size(int64_t rows, int64_t columns) {
+  return int64_t(round_up(rows, kPanel<T>)) * round_up(columns, kWidth<T>);
+}
+
+// c (rows, panels of columns) = a (rows, depth) times panels of transpose_to_panels, whose matrix has `depth` columns.
+template <class T, Update update>
+void gemm_panels(int rows, int columns, int depth, Strided<T> a, const T* panels, T* c, int ldc) {
+  const int height = round_up(depth, kWidth<T>);
+  for (int j = 0; j < columns; j += kPanel<T>)
+    gemm<T, update, Triangle::kNone>(rows, kPanel<T>, depth, a, panels + int64_t(j) * height, kPanel<T>, c + j, ldc);
+}
+
+// ---- Projection ----
+
+template <class T>
+class Project {
+ public:
+  explicit Project(const LinformerProjectArgs& args)
+      : args_(args), rank_(args.rank), headdim_(args.headdim), ranks_(round_up(rank_, kTileRows)), ldp_(leading<T>(rank_)),
+        ldx_(leading<T>(headdim_)),
+        arena_(Arena::bytes<T>(kDepth * ldp_) + Arena::bytes<T>(kDepth * ldx_) +
+               Arena::bytes<T>(int64_t(args.head_block) * ranks_ * ldx_)) {
+    proj_ = arena_.take<T>(kDepth * ldp_);
+    x_ = arena_.take<T>(kDepth * ldx_);
+    sums_ = arena_.take<T>(int64_t(args.head_block) * ranks_ * ldx_);
+  }
+
+  void run(int64_t index) {
+    const int64_t first_head = index % args_.head_blocks() * args_.head_block;
+    index /= args_.head_blocks();
+    const int64_t split = index % args_.splits, row = index / args_.splits, length = args_.length(row);
+    const int64_t splits = linformer_splits(length), frames = linformer_split_frames(length);
+    if (split >= splits) return;
+    const int heads = static_cast<int>(min<int64_t>(args_.head_block, args_.heads - first_head));
+    const int64_t end = min(length, (split + 1) * frames);
+    const int64_t size = int64_t(ranks_) * ldx_;
+    if (end == 0)
+      for (int64_t i = 0; i < heads * size; ++i) sums_[i] = 0;
+    for (int64_t t = split * frames; t < end; t += kDepth) {
+      const int count = static_cast<int>(min<int64_t>(kDepth, end - t));
+      load_rows(args_.proj, first_head, t, count, proj_, ldp_);
+      for (int h = 0; h < heads; ++h) {
+        load_rows(args_.x, row, first_head + h, t, count, x_, ldx_);
+        const Strided<T> by_rank{proj_, 1, ldp_};
+        const int columns = round_up(headdim_, kWidth<T>);
+        if (t == split * frames)
+          gemm<T, Update::kStore, Triangle::kNone>(ranks_, columns, count, by_rank, x_, ldx_, sums_ + h * size, ldx_);
+        else
+          gemm<T, Update::kAdd, Triangle::kNone>(ranks_, columns, count, by_rank, x_, ldx_, sums_ + h * size, ldx_);
+      }
+    }
+    for (int h = 0; h < heads; ++h) {
+      T* sums = sums_ + h * size;
+      if (splits == 1) {
+        scale_elements(length_factor<T>(length, args_.normalize), size, sums);
+        store_rows(args_.out, row, first_head + h, 0, rank_, sums, ldx_);
+        continue;
+      }
+      T* part = static_cast<T*>(args_.parts) +
+                ((row * args_.heads + first_head + h) * args_.splits + split) * rank_ * headdim_;
+      for (int i = 0; i < rank_; ++i) store_row(part + int64_t(i) * headdim_, kMathDType<T>, 1, headdim_, sums + i * ldx_);
+    }
+  }
+
+ private:
+  const LinformerProjectArgs& args_;
+  const int rank_, headdim_, ranks_, ldp_, ldx_;
+  Arena arena_;
+  T *proj_, *x_;  // (kDepth, rank), (kDepth, headdim)
+  T* sums_;       // (head_block, rank, headdim)
+};
+
+template <class T>
+void sum_parts(const LinformerSumArgs& args, int64_t begin, int64_t end) {
+  const int64_t size = args.rank * args.headdim;
+  const int n = static_cast<int>(args.headdim);
+  Arena arena(Arena::bytes<T>(n));
+  T* total = arena.take<T>(n);
+  for (; begin < end; ++begin) {
+    const int64_t row = begin / args.heads, length = args.spans[row].end, splits = linformer_splits(length);
+    if (splits == 1 && !args.uncut) continue;
+    const T factor = length_factor<T>(length, args.normalize);
+    for (int64_t i = 0; i < args.rank; ++i) {
+      const T* part = static_cast<const T*>(args.parts) + begin * args.splits * size + i * n;
+      for (int c = 0; c < n; ++c) total[c] = part[c];
+      for (int64_t s = 1; s < splits; ++s)
+        for (int c = 0; c < n; ++c) total[c] += part[s * size + c];
+      scale_elements(factor, n, total);
+      store_row(at(args.out, row, begin % args.heads, i), args.out.dtype, args.out.stride[3], n, total);
+    }
+  }
+}
+
+// The gradient of a row's and head's projected frames, with the factor of its length, as the two products read it.
+template <class T>
+struct PackedGradient {
+  T *rows, *panels;  // (rank, leading(headdim)); its transpose in panels
+
+  PackedGradient(const LinformerProjectArgs& args, int64_t row, int64_t head)
+      : rows(static_cast<T*>(args.packed) + (row * args.heads + head) * linformer_packed(args.rank, args.headdim)),
+        panels(rows + args.rank * leading<T>(args.headdim)) {}
+};
+
+template <class T>
+void pack(const LinformerProjectArgs& args, int64_t begin, int64_t end) {
+  const int rank = static_cast<int>(args.rank), headdim = static_cast<int>(args.headdim), ld = leading<T>(headdim);
+  Arena arena(Arena::bytes<T>(int64_t(round_up(rank, kPanel<T>)) * ld));
+  T* grad = arena.take<T>(int64_t(round_up(rank, kPanel<T>)) * ld);
+  for (; begin < end; ++begin) {
+    const int64_t row = begin / args.heads, head = begin % args.heads;
+    const PackedGradient<T> to(args, row, head);
+    load_rows(args.grad, row, head, 0, rank, grad, ld);
+    scale_elements(length_factor<T>(args.length(row), args.normalize), int64_t(rank) * ld, grad);
+    for (int64_t i = 0; i < int64_t(rank) * ld; ++i) to.rows[i] = grad[i];
+    transpose_to_panels(grad, ld, rank, headdim, to.panels);
+  }
+}
+
+// dx = proj grad
+template <class T>
+void unproject(const LinformerProjectArgs& args, int64_t begin, int64_t end) {
+  const int rank = static_cast<int>(args.rank), headdim = static_cast<int>(args.headdim);
+  const int ldp = leading<T>(rank), ldx = leading<T>(headdim);
+  const int64_t blocks = (args.frames + kLinformerBlock - 1) / kLinformerBlock;
+  Arena arena(Arena::bytes<T>(kLinformerBlock * ldp) + Arena::bytes<T>(kLinformerBlock * ldx));
+  T *proj = arena.take<T>(kLinformerBlock * ldp), *dx = arena.take<T>(kLinformerBlock * ldx);
+  for (; begin < end; ++begin) {
+    const int64_t row = begin / blocks, first = begin % blocks * kLinformerBlock;
+    const int64_t last = min(first + kLinformerBlock, args.frames), length = args.length(row);
+    const int count = static_cast<int>(length < first ? 0 : min(last, length) - first);
+    for (int64_t h = 0; h < args.heads; ++h) {
+      if (count > 0) {
+        if (h == 0 || args.proj.size[0] > 1) load_rows(args.proj, h, first, count, proj, ldp);
+        const PackedGradient<T> grad(args, row, h);
+        gemm<T, Update::kStore, Triangle::kNone>(round_up(count, kTileRows), round_up(headdim, kWidth<T>), rank,
+                                                 {proj, ldp, 1}, grad.rows, ldx, dx, ldx);
+        store_rows(args.dx, row, h, first, count, dx, ldx);
+      }
+      clear_rows<T>(args.dx, row, h, first + count, last);
+    }
+  }
+}
+
+// dproj = the sum over rows, and heads that share it, of x grad^T
+template <class T>
+void project_weights(const LinformerProjectArgs& args, int64_t begin, int64_t end) {
+  const int headdim = static_cast<int>(args.headdim), ldx = leading<T>(headdim);
+  const int height = round_up(headdim, kWidth<T>);
+  constexpr int ld = kLinformerRanks + kWidth<T>;
+  const int64_t proj_heads = args.proj.size[0], proj_frames = args.proj.size[1];
+  const int64_t rank_blocks = (args.rank + kLinformerRanks - 1) / kLinformerRanks;
+  const int64_t blocks = (proj_frames + kLinformerBlock - 1) / kLinformerBlock;
+  Arena arena(Arena::bytes<T>(kLinformerBlock * ldx) + Arena::bytes<T>(kLinformerBlock * ld));
+  T *x = arena.take<T>(kLinformerBlock * ldx), *sums = arena.take<T>(kLinformerBlock * ld);
+  for (; begin < end; ++begin) {
+    const int64_t column = begin % rank_blocks * kLinformerRanks;
+    const int64_t first = begin / rank_blocks % blocks * kLinformerBlock, own = begin / rank_blocks / blocks;
+    const int64_t last = min(first + kLinformerBlock, proj_frames);
+    const int columns = static_cast<int>(min<int64_t>(kLinformerRanks, args.rank - column));
+    for (int i = 0; i < kLinformerBlock * ld; ++i) sums[i] = 0;
+    for (int64_t row = 0; row < args.batch; ++row) {
+      const int64_t length = args.length(row);
+      if (length <= first) continue;
+      const int count = static_cast<int>(min(last, length) - first), tiled = round_up(count, kTileRows);
+      for (int64_t h = own; h < args.heads; h += proj_heads > 1 ? args.heads : 1) {
+        load_rows(args.x, row, h, first, count, x, ldx);
+        for (int i = count * ldx; i < tiled * ldx; ++i) x[i] = 0;
+        const T* panels = PackedGradient<T>(args, row, h).panels + column * height;
+        gemm_panels<T, Update::kAdd>(tiled, columns, headdim, {x, ldx, 1}, panels, sums, ld);
+      }
+    }
+    for (int64_t t = first; t < last; ++t)
+      store_row(at(args.dproj, own, t, column), args.dproj.dtype, args.dproj.stride[2], columns, sums + (t - first) * ld);
+  }
+}
+
+// ---- Attention ----
+
+// What the frames of one row and head attend to, as the products read it.
+template <class T>
+class Keys {
+ public:
+  Keys(const LinformerAttendArgs& args, bool backward)
+      : args_(args), backward_(backward), rank(args.rank), headdim(args.headdim), columns(round_up(rank, kPanel<T>)),
+        lds(leading<T>(rank)), ldx(leading<T>(headdim)), arena_(bytes()) {
+    k_panels = arena_.template take<T>(panels_size<T>(rank, headdim));
+    k = arena_.template take<T>(int64_t(columns) * ldx);
+    v = arena_.template take<T>(int64_t(columns) * ldx);
+    v_panels = backward ? arena_.template take<T>(panels_size<T>(rank, headdim)) : nullptr;
+  }
+
+  void load(int64_t row, int64_t head) {
+    load_rows(args_.k, row, head, 0, rank, k, ldx);
+    load_rows(args_.v, row, head, 0, rank, v, ldx);
+    scale_elements(static_cast<T>(args_.scale), int64_t(rank) * ldx, k);
+    transpose_to_panels(k, ldx, rank, headdim, k_panels);
+    if (backward_) transpose_to_panels(v, ldx, rank, headdim, v_panels);
+  }
+
+  // exp(scores - their maximum) of `count` rows of q, and the reciprocal of each row's sum.
+  void attend(const T* q, int count, T* scores, T* reciprocals) const {
+    gemm_panels<T, Update::kStore>(round_up(count, kTileRows), columns, headdim, {q, ldx, 1}, k_panels, scores, lds);
+    const int vectors = round_up(rank, kWidth<T>);
+    for (int i = 0; i < count; ++i) {
+      T* row = scores + i * lds;
+      for (int j = rank; j < vectors; ++j) row[j] = -__builtin_inff();
+      Vec<T> greatest = linconv::LINCONV_ISA::load(row);
+      for (int j = kWidth<T>; j < vectors; j += kWidth<T>) greatest = max(greatest, linconv::LINCONV_ISA::load(row + j));
+      T most = greatest[0];
+      for (int lane = 1; lane < kWidth<T>; ++lane) most = most > greatest[lane] ? most : greatest[lane];
+      Vec<T> sums{};
+      for (int j = 0; j < vectors; j += kWidth<T>) {
+        const Vec<T> e = exp(linconv::LINCONV_ISA::load(row + j) - most);
+        store(row + j, e);
+        sums += e;
+      }
+      reciprocals[i] = T(1) / sum(sums);
+    }
+  }
+
+ private:
+  const LinformerAttendArgs& args_;
+  const bool backward_;
+
+ public:
+  const int rank, headdim, columns;
+  const int lds, ldx;       // of scores, and of all that has headdim columns
+  T *k_panels, *k, *v, *v_panels;  // k times the scale
+
+ private:
+  size_t bytes() const {
+    return (backward_ ? 2 : 1) * Arena::bytes<T>(panels_size<T>(rank, headdim)) +
+           2 * Arena::bytes<T>(int64_t(columns) * ldx);
+  }
+  Arena arena_;
+};
+
+// 1 for the weights of one query that dropout keeps, 0 for the others.
+template <class T>
+void draw(const Dropout& dropout, int64_t row_and_head, int64_t frame, int rank, T* kept) {
+  const DropoutKeys keys = dropout_keys(dropout.seed, row_and_head, frame);
+  for (int j = 0; j < rank; ++j) kept[j] = dropout_hash(keys, static_cast<uint32_t>(j)) < dropout.threshold ? T(0) : T(1);
+}
+
+template <class T>
+void attend(const LinformerAttendArgs& args, int64_t begin, int64_t end) {
+  Keys<T> keys(args, false);
+  const int lds = keys.lds, ldx = keys.ldx;
+  Arena arena(2 * Arena::bytes<T>(kQueries * ldx) + Arena::bytes<T>(kQueries * lds) + Arena::bytes<T>(kQueries) +
+              Arena::bytes<T>(lds));
+  T *q = arena.take<T>(kQueries * ldx), *y = arena.take<T>(kQueries * ldx), *scores = arena.take<T>(kQueries * lds);
+  T *reciprocals = arena.take<T>(kQueries), *kept = arena.take<T>(lds);
+  int64_t loaded = -1;
+  for (; begin < end; ++begin) {
+    const int64_t row_and_head = begin / args.query_blocks(), row = row_and_head / args.heads, h = row_and_head % args.heads;
+    const int64_t first = begin % args.query_blocks() * kLinformerQueries;
+    const int64_t last = min(first + kLinformerQueries, args.frames), valid = min(last, args.length(row));
+    if (first < valid && loaded != row_and_head) keys.load(row, h), loaded = row_and_head;
+    for (int64_t t = first; t < valid; t += kQueries) {
+      const int count = static_cast<int>(min<int64_t>(kQueries, valid - t)), tiled = round_up(count, kTileRows);
+      load_rows(args.q, row, h, t, count, q, ldx);
+      keys.attend(q, count, scores, reciprocals);
+      if (args.dropout.threshold > 0)
+        for (int i = 0; i < count; ++i) {
+          draw(args.dropout, row_and_head, t + i, keys.rank, kept);
+          for (int j = 0; j < keys.rank; ++j) scores[i * lds + j] *= kept[j];
+          reciprocals[i] *= static_cast<T>(args.dropout.keep_scale);
+        }
+      gemm<T, Update::kScaleRows, Triangle::kNone>(tiled, round_up(keys.headdim, kWidth<T>), keys.rank, {scores, lds, 1},
+                                                   keys.v, ldx, y, ldx, nullptr, 0, reciprocals);
+      store_rows(args.out, row, h, t, count, y, ldx);
+    }
+    clear_rows<T>(args.out, row, h, max(first, valid), last);
+  }
+}
+
+template <class T>
+class AttendBackward {
+ public:
+  explicit AttendBackward(const LinformerAttendArgs& args)
+      : args_(args), keys_(args, true), lds_(keys_.lds), ldx_(keys_.ldx), ranks_(round_up(keys_.rank, kTileRows)),
+        arena_(3 * Arena::bytes<T>(kLinformerBlock * ldx_) + 2 * Arena::bytes<T>(kLinformerBlock * lds_) +
+               Arena::bytes<T>(kLinformerBlock) + Arena::bytes<T>(lds_) + 2 * Arena::bytes<T>(int64_t(ranks_) * ldx_)) {
+    q_ = arena_.template take<T>(kLinformerBlock * ldx_);
+    dy_ = arena_.template take<T>(kLinformerBlock * ldx_);
+    dq_ = arena_.template take<T>(kLinformerBlock * ldx_);
+    weights_ = arena_.template take<T>(kLinformerBlock * lds_);
+    dscores_ = arena_.template take<T>(kLinformerBlock * lds_);
+    reciprocals_ = arena_.template take<T>(kLinformerBlock);
+    kept_ = arena_.template take<T>(lds_);
+    dk_ = arena_.template take<T>(int64_t(ranks_) * ldx_);
+    dv_ = arena_.template take<T>(int64_t(ranks_) * ldx_);
+  }
+
+  void run(int64_t index) {
+    const int64_t split = index % args_.splits, row_and_head = index / args_.splits;
+    const int64_t row = row_and_head / args_.heads, h = row_and_head % args_.heads, length = args_.length(row);
+    const int64_t splits = linformer_splits(length), frames = linformer_split_frames(length);
+    if (split == 0) clear_rows<T>(args_.dq, row, h, length, args_.frames);
+    if (split >= splits) return;
+    for (int64_t i = 0; i < int64_t(ranks_) * ldx_; ++i) dk_[i] = dv_[i] = 0;
+    const int64_t end = min(length, (split + 1) * frames);
+    if (end > 0) keys_.load(row, h);
+    for (int64_t t = split * frames; t < end; t += kLinformerBlock)
+      block(row, h, t, static_cast<int>(min<int64_t>(kLinformerBlock, end - t)));
+    // Scores are q (scale k): the scale is in keys_.k, and has to be put into dk.
+    scale_elements(static_cast<T>(args_.scale), int64_t(ranks_) * ldx_, dk_);
+    const int64_t part = (row_and_head * args_.splits + split) * keys_.rank * keys_.headdim;
+    for (int i = 0; i < keys_.rank; ++i) {
+      const int64_t to = part + int64_t(i) * keys_.headdim;
+      store_row(static_cast<T*>(args_.dk_parts) + to, kMathDType<T>, 1, keys_.headdim, dk_ + i * ldx_);
+      store_row(static_cast<T*>(args_.dv_parts) + to, kMathDType<T>, 1, keys_.headdim, dv_ + i * ldx_);
+    }
+  }
+
+ private:
+  void block(int64_t row, int64_t h, int64_t t, int count) {
+    const int tiled = round_up(count, kTileRows), columns = round_up(keys_.headdim, kWidth<T>), rank = keys_.rank;
+    load_rows(args_.q, row, h, t, count, q_, ldx_);
+    load_rows(args_.grad, row, h, t, count, dy_, ldx_);
+    keys_.attend(q_, count, weights_, reciprocals_);
+    gemm_panels<T, Update::kStore>(tiled, keys_.columns, keys_.headdim, {dy_, ldx_, 1}, keys_.v_panels, dscores_, lds_);
+    for (int i = 0; i < count; ++i) {
+      T *p = weights_ + i * lds_, *d = dscores_ + i * lds_;
+      const int vectors = round_up(rank, kWidth<T>);
+      if (args_.dropout.threshold > 0) {
+        draw(args_.dropout, row * args_.heads + h, t + i, rank, kept_);
+        scale_elements(static_cast<T>(args_.dropout.keep_scale), rank, kept_);
+        for (int j = 0; j < rank; ++j) d[j] *= kept_[j];
+      }
+      Vec<T> dots{};
+      for (int j = 0; j < vectors; j += kWidth<T>) {
+        const Vec<T> weight = load(p + j) * reciprocals_[i];
+        store(p + j, weight);
+        dots += weight * load(d + j);
+      }
+      const T dot = sum(dots);
+      for (int j = 0; j < vectors; j += kWidth<T>) store(d + j, load(p + j) * (load(d + j) - dot));
+      if (args_.dropout.threshold > 0)
+        for (int j = 0; j < rank; ++j) p[j] *= kept_[j];
+    }
+    gemm<T, Update::kStore, Triangle::kNone>(tiled, columns, rank, {dscores_, lds_, 1}, keys_.k, ldx_, dq_, ldx_);
+    store_rows(args_.dq, row, h, t, count, dq_, ldx_);
+    gemm<T, Update::kAdd, Triangle::kNone>(ranks_, columns, count, {dscores_, 1, lds_}, q_, ldx_, dk_, ldx_);
+    gemm<T, Update::kAdd, Triangle::kNone>(ranks_, columns, count, {weights_, 1, lds_}, dy_, ldx_, dv_, ldx_);
+  }
+
+  const LinformerAttendArgs& args_;
+  Keys<T> keys_;
+  const int lds_, ldx_, ranks_;
+  Arena arena_;
+  T *q_, *dy_, *dq_;            // (block, headdim)
+  T *weights_, *dscores_;       // (block, rank)
+  T *reciprocals_, *kept_;      // (block,), (rank,)
+  T *dk_, *dv_;                 // (rank, headdim)
+};
+
+template <class Pass, class Args>
+void run(const Args& args, int64_t begin, int64_t end) {
+  Pass pass(args);
+  for (; begin < end; ++begin) pass.run(begin);
+}
+
+}  // namespace
+
+void linformer_project(const LinformerProjectArgs& args, bool fp64, int64_t begin, int64_t end) {
+  fp64 ? run<Project<double>>(args, begin, end) : run<Project<float>>(args, begin, end);
+}
+void linformer_sum(const LinformerSumArgs& args, bool fp64, int64_t begin, int64_t end) {
+  fp64 ? sum_parts<double>(args, begin, end) : sum_parts<float>(args, begin, end);
+}
+void linformer_pack(const LinformerProjectArgs& args, bool fp64, int64_t begin, int64_t end) {
+  fp64 ? pack<double>(args, begin, end) : pack<float>(args, begin, end);
+}
+void linformer_unproject(const LinformerProjectArgs& args, bool fp64, int64_t begin, int64_t end) {
+  fp64 ? unproject<double>(args, begin, end) : unproject<float>(args, begin, end);
+}
+void linformer_project_weights(const LinformerProjectArgs& args, bool fp64, int64_t begin, int64_t end) {
+  fp64 ? project_weights<double>(args, begin, end) : project_weights<float>(args, begin, end);
+}
+void linformer_attend(const LinformerAttendArgs& args, bool fp64, int64_t begin, int64_t end) {
+  fp64 ? attend<double>(args, begin, end) : attend<float>(args, begin, end);
+}
+void linformer_attend_backward(const LinformerAttendArgs& args, bool fp64, int64_t begin, int64_t end) {
+  fp64 ? run<AttendBackward<double>>(args, begin, end) : run<AttendBackward<float>>(args, begin, end);
+}
+
+}  // namespace linconv::LINCONV_ISA

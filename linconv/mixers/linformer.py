@@ -1,0 +1,175 @@
+"""Linformer: attention to r learned projections of the frames (Wang et al., arXiv 2006.04768)."""
+
+import torch
+from torch import nn
+
+from linconv import ops
+from linconv.mixers.protocol import Mixer
+from linconv.ops.linformer import rewrite_pays
+
+INITS = ("frames", "normal")
+SHARING = ("none", "headwise", "key_value", "layerwise")
+
+
+class LinformerAttention(Mixer):
+    """Multi-head attention whose keys and values are projected along time onto ``r`` rows; both ways, not causal.
+
+    Parameters: q_proj, k_proj, v_proj, out_proj, torch.nn.Linear (d_model, d_model) each, which `from_attention` takes
+    over from the attention that it replaces; proj_k and proj_v (max_length, r), or (num_heads, max_length, r). It is
+    linear in L but never faster than exact attention for L below 2 r, and takes no more than max_length frames.
+
+    Args:
+        d_model: width of the hidden states.
+        r: rows that keys and values are projected onto, 1 to 512.
+        sharing: what shares one projection, as in section 4 of the paper. "none": each head has its own for keys and
+            for values; "headwise": all heads of a layer; "key_value": keys and values too; "layerwise": all converted
+            layers of a model too, of which the first one holds the only ``proj_k``.
+        max_length: the most frames of a sequence; None for 512, in conversion for what the model has positions for.
+        num_heads: None for heads of 64, in conversion for the model's own.
+        dropout: share of the attention weights dropped in training; None for none, in conversion for the model's own.
+        init: how projections start. "frames": frame t is the only part of row t mod r, times the root of r, so that a
+            sequence of r frames starts with exact attention; "normal": drawn from N(0, 1), so that a row is a random
+            mixture of all frames.
+        normalize: whether projected keys and values are divided by the root of the number of valid frames.
+
+    Raises:
+        ValueError: sizes that do not divide or are out of range, or another sharing; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        d_model,
+        r=256,
+        sharing="headwise",
+        max_length=None,
+        num_heads=None,
+        dropout=None,
+        normalize=True,
+        init="frames",
+    ):
+        super().__init__(d_model)
+        self.max_length = 512 if max_length is None else max_length
+        self.num_heads = max(d_model // 64, 1) if num_heads is None else num_heads
+        self.dropout = 0.0 if dropout is None else dropout
+        self.r, self.sharing, self.normalize, self.init = r, sharing, normalize, init
+        if not 1 <= r <= 512:
+            raise ValueError(f"r is {r}, wanted 1 to 512")
+        if sharing not in SHARING:
+            raise ValueError(f"sharing is {sharing!r}, wanted one of {', '.join(SHARING)}")
+        if init not in INITS:
+            raise ValueError(f"init is {init!r}, wanted one of {', '.join(INITS)}")
+        if self.max_length < 1:
+            raise ValueError(f"max_length is {max_length}, wanted at least 1")
+        if self.num_heads < 1 or d_model % self.num_heads:
+            raise ValueError(f"num_heads is {num_heads}, wanted a divisor of d_model = {d_model}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {dropout}, wanted 0 <= dropout < 1")
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
+        heads = (self.num_heads,) if sharing == "none" else ()
+        self.proj_k = nn.Parameter(torch.empty(*heads, self.max_length, r))
+        self.proj_v = None if sharing in ("key_value", "layerwise") else nn.Parameter(torch.empty_like(self.proj_k))
+        self._holder = []  # the layer whose proj_k this one shares; in a list, lest it becomes a submodule
+        self._draw_projections()
+
+    @classmethod
+    def from_attention(cls, attention, config, **options):
+        """As `Mixer.from_attention`, with the weights of ``attention``.
+
+        Args:
+            attention: has ``query``, ``key``, ``value`` and ``output``, torch.nn.Linear.
+            config: of the model; sizes that ``options`` leave out are taken from it.
+            options: the mixer's own keywords.
+
+        Raises:
+            TypeError: an option the mixer does not have.
+            ValueError: no max_length, where the model has no limit to its positions.
+        """
+        own = {
+            "num_heads": getattr(config, "num_attention_heads", None),
+            "max_length": getattr(config, "max_position_embeddings", getattr(config, "max_source_positions", None)),
+            "dropout": getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", None)),
+        }
+        options = {**own, **options}
+        if options["max_length"] is None:
+            raise ValueError(
+                "max_length is None for a model without a limit to its positions, wanted a number of frames"
+            )
+        mixer = super().from_attention(attention, config, **options)
+        for to, source in zip(mixer._projections(), attention.children()):
+            if source.bias is None:
+                to.register_parameter("bias", None)
+            for parameter, taken in zip(to.parameters(), source.parameters()):
+                parameter.requires_grad_(taken.requires_grad)
+                if not taken.is_meta:
+                    parameter.data.copy_(taken)
+        return mixer
+
+    @classmethod
+    def join(cls, layers):
+        """Has the layers of one model share what they are to share."""
+        for layer in layers[1:]:
+            if layer.sharing == "layerwise":
+                layer.proj_k = None
+                layer._holder = [layers[0]]
+
+    def _projections(self):
+        return self.q_proj, self.k_proj, self.v_proj, self.out_proj
+
+    def forward(self, hidden_states, seq_lens=None):
+        """As `Mixer.forward`.
+
+        Raises:
+            ValueError: more than max_length frames.
+        """
+        length = hidden_states.shape[1]
+        if length > self.max_length:
+            raise ValueError(f"hidden_states has {length} frames, wanted at most max_length = {self.max_length}")
+        y = ops.linformer_self_attention(
+            hidden_states,
+            self.q_proj.weight,
+            self.q_proj.bias,
+            self.k_proj.weight,
+            self.k_proj.bias,
+            self.v_proj.weight,
+            self.v_proj.bias,
+            self._holder[0].proj_k if self._holder else self.proj_k,
+            self.proj_v,
+            num_heads=self.num_heads,
+            seq_lens=seq_lens,
+            normalize=self.normalize,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        y = self.out_proj(y)
+        if seq_lens is None:
+            return y
+        padding = torch.arange(length, device=y.device) >= seq_lens[:, None]
+        return y.masked_fill(padding[..., None], 0)
+
+    def flops(self, length):
+        d, r, shared = self.d_model, self.r, self.proj_v is None
+        sum_first = self.sharing != "none" and rewrite_pays(length, r, d, d, shared=shared)
+        if sum_first:
+            keys_and_values = 2 * (1 if shared else 2) * length * r * d + 4 * r * d * d
+        else:
+            keys_and_values = 4 * length * d * d + 4 * length * r * d
+        return 4 * length * d * d + keys_and_values + 4 * length * r * d
+
+    def reset_parameters(self):
+        for projection in self._projections():
+            projection.reset_parameters()
+        self._draw_projections()
+
+    @torch.no_grad()
+    def _draw_projections(self):
+        # Either way a row of K' is about as large as one of K, by the division by the root of the length.
+        for proj in (self.proj_k, self.proj_v):
+            if proj is None:
+                continue
+            if self.init == "normal":
+                nn.init.normal_(proj)
+            else:
+                frames = torch.arange(self.max_length, device=proj.device) % self.r
+                proj.copy_(self.r**0.5 * nn.functional.one_hot(frames, self.r))
+
+    def extra_repr(self):
+        return f"heads={self.num_heads}, r={self.r}, max_length={self.max_length}, sharing={self.sharing}"

@@ -1,0 +1,292 @@
+"""Linformer attention (Wang et al., arXiv 2006.04768): every frame attends to r projections of all frames.
+
+Two operators make it up, each with its own gradients. ``linformer_project`` sums the frames into r of them;
+``linformer_attend`` is attention of the frames to those r, which stay in cache.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from linconv.ops import checks, dispatch
+from linconv.ops.linformer import reference
+
+__all__ = ["linformer_attention", "linformer_self_attention", "rewrite_pays"]
+
+MOST_RANKS, MOST_COLUMNS = 512, 256
+
+
+def linformer_attention(
+    q, k, v, proj_k, proj_v=None, *, seq_lens=None, scale=None, normalize=True, dropout_p=0.0, backend=None
+):
+    """``softmax(scale q K'^T) V'`` with ``K' = E^T (m k) / sqrt(len)`` and ``V' = F^T (m v) / sqrt(len)``.
+
+    m masks the valid frames and len is their number. Math in float32, in float64 for float64 input.
+
+    Args:
+        q, k, v: (batch, heads, L, headdim), headdim 1 to 256; float32, bfloat16, float16 or float64, any strides.
+        proj_k: E, (Lmax, r) or one per head (heads, Lmax, r), L <= Lmax, r 1 to 512; its first L rows are used.
+        proj_v: F, as proj_k and with the same r; None where it is E (sharing of keys and values).
+        seq_lens: int32 or int64 (batch,), the valid frames of each row. What stands behind them is not read; the
+            result there and its gradients are zero. A row gives bit for bit what it gives alone.
+        scale: of the scores; None for 1 / sqrt(headdim).
+        normalize: whether K' and V' are divided by the root of the number of valid frames, which makes their size
+            independent of it.
+        dropout_p: the share of attention weights that are dropped, 0 <= dropout_p < 1. The draw is a hash of a seed,
+            taken from torch's generator, and of where a weight stands: the same in backward, whatever the number of
+            threads.
+        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+
+    Returns:
+        As q, in memory (batch, L, heads, headdim): ``out.transpose(1, 2).flatten(-2)`` is a view.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value; L > Lmax among them.
+
+    Source: arXiv 2006.04768, section 4, eq. 7.
+    """
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        checks.floating_tensor(name, value)
+        checks.like(name, value, "q", q)
+        checks.shape(name, value, tuple(q.shape) if q.dim() == 4 else (None,) * 4, "(batch, heads, L, headdim)")
+    batch, heads, length, headdim = q.shape
+    proj_k, proj_v = _projections(proj_k, proj_v, heads, length, q)
+    _check_columns("headdim", headdim)
+    checks.sequence_bounds(seq_lens, None, batch, length, q.device)
+    scale = _scale(scale, headdim)
+    seed = _seed(dropout_p, q.device)
+    projected = [_project(x, proj, normalize, seq_lens, backend) for x, proj in ((k, proj_k), (v, proj_v))]
+    return _attend(q, *projected, scale, dropout_p, seed, seq_lens, backend)
+
+
+def linformer_self_attention(
+    hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v=None, *, num_heads, seq_lens=None, scale=None, normalize=True,
+    dropout_p=0.0, rewrite=None, backend=None,
+):  # fmt: skip
+    """`linformer_attention` of the projections of hidden states, ``q = hidden wq^T + bq`` and so on.
+
+    Keys and values are needed only summed over frames, and ``E^T (X W + 1 b^T) = (E^T X) W + (E^T 1) b^T`` exactly:
+    their projections then cost r instead of L rows each. The order with fewer operations is taken, see `rewrite_pays`.
+
+    Args:
+        hidden: (batch, L, d), float32, bfloat16, float16 or float64.
+        wq, wk, wv: (num_heads * headdim, d), as the weight of torch.nn.Linear.
+        bq, bk, bv: (num_heads * headdim,) or None.
+        proj_k, proj_v, seq_lens, scale, normalize, dropout_p, backend: as for `linformer_attention`.
+        num_heads: number of heads.
+        rewrite: whether to sum before projecting; None for what costs less. Not for projections per head.
+
+    Returns:
+        (batch, L, num_heads * headdim) in hidden's dtype (autocast's, where it is on), zero in the padding.
+
+    Raises:
+        TypeError, ValueError: as `linformer_attention`.
+
+    The products with weights are torch's, whose last bits depend on the number of rows: of this operator a padded row
+    is what it is alone up to those.
+    """
+    checks.floating_tensor("hidden", hidden)
+    checks.shape("hidden", hidden, (None, None, None), "(batch, L, d)")
+    batch, length, d = hidden.shape
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads is {num_heads!r}, wanted an integer from 1 up")
+    for name, weight, bias in (("q", wq, bq), ("k", wk, bk), ("v", wv, bv)):
+        checks.floating_tensor(f"w{name}", weight)
+        checks.like(f"w{name}", weight, "hidden", hidden)
+        width = wq.shape[0] if wq.dim() == 2 else None
+        checks.shape(f"w{name}", weight, (width, d), "(num_heads * headdim, d)")
+        if bias is not None:
+            checks.floating_tensor(f"b{name}", bias)
+            checks.like(f"b{name}", bias, "hidden", hidden)
+            checks.shape(f"b{name}", bias, (width,), "(num_heads * headdim,)")
+    if width % num_heads:
+        raise ValueError(f"num_heads is {num_heads}, wanted a divisor of the {width} rows of wq")
+    headdim = width // num_heads
+    shared = proj_v is None
+    proj_k, proj_v = _projections(proj_k, proj_v, num_heads, length, hidden)
+    _check_columns("headdim", headdim)
+    checks.sequence_bounds(seq_lens, None, batch, length, hidden.device)
+    per_head = proj_k.shape[0] > 1 or proj_v.shape[0] > 1
+    if rewrite and per_head:
+        raise ValueError("rewrite is True with projections per head, wanted ones that all heads share")
+    if rewrite is None:
+        rewrite = not per_head and rewrite_pays(length, proj_k.shape[2], d, width, shared=shared)
+    if seq_lens is not None:  # what stands in the padding must not get into the gradients of weights
+        hidden = hidden.masked_fill(~reference.valid_frames(seq_lens, length)[..., None], 0)
+    scale = _scale(scale, headdim)
+    seed = _seed(dropout_p, hidden.device)
+
+    def heads(x):
+        return x.unflatten(-1, (num_heads, headdim)).transpose(1, 2)  # (batch, heads, frames, headdim)
+
+    def summed(x, proj):
+        return _project(x, proj, normalize, seq_lens, backend)
+
+    q = heads(F.linear(hidden, wq, bq))
+    if rewrite:
+        k, v = map(heads, _sum_then_project(hidden, wk, bk, wv, bv, proj_k, None if shared else proj_v, summed))
+    else:
+        k, v = summed(heads(F.linear(hidden, wk, bk)), proj_k), summed(heads(F.linear(hidden, wv, bv)), proj_v)
+    return _attend(q, k, v, scale, dropout_p, seed, seq_lens, backend).transpose(1, 2).flatten(-2)
+
+
+def rewrite_pays(length, rank, d, width, *, shared):
+    """Whether summing hidden states over frames before the projections of keys and values takes fewer operations.
+
+    Args:
+        length, rank, d, width: L, r, the width of hidden states and that of keys.
+        shared: whether keys and values share one projection: then the sum is made once.
+    """
+    sums = 1 if shared else 2
+    before = 2 * length * d * width + 2 * length * rank * width
+    after = sums * length * rank * (d + 1) + 2 * rank * d * width
+    return after < before
+
+
+def _sum_then_project(hidden, wk, bk, wv, bv, proj_k, proj_v, summed):
+    """Projected keys and values, (batch, r, width) each, from sums of hidden states; proj_v is None where shared."""
+    d = hidden.shape[-1]
+    blocks = next(n for n in range(1, d + 1) if d % n == 0 and d // n <= 64)
+    columns = hidden.unflatten(-1, (blocks, d // blocks)).transpose(1, 2)  # (batch, blocks, L, d / blocks)
+    ones = hidden.new_ones(()).expand(hidden.shape[0], 1, hidden.shape[1], 1)
+    biased = bk is not None or bv is not None
+
+    def sums(proj):  # of the frames (batch, r, d), and of as many ones (batch, r, 1)
+        return summed(columns, proj).transpose(1, 2).flatten(-2), summed(ones, proj)[:, 0] if biased else None
+
+    def projected(frames, weights, weight, bias):
+        out = frames @ weight.to(frames.dtype).mT
+        return out if bias is None else out + weights * bias.to(out.dtype)
+
+    of_keys = sums(proj_k)
+    of_values = of_keys if proj_v is None else sums(proj_v)
+    return projected(*of_keys, wk, bk), projected(*of_values, wv, bv)
+
+
+# ---- Checks
+
+
+def _projections(proj_k, proj_v, heads, length, like):
+    """proj_k and proj_v as (1 or heads, Lmax, r)."""
+    found = []
+    for name, proj in (("proj_k", proj_k), ("proj_v", proj_k if proj_v is None else proj_v)):
+        checks.floating_tensor(name, proj)
+        checks.like(name, proj, "q", like)
+        wanted = (heads, None, None) if proj.dim() == 3 else (None, None)
+        checks.shape(name, proj, wanted, "(heads, Lmax, r)" if proj.dim() == 3 else "(Lmax, r)")
+        if length > proj.shape[-2]:
+            raise ValueError(f"{name} has Lmax = {proj.shape[-2]} frames, wanted at least L = {length}")
+        if not 1 <= proj.shape[-1] <= MOST_RANKS:
+            raise ValueError(f"{name} has r = {proj.shape[-1]}, wanted 1 to {MOST_RANKS}")
+        found.append(proj if proj.dim() == 3 else proj[None])
+    if found[0].shape[-1] != found[1].shape[-1]:
+        raise ValueError(f"proj_v has r = {found[1].shape[-1]}, wanted {found[0].shape[-1]} as proj_k")
+    return found
+
+
+def _check_columns(name, columns):
+    if not 1 <= columns <= MOST_COLUMNS:
+        raise ValueError(f"{name} is {columns}, wanted 1 to {MOST_COLUMNS}")
+
+
+def _scale(scale, headdim):
+    if scale is None:
+        return 1 / math.sqrt(headdim)
+    if not isinstance(scale, int | float):
+        raise TypeError(f"scale is {type(scale).__name__}, wanted a float or None")
+    return float(scale)
+
+
+def _seed(dropout_p, device):
+    """A seed from torch's generator, int64 (); None without dropout."""
+    if not isinstance(dropout_p, int | float):
+        raise TypeError(f"dropout_p is {type(dropout_p).__name__}, wanted a float")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}, wanted 0 <= dropout_p < 1")
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device) if dropout_p > 0 else None
+
+
+# ---- The two operators
+
+
+def _project(x, proj, normalize, seq_lens, backend):
+    backend = dispatch.pick("linformer_project", x.device, backend)
+    if backend == "reference":
+        return reference.project(x, proj, normalize=normalize, seq_lens=seq_lens)
+    return dispatch.operator("linformer_project", backend)(x, proj, normalize, seq_lens)
+
+
+def _attend(q, k, v, scale, dropout_p, seed, seq_lens, backend):
+    backend = dispatch.pick("linformer_attend", q.device, backend)
+    if backend == "reference":
+        return reference.attend(q, k, v, scale=scale, dropout_p=dropout_p, seed=seed, seq_lens=seq_lens)
+    return dispatch.operator("linformer_attend", backend)(q, k, v, scale, dropout_p, seed, seq_lens)
+
+
+def _empty_frames(x):
+    batch, heads, length, headdim = x.shape
+    return x.new_empty(batch, length, heads, headdim).transpose(1, 2)
+
+
+def _fake_project(x, proj, normalize, seq_lens):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[0], x.shape[1], proj.shape[2], x.shape[3], dtype=dtype)
+
+
+def _fake_project_backward(grad, x, proj, normalize, seq_lens):
+    return _empty_frames(x), proj.new_empty(proj.shape)
+
+
+def _save_project(ctx, inputs, output):
+    x, proj, ctx.normalize, seq_lens = inputs
+    ctx.save_for_backward(x, proj, seq_lens)
+
+
+def _project_backward(ctx, grad):
+    return *_project_gradients(ctx, grad, *ctx.saved_tensors), None, None
+
+
+# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
+@once_differentiable
+def _project_gradients(ctx, grad, x, proj, seq_lens):
+    return ctx.backward_operator(grad, x, proj, ctx.normalize, seq_lens)
+
+
+def _fake_attend(q, k, v, scale, dropout_p, seed, seq_lens):
+    return _empty_frames(q)
+
+
+def _fake_attend_backward(grad, q, k, v, scale, dropout_p, seed, seq_lens):
+    return _empty_frames(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_attend(ctx, inputs, output):
+    q, k, v, *ctx.options, seed, seq_lens = inputs
+    ctx.save_for_backward(q, k, v, seed, seq_lens)
+
+
+def _attend_backward(ctx, grad):
+    return *_attend_gradients(ctx, grad, *ctx.saved_tensors), None, None, None, None
+
+
+@once_differentiable
+def _attend_gradients(ctx, grad, q, k, v, seed, seq_lens):
+    return ctx.backward_operator(grad, q, k, v, *ctx.options, seed, seq_lens)
+
+
+dispatch.register(
+    "linformer_project",
+    fake=_fake_project,
+    fake_backward=_fake_project_backward,
+    setup_context=_save_project,
+    backward=_project_backward,
+)
+dispatch.register(
+    "linformer_attend",
+    fake=_fake_attend,
+    fake_backward=_fake_attend_backward,
+    setup_context=_save_attend,
+    backward=_attend_backward,
+)
