@@ -227,7 +227,7 @@ struct Column {
         whole(false) {
     if constexpr (!kTagged) {
       constexpr int kBytes = V * static_cast<int>(sizeof(S));
-      whole = n == V && frames.alignment >= (kBytes < 16 ? kBytes : 16);
+      whole = n == V && channel % V == 0 && frames.alignment >= (kBytes < 16 ? kBytes : 16);
     }
   }
 
