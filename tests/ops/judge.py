@@ -15,13 +15,17 @@ def devices():
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+_here = "cpu"
+
+
 @pytest.fixture(params=devices(), autouse=True)
 def device(request, monkeypatch):
     """A test module that imports this runs once for each device: its tensors are made there."""
     if request.param == "cpu":
         yield
         return
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # what torch's own float32 is
+    monkeypatch.setattr(f"{__name__}._here", request.param)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # torch's own float32 is to be float32
     torch.set_default_device(request.param)
     yield
     torch.set_default_device(None)
@@ -29,7 +33,7 @@ def device(request, monkeypatch):
 
 def here(backend="compiled"):
     """The backend of that name; "compiled" is the one of the device that the test is run for."""
-    return torch.get_default_device().type if backend == "compiled" else backend
+    return _here if backend == "compiled" else backend
 
 
 def same_bits(got, wanted):

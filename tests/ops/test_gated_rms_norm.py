@@ -101,7 +101,9 @@ def test_padded_is_alone(dtype, shared):
             t[..., row, n:, :] = torch.nan if row % 2 else torch.inf
     *padded, padded_upstream = padded
     y, (grad_x, grad_z, grad_weight) = gradients(
-        lambda *t: gated_rms_norm(*t, seq_lens=torch.tensor(lengths), backend=here()), [*padded, weight], padded_upstream
+        lambda *t: gated_rms_norm(*t, seq_lens=torch.tensor(lengths), backend=here()),
+        [*padded, weight],
+        padded_upstream,
     )
     for row, n in enumerate(lengths):
         alone, (alone_x, alone_z, _) = gradients(

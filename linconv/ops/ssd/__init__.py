@@ -49,7 +49,7 @@ def ssd(
     arguments.check_states(initial_states, sizes, cu_seqlens, x)
     if z is not None and z.shape != x.shape:
         raise ValueError(f"z has shape {tuple(z.shape)}, wanted that of x, {tuple(x.shape)}")
-    # The CUDA kernel takes one frame after another with the state in registers: best for a decode step, and for no more.
+    # The CUDA kernel takes one frame after another with the state in registers: best for a decode step only.
     one_frame = sizes["L"] == 1
     backend = dispatch.pick("ssd", x.device, backend, prefer=("cuda", "triton") if one_frame else None)
     if backend == "reference":
