@@ -19,7 +19,7 @@ _RECIPE_FLAGS = (
     ("--teacher", "model.teacher", str, "fine-tuned checkpoint: written by finetune, read by distill"),
     ("--output", "output", str, "folder for the student"),
     ("--mixer", "conversion.mixer", str, "what takes attention's place"),
-    ("--mode", "guide.name", str, "unguided, target_guided or hybrid"),
+    ("--mode", "guide.name", str, "unguided, target_guided, trajectory_guided, waypoint_guided or hybrid"),
     ("--seed", "seed", int, "seed of every random draw"),
 )
 
