@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the report")
     parser.add_argument("--data", type=Path, help="audio folder; None: the demo's recordings, fetched")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of every run")
+    parser.add_argument("--batch", type=int, default=16, help="clips a batch")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a teacher and its students for each")
     options = parser.parse_args()
     data = options.data or fetch()
@@ -38,6 +39,7 @@ def main() -> None:
         shared = [("data.path", str(data)), ("seed", seed), ("model.teacher", str(folder / "teacher"))]
         for block in ("finetune", "distill"):
             changes = {"max_steps": options.steps, "warmup_steps": options.steps // 10, "logging_steps": 5}
+            changes["per_device_train_batch_size"] = options.batch
             shared += [(f"{block}.{key}", value) for key, value in changes.items()]
         _execute(pipeline.finetune(load_recipe(RECIPE, [*shared, ("model.waypoints", 6)])))
         for name, guide in MODES.items():
