@@ -1,4 +1,4 @@
-"""The command line: ``linconv inspect | convert | finetune | distill | eval | demo | env``."""
+"""The command line: ``linconv inspect | convert | finetune | distill | eval | bench | demo | env``."""
 
 import argparse
 import json
@@ -60,11 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command is None:
             parser.print_help()
             return 0
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except UserError as error:
         print(f"linconv: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _build_parser() -> _Parser:
@@ -105,6 +104,9 @@ def _build_parser() -> _Parser:
     sub.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default test)")
     sub.add_argument("--json", action="store_true", help="print the scores as JSON")
 
+    from linconv.benchmarking.command import add_arguments
+
+    add_arguments(command("bench", _bench, "Latency, memory and crossover, measured, reported and compared."))
     command(
         "demo", None, "The whole way on recorded speech: teacher, students, scores, speed. See `linconv demo --help`."
     )
@@ -218,6 +220,12 @@ def _eval(arguments) -> None:
         print(json.dumps(scores))
     else:
         _print_table([(k, f"{v:.4f}" if isinstance(v, float) else str(v)) for k, v in scores.items()])
+
+
+def _bench(arguments) -> int:
+    from linconv.benchmarking.command import main
+
+    return main(arguments)
 
 
 def _env(arguments) -> None:
