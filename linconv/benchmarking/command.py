@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="scan, conv, linformer, loss, layer, model, or all")
     parser.add_argument("--list", action="store_true", help="say what the suites would run, and stop")
     run = parser.add_argument_group("what is measured")
-    run.add_argument("--out", metavar="PATH", help="results as DIR/SUITE.json (default bench), or for a report its DIR")
+    run.add_argument("--out", metavar="PATH", help="folder for SUITE.json (default bench), or what is made")
     run.add_argument("--resume", action="store_true", help="keep what the results have, measure what they lack")
-    run.add_argument("--cases", metavar="TEXT", action="append", help="only cases that have this text in their name")
+    run.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
     run.add_argument("--work", nargs="+", choices=("forward", "training", "step"), help="only these passes")
     run.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="only these dtypes")
     run.add_argument("--batch", type=int, metavar="N", help="sequences at once, in place of each case's own number")
@@ -185,10 +186,8 @@ class _progress:
     def __init__(self, suite: str, cases: list):
         from tqdm import tqdm
 
-        self.keys, self.bar = (
-            {case.key for case in cases},
-            tqdm(total=len(cases), desc=suite, unit="case", disable=None),
-        )
+        self.keys = {case.key for case in cases}
+        self.bar = tqdm(total=len(cases), desc=suite, unit="case", disable=None)
 
     def __enter__(self):
         return self.report
@@ -197,6 +196,7 @@ class _progress:
         if text in self.keys:
             self.bar.update()
         self.bar.write(text)
+        sys.stdout.flush()
 
     def __exit__(self, *error):
         self.bar.close()

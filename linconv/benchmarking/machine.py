@@ -54,7 +54,9 @@ def memory_bytes(device: str = "cpu") -> int:
 
 def provenance() -> dict:
     """Everything needed to tell whether two results may be compared."""
-    commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    # Results being written beside the code do not make the code another.
+    commit = _git("rev-parse", "HEAD")
+    dirty = _git("status", "--porcelain", ":(top)", ":(top,exclude)benchmarks/results")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "linconv": linconv.__version__,

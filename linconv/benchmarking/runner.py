@@ -208,6 +208,8 @@ class _Runner:
     def _fits_memory(self, case, implementation, length) -> bool:
         limit = self.limits.memory_bytes or 0.8 * memory_bytes(case.setting.device)
         extra = self._expected(case, implementation, "extra_bytes", length)
+        if extra is None and implementation.memory is not None:
+            extra = implementation.memory(case.setting, length)
         if extra is None or extra <= limit:
             return True
         reason = f"it would need about {extra / 2**30:,.0f} GiB, the limit is {limit / 2**30:,.0f} GiB"

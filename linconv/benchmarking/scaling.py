@@ -21,9 +21,7 @@ def fit(lengths: Sequence[float], values: Sequence[float], degree: int = 2) -> t
 
     lengths, values = np.asarray(lengths, float), np.asarray(values, float)
     if not len(lengths) == len(values) > 0:
-        raise ValueError(
-            f"lengths, values: equally many and at least one are wanted, got {len(lengths)}, {len(values)}"
-        )
+        raise ValueError(f"lengths, values: as many of each are wanted, got {len(lengths)}, {len(values)}")
     powers = np.arange(degree + 1)[-len(lengths) :]
     scale = lengths.max()  # keeps the columns alike in size
     columns = (lengths[:, None] / scale) ** powers
@@ -95,11 +93,9 @@ def crossover_interval(
         Low and high end; None for "not within these lengths".
     """
     generator = np.random.default_rng(seed)
+    sides = list(zip((original, converted), degrees))
     found = [
-        crossover(
-            lengths,
-            *(_resampled(lengths, side, degree, generator) for side, degree in zip((original, converted), degrees)),
-        )
+        crossover(lengths, *(_resampled(lengths, side, degree, generator) for side, degree in sides))
         for _ in range(draws)
     ]
     ordered = sorted(np.inf if value is None else value for value in found)

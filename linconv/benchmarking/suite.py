@@ -99,6 +99,7 @@ class Implementation:
     degree: of its growth with length, 1 or 2; decides how it is predicted where it is not measured.
     check: ``check(setting)`` raises CheckFailed for wrong numbers; None where there is nothing to compare with.
     cost: ``cost(setting, length)``, the floor of the work; None where it has none.
+    memory: ``memory(setting, length)``, bytes it needs at least, where that is known before it is measured.
     reason: why it cannot run here, or None.
     """
 
@@ -110,6 +111,7 @@ class Implementation:
     check: Callable[[Setting], object] | None = None
     cost: Callable[[Setting, int], Cost] | None = None
     shortcut: Shortcut | None = None
+    memory: Callable[[Setting, int], float] | None = None
     reason: str | None = None
 
 

@@ -127,7 +127,8 @@ def _implementations(width, mixed):
     for implementation in ("sdpa", "eager"):
         name = {"sdpa": "attention layer (SDPA)", "eager": "attention layer (eager)"}[implementation]
         floor = functools.partial(attention_cost, width)
-        yield Implementation(name, attention, (width, implementation), degree=2, cost=floor)
+        matrices = functools.partial(peers.weights_bytes, width // HEADDIM) if implementation == "eager" else None
+        yield Implementation(name, attention, (width, implementation), degree=2, cost=floor, memory=matrices)
     yield Implementation(
         "two Mamba2 of transformers with flips", two_mamba2, (width,),
         check=functools.partial(check_two_mamba2, width),

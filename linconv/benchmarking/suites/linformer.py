@@ -51,14 +51,7 @@ def cases(device):
         Implementation("linconv", run, (linconv,), ours=True, check=check, cost=cost),
         Implementation("the formula in plain torch", run, (in_torch,)),
     ]
-    for kind in (*peers.sdpa_kinds(device), "eager"):
-        name = "eager attention" if kind == "eager" else f"attention (SDPA, {kind})"
-        implementations.append(
-            Implementation(
-                name, peers.attention, (HEADS, HEADDIM, kind), degree=2,
-                cost=functools.partial(peers.attention_cost, HEADS, HEADDIM),
-            )
-        )  # fmt: skip
+    implementations += peers.attention_implementations(device, HEADS, HEADDIM)
     for work in ("forward", "training"):
         for dtype in ("float32", "bfloat16"):
             yield Case(

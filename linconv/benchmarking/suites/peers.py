@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from linconv.benchmarking.suite import Absent, Cost
+from linconv.benchmarking.suite import Absent, Cost, Implementation
 
 _PACKAGES = {  # module: (what is installed, how)
     "mamba_ssm": "mamba-ssm",
@@ -64,6 +64,21 @@ def attention(setting, length, heads, headdim, kind):
     q, k, v = (setting.tensor(setting.batch, heads, length, headdim) for _ in range(3))
     function = eager if kind == "eager" else functools.partial(sdpa, kind)
     return functools.partial(function, q, k, v), [q, k, v]
+
+
+def weights_bytes(heads, setting, length):
+    """Attention weights and scores in memory at once: what attention needs that keeps the matrix."""
+    return 2 * setting.batch * heads * length**2 * torch.finfo(setting.torch_dtype).bits // 8
+
+
+def attention_implementations(device, heads, headdim):
+    """Exact attention by each of torch's kernels, and as the formula says."""
+    for kind in (*sdpa_kinds(device), "eager"):
+        yield Implementation(
+            "eager attention" if kind == "eager" else f"attention (SDPA, {kind})", attention, (heads, headdim, kind),
+            degree=2, cost=functools.partial(attention_cost, heads, headdim),
+            memory=functools.partial(weights_bytes, heads) if kind in ("math", "eager") else None,
+        )  # fmt: skip
 
 
 def attention_cost(heads, headdim, setting, length):

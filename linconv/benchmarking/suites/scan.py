@@ -1,6 +1,7 @@
 """The bidirectional state space scan against exact attention between as many heads, and against other scans."""
 
 import functools
+import itertools
 
 import torch
 
@@ -79,7 +80,7 @@ def run(setting, length, function, regime):
 
 
 def check(function, regime, setting):
-    tensors = inputs(setting, 200, regime)
+    tensors = inputs(setting, 70, regime)  # more than one chunk
     judge(function, functools.partial(scan, backend="reference"), exact, tensors)
 
 
@@ -97,7 +98,7 @@ def cost(regime, setting, length):
     return Cost(flops=per_frame * frames, bytes=size * values * frames, dtype=setting.arithmetic)
 
 
-def _implementations(device, dtype):
+def _implementations(device):
     ours = [(f"linconv, {regime}", scan, regime) for regime in PER_DIRECTION]
     if device == "cuda":  # both ways that linconv has there
         ours = [
@@ -120,23 +121,13 @@ def _implementations(device, dtype):
         # Plain torch is what the checks compare with.
         checked = None if "plain" in name else functools.partial(check, function, "separate")
         yield Implementation(name, run, (function, "separate"), check=checked)
-    for kind in (*peers.sdpa_kinds(device), "eager"):
-        name = "eager attention" if kind == "eager" else f"attention (SDPA, {kind})"
-        yield Implementation(
-            name, peers.attention, (HEADS, HEADDIM, kind), degree=2,
-            cost=functools.partial(peers.attention_cost, HEADS, HEADDIM),
-        )  # fmt: skip
+    yield from peers.attention_implementations(device, HEADS, HEADDIM)
 
 
 def cases(device):
-    for work, dtype in (
-        ("forward", "float32"),
-        ("training", "float32"),
-        ("forward", "bfloat16"),
-        ("training", "bfloat16"),
-    ):
+    for work, dtype in itertools.product(("forward", "training"), ("float32", "bfloat16")):
         yield Case(
             "scan of 16 heads of 64, state 128", Setting(work, dtype, device=device),
-            tuple(_implementations(device, dtype)), baseline="attention (SDPA, flash)",
+            tuple(_implementations(device)), baseline="attention (SDPA, flash)",
             facts={"heads": HEADS, "headdim": HEADDIM, "dstate": DSTATE},
         )  # fmt: skip
