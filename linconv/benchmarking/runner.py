@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from linconv.benchmarking.latency import compare, cuda_events, wall_clock
 from linconv.benchmarking.machine import memory_bytes, provenance, rates
 from linconv.benchmarking.memory import peak_extra_bytes, peak_extra_cuda_bytes
@@ -70,8 +72,9 @@ class _Runner:
 
     def case(self, case: Case, measure: Sequence[str], lengths: Sequence[int]) -> None:
         lengths = sorted(lengths)
-        here = [i for i in case.implementations if not {i.name, f"{i.name} ({case.key})"} & self.results.absent.keys()]
-        if all(self._has(case, i, length, what) for i in here for length in lengths for what in measure):
+        if all(
+            self._has(case, i, length, what) for i in case.implementations for length in lengths for what in measure
+        ):
             return
         self.report(f"{case.key}")
         usable = [i for i in case.implementations if self._usable(case, i)]
@@ -93,6 +96,7 @@ class _Runner:
         try:
             if implementation.reason:
                 raise Absent(implementation.reason)
+            torch.manual_seed(setting.seed)
             if implementation.check is not None:
                 implementation.check(setting)
             make, arguments = implementation.make, implementation.arguments
@@ -113,6 +117,8 @@ class _Runner:
             self.results.absent[f"{name} ({case.key})"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return False
         self.results.failed.pop(f"{case.key}: {name}", None)
+        for key in (name, f"{name} ({case.key})"):
+            self.results.absent.pop(key, None)
         return True
 
     # ---- Latency

@@ -4,11 +4,13 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from linconv import mixers
 from linconv.conversion.convert import convertible_family, layer_indices
+from linconv.conversion.crossover import MeasuredCrossover, measured_crossover
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Inspection:
 
     flops: by number of frames, (attention, mixer) floating-point operations of the forward pass through all layers
     to be converted, projections included, a multiply-add counting as two. crossover_frames: the shortest sequence for
-    which the mixer takes fewer; it predicts where time crosses as far as both run at the same rate.
+    which the mixer takes fewer; it predicts where time crosses as far as both run at the same rate. measured_crossover:
+    the same by time, from layers that were measured; None where none with this mixer was.
     """
 
     model: str
@@ -32,6 +35,7 @@ class Inspection:
     flops: dict[int, tuple[int, int]]
     crossover_frames: int
     frames_per_second: float
+    measured_crossover: MeasuredCrossover | None = None
 
     def __str__(self):
         change = self.parameters_after - self.parameters
@@ -45,9 +49,19 @@ class Inspection:
         for length, (before, after) in self.flops.items():
             seconds, ratio = length / self.frames_per_second, before / after if after else float("nan")
             lines.append(f"  {length:>8} {seconds:>8.1f} {before / 1e9:>26.3f} {after / 1e9:>18.3f} {ratio:>7.2f}")
-        seconds = self.crossover_frames / self.frames_per_second
-        lines += ["", f"  predicted crossover, by operations: {self.crossover_frames} frames ({seconds:.1f} s)"]
+        lines += ["", f"  predicted crossover, by operations: {self._duration(self.crossover_frames)}"]
+        measured = self.measured_crossover
+        if measured is None:
+            lines.append(f"  predicted crossover, by time: no layer with {self.mixer} has been measured")
+        else:
+            at = "never, by these fits" if measured.frames is None else self._duration(measured.frames)
+            beyond = measured.frames is not None and measured.frames > measured.longest
+            lines.append(f"  predicted crossover, by time: {at}" + (" (extrapolated)" if beyond else ""))
+            lines.append(f"    from {measured.basis}, up to {measured.longest:,} frames")
         return "\n".join(lines)
+
+    def _duration(self, frames: int) -> str:
+        return f"{frames} frames ({frames / self.frames_per_second:.1f} s)"
 
 
 def inspect(
@@ -79,6 +93,8 @@ def inspect(
     projections = sum(m.weight.numel() for m in attention.modules() if isinstance(m, nn.Linear))
     per_frame = new.flops(1)
     # attention takes fewer operations as long as 2 projections + 4 L width < per_frame
+    with torch.device("meta"):
+        default = mixer_class(width)
     crossover = max(0, per_frame - 2 * projections) // (4 * width) + 1
     parameters = sum(p.numel() for p in teacher.parameters())
     removed = sum(p.numel() for i in indices for p in attentions[i].parameters())
@@ -101,4 +117,5 @@ def inspect(
         },
         crossover_frames=crossover,
         frames_per_second=family.frames_per_second,
+        measured_crossover=measured_crossover(mixer, width, per_frame / default.flops(1)),
     )

@@ -40,8 +40,7 @@ def exact(x, dt, A, B, C, D):
 
 def two_passes(x, dt, A, B, C, D):
     """The usual pattern: a causal scan, and another over flipped inputs, flipped back."""
-    x, dt, A, B, C, D = zip(x, dt, A, B, C, D)
-    forward, backward = ([t[d] for t in (x, dt, A, B, C)] for d in (0, 1))
+    forward, backward = ([t[direction] for t in (x, dt, A, B, C)] for direction in (0, 1))
     flipped = [t.flip(1) if t.dim() > 1 else t for t in backward]
     return torch.stack([
         ops.ssd(*forward, D=D[0], dt_softplus=True), ops.ssd(*flipped, D=D[1], dt_softplus=True).flip(1),
