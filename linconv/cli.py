@@ -1,4 +1,4 @@
-"""The command line: ``linconv inspect | convert | finetune | distill | eval | report | demo | env``."""
+"""The command line: ``linconv inspect | convert | finetune | distill | eval | report | bench | demo | env``."""
 
 import argparse
 import json
@@ -60,11 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command is None:
             parser.print_help()
             return 0
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except UserError as error:
         print(f"linconv: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _build_parser() -> _Parser:
@@ -109,6 +108,9 @@ def _build_parser() -> _Parser:
     sub.add_argument("runs", metavar="RUN", nargs="+", help="output folder of a finished finetune or distill")
     sub.add_argument("--output", default="report", help="folder for the report (default report)")
 
+    from linconv.benchmarking.command import add_arguments
+
+    add_arguments(command("bench", _bench, "Latency, memory and crossover, measured, reported and compared."))
     command(
         "demo", None, "The whole way on recorded speech: teacher, students, scores, speed. See `linconv demo --help`."
     )
@@ -232,6 +234,12 @@ def _report(arguments) -> None:
     header, rows = report.table(made)
     _print_table([(row[0], "  ".join(filter(None, row[1:]))) for row in [header, *rows]])
     print(f"written to {page}")
+
+
+def _bench(arguments) -> int:
+    from linconv.benchmarking.command import main
+
+    return main(arguments)
 
 
 def _env(arguments) -> None:
