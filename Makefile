@@ -1,4 +1,4 @@
-# make test | demo | lint | sanitize | test-transformers | bench | build | clean
+# make test | demo | lint | sanitize | test-transformers | compile-ahead | bench | build | clean
 #
 # Everything is installed into a virtual environment of its own, .venv. What may be set on the command line:
 #   PYTHON       the Python it is made with, 3.10 or later
@@ -18,7 +18,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 
-.PHONY: test demo lint sanitize test-transformers bench build clean
+.PHONY: test demo lint sanitize test-transformers compile-ahead bench build clean
 
 test: $(VENV)/.installed
 	$(PYTEST) tests
@@ -29,6 +29,10 @@ demo: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# Every Triton kernel for every GPU it is shipped for, none of which need be here; a register spill is an error.
+compile-ahead: $(VENV)/.installed
+	$(PY) benchmarks/compile_ahead.py
 
 bench: $(VENV)/.installed
 	$(PIP) -e .[bench] --no-build-isolation

@@ -7,6 +7,9 @@ torch.mm timed in turn with the kernel. Forward operations a frame are 2 (4 H N 
 2 (10 H N P + 2 Q H P + 3 Q G N): see docs/kernels/bidirectional_ssd.md.
 """
 
+import functools
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -26,8 +29,6 @@ REGIMES = {
     "quasiseparable": {"dt", "A"},
     "tied": set(),
 }
-ATTENTION_UP_TO = 16_384  # exact attention takes minutes behind it
-PLAIN_TORCH_UP_TO = 4_096
 
 
 def arguments(regime, length, dtype=torch.float32):
@@ -56,78 +57,90 @@ def check(regime, dtype):
         )
 
 
-def forward_work(length):
+def forward(regime, length, dtype=torch.float32):
+    """The scan as a callable."""
+    return functools.partial(scan, *arguments(regime, length, dtype))
+
+
+def backward(regime, length, dtype):
+    """The gradients of every argument but D, as a callable; forward has been run."""
+    tensors, options = arguments(regime, length, dtype)
+    leaves = [t.requires_grad_() for t in tensors]
+    y = scan(leaves, options)
+    return functools.partial(torch.autograd.grad, y, leaves, torch.randn_like(y), retain_graph=True)
+
+
+def attention(length):
+    q, k, v = (torch.randn(1, HEADS, length, HEADDIM) for _ in range(3))
+    return functools.partial(F.scaled_dot_product_attention, q, k, v)
+
+
+def plain_torch(length):
     tensors, options = arguments("separate", length)
-    return lambda: scan(tensors, options)
+    return functools.partial(ops.bidirectional_ssd, *tensors, **options, backend="reference")
 
 
-def rounds(length):
-    return {"min_repeats": 15, "min_seconds": 1.0} if length < 5000 else {"min_repeats": 5, "min_seconds": 0.0}
+PARTS = {"forward": (forward, FORWARD_FLOPS), "backward": (backward, BACKWARD_FLOPS)}
+PEERS = {  # name: (peer, the length it is timed up to: minutes behind it)
+    "scaled_dot_product_attention": (attention, 16_384),
+    "chunk formula in plain torch": (plain_torch, 4_096),
+}
+
+
+def over_floor(record, part, length):
+    """Times a pass in every regime, fp32 and bf16, against its floor. Returns seconds by (regime, dtype)."""
+    make, flops = PARTS[part]
+    matmul, matmul_flops = matmul_work()
+    keys = list(itertools.product(REGIMES, (torch.float32, torch.bfloat16)))
+    works = {"mm": matmul, **{key: make(key[0], length, key[1]) for key in keys}}
+    limits = {"min_repeats": 15, "min_seconds": 1.0} if length < 5000 else {"min_repeats": 5, "min_seconds": 0.0}
+    taken = compare(works, **limits)
+    floor = flops * length / (matmul_flops / taken["mm"].median)
+    for regime, dtype in keys:
+        latency = taken[regime, dtype]
+        record.add(
+            length=length, regime=regime, dtype=str(dtype)[6:], part=part, seconds=latency.median,
+            fastest_seconds=latency.fastest, floor_seconds=floor, over_floor=latency.median / floor,
+            to_separate_float32=latency.median / taken["separate", torch.float32].median,
+        )  # fmt: skip
+    return {key: taken[key].median for key in keys}
+
+
+@torch.no_grad()
+def against_peers(record, length):
+    for name, (make, up_to) in PEERS.items():
+        if length > up_to:
+            continue
+        limits = {"min_repeats": 5} if length < 5000 else {"min_repeats": 3, "min_seconds": 0.0, "warmup": 1}
+        taken = compare({"ours": forward("separate", length), name: make(length)}, **limits)
+        record.add(
+            length=length, peer=name, peer_seconds=taken[name].median, seconds=taken["ours"].median,
+            speedup=taken[name].median / taken["ours"].median,
+        )  # fmt: skip
+
+
+def growth(record, lengths):
+    """Time and memory a frame of the separate regime, at every length in turn: what is linear is constant here."""
+    taken = compare({length: forward("separate", length) for length in lengths}, min_repeats=9, min_seconds=0.0)
+    extra = {length: peak_extra_bytes(forward, "separate", length) for length in lengths}
+    first = min(lengths)
+    for length in lengths:
+        per_frame = taken[length].median / length
+        record.add(
+            length=length, part="growth", seconds_per_frame=per_frame,
+            to_shortest=per_frame * first / taken[first].median, extra_bytes_per_frame=extra[length] / length,
+            extra_bytes_per_frame_beyond_shortest=(extra[length] - extra[first]) / max(length - first, 1),
+        )  # fmt: skip
 
 
 def body(record, lengths):
-    for regime in REGIMES:
-        for dtype in (torch.float32, torch.bfloat16):
-            check(regime, dtype)
-    matmul, matmul_flops = matmul_work()
+    for regime, dtype in itertools.product(REGIMES, (torch.float32, torch.bfloat16)):
+        check(regime, dtype)
     for length in lengths:
-        kept = {}
-        works = {"mm": matmul}
-        for dtype in (torch.float32, torch.bfloat16):
-            for regime in REGIMES:
-                tensors, options = arguments(regime, length, dtype)
-                works[regime, dtype, "forward"] = lambda t=tensors, o=options: scan(t, o)
-        timed = compare(works, **rounds(length))
-        backward = {"mm": matmul}
-        for (regime, dtype, _), _ in ((k, v) for k, v in works.items() if k != "mm"):
-            if dtype is torch.float32 or regime == "separate":
-                tensors, options = arguments(regime, length, dtype)
-                leaves = [t.requires_grad_() for t in tensors]
-                y = scan(leaves, options)
-                backward[regime, dtype, "backward"] = lambda y=y, leaves=leaves, g=torch.randn_like(y): (  # noqa: B008
-                    torch.autograd.grad(y, leaves, g, retain_graph=True)
-                )
-        timed_backward = compare(backward, **rounds(length))
-        for taken, flops in ((timed, FORWARD_FLOPS), (timed_backward, BACKWARD_FLOPS)):
-            floor = flops * length / (matmul_flops / taken["mm"].median)
-            for key, latency in taken.items():
-                if key == "mm":
-                    continue
-                kept[key] = latency.median
-                record.add(
-                    length=length, regime=key[0], dtype=str(key[1])[6:], part=key[2], seconds=latency.median,
-                    fastest_seconds=latency.fastest, floor_seconds=floor, over_floor=latency.median / floor,
-                )  # fmt: skip
-        del backward, works
-        ours = kept["separate", torch.float32, "forward"]
-        peers = {}
-        if length <= ATTENTION_UP_TO:
-            q, k, v = (torch.randn(1, HEADS, length, HEADDIM) for _ in range(3))
-            peers["scaled_dot_product_attention"] = lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)
-        if length <= PLAIN_TORCH_UP_TO:
-            tensors, options = arguments("separate", length)
-            peers["chunk formula in plain torch"] = lambda t=tensors, o=options: ops.bidirectional_ssd(
-                *t, **o, backend="reference"
-            )
-        tensors, options = arguments("separate", length)
-        if peers:
-            many = {"min_repeats": 5} if length < 5000 else {"min_repeats": 1, "min_seconds": 0.0, "warmup": 0}
-            with torch.no_grad():
-                taken = compare({"ours": lambda: scan(tensors, options), **peers}, **many)  # noqa: B023
-            for name in peers:
-                record.add(
-                    length=length, peer=name, peer_seconds=taken[name].median, seconds=taken["ours"].median,
-                    speedup=taken[name].median / taken["ours"].median,
-                )  # fmt: skip
-        record.add(
-            length=length,
-            seconds_per_frame=ours / length,
-            extra_bytes_per_frame=peak_extra_bytes(_memory, length) / length,
-        )
-
-
-def _memory(length):
-    return forward_work(length)
+        for part in PARTS:
+            over_floor(record, part, length)
+        against_peers(record, length)
+    growth(record, lengths)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
     python benchmarks/bench_model.py --out benchmarks/results/cpu/model.json --lengths 499 2999 29999
 
-Lengths are frames, 50 a second. Batch 1, fp32, no gradients. All 24 layers are timed where that is short; beyond, models
-of 1 and 3 layers are, and 24 are predicted from them (rows with "predicted"): layers are alike, so time is linear in
-their number. Peak memory is that of a process of its own, above model and input: of the encoder alone (its layers work
-one after another, so one is enough), of a batch of two clips of which one is padded, and of the whole model, whose
-convolutional front end may set it.
-"""  # noqa: E501
+Lengths are frames, 50 a second. Batch 1, fp32, no gradients. All 24 layers are timed where that is short; beyond,
+models of 1 and 3 layers are, and 24 are predicted from them (rows with "predicted"): layers are alike, so time is
+linear in their number. Peak memory is that of a process of its own, above model and input: of the encoder alone (its
+layers work one after another, so one is enough), of a batch of two clips of which one is padded, and of the whole
+model, whose convolutional front end may set it.
+"""
 
 import torch
 

@@ -52,6 +52,25 @@ STABLE_TORCH_LIBRARY(linconv, m) {
       "gated_rms_norm_backward(Tensor grad, Tensor x, Tensor z, Tensor weight, float eps, int group_size, "
       "Tensor? seq_lens) -> (Tensor, Tensor, Tensor)");
 
+  // student, teacher: a hidden state (batch, L, d) a layer; logits (batch, L, classes); masks bool (batch, L) or lengths
+  // (batch,) -> mean squared error and mean cosine (layers,), KL (1,), and what is known of each row of logits, float64.
+#define GUIDANCE                                                                                            \
+  "Tensor[] student, Tensor[] teacher, Tensor? mask, bool layer_norm, Tensor? student_logits, "             \
+  "Tensor? teacher_logits, Tensor? logits_mask, float temperature"
+  m.def("distillation_loss(" GUIDANCE ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("distillation_loss_backward(Tensor grad_errors, Tensor grad_kd, " GUIDANCE
+        ", Tensor statistics, bool of_student, bool of_teacher, bool of_student_logits, bool of_teacher_logits) "
+        "-> (Tensor[], Tensor[], Tensor, Tensor)");
+#undef GUIDANCE
+  // The same of (rows, classes), some of the classes at a time.
+  m.def("kd_statistics(Tensor student, Tensor teacher, Tensor? before, float temperature) -> Tensor");
+  m.def("kd_gradient(Tensor student, Tensor teacher, Tensor statistics, Tensor scale, float temperature) -> Tensor");
+  // hidden (rows, d), weight (classes, d), mask bool (rows,) -> KL (1,), and what is known of each row that counts.
+#define OUTPUTS \
+  "Tensor hidden_s, Tensor weight_s, Tensor hidden_t, Tensor weight_t, Tensor? mask, float temperature"
+  m.def("linear_kd_loss(" OUTPUTS ") -> (Tensor, Tensor)");
+  m.def("linear_kd_loss_backward(Tensor grad, " OUTPUTS ", Tensor statistics) -> (Tensor, Tensor)");
+#undef OUTPUTS
   // x (batch, heads, L, headdim), proj (1 or heads, Lmax, r) -> (batch, heads, r, headdim) in the math dtype; q as x,
   // k, v (batch, heads, r, headdim) -> as q. What is shaped as x is in memory (batch, L, heads, headdim).
   m.def("linformer_project(Tensor x, Tensor proj, bool normalize, Tensor? seq_lens) -> Tensor");

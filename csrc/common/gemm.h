@@ -31,19 +31,48 @@ enum class Triangle {
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Rows of memory that will be wanted soon, asked for a few at a time between the tiles of a product: rows too far apart
+// for the hardware to foresee, and too many to ask for at once.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* data, int64_t row_stride, int rows, int64_t row_bytes)
+      : next_(static_cast<const char*>(data)), row_stride_(row_stride), rows_(rows), row_bytes_(row_bytes) {}
+
+  // Spreads all rows over that many calls of step().
+  void over(int steps) { rows_per_step_ = (rows_ + steps - 1) / steps; }
+  void step() {
+    for (int i = 0; i < rows_per_step_ && rows_ > 0; ++i, --rows_, next_ += row_stride_)
+      for (int64_t at = 0; at < row_bytes_; at += 64) __builtin_prefetch(next_ + at, 0, 2);
+  }
+
+ private:
+  const char* next_ = nullptr;
+  int64_t row_stride_ = 0;
+  int rows_ = 0, rows_per_step_ = 0;
+  int64_t row_bytes_ = 0;
+};
+
 template <class T>
 struct Strided {  // A: element (row, k) at data[row * row_stride + k * depth_stride]
   const T* data;
   int64_t row_stride, depth_stride;
 };
 
-// What becomes of a finished tile row: C = product, C += product, C = scale * C + product, C = rows[row] * product.
+// What becomes of a finished tile row: C = product, C += product, C = decay * old + product, C = rows[row] * product.
 enum class Update { kStore, kAdd, kDecay, kScaleRows };
+
+template <class T>
+struct Scaling {
+  const T* old = nullptr;  // kDecay: laid out as C, which it may be
+  T decay = 0;
+  const T* rows = nullptr;  // kScaleRows
+};
 
 template <class T, Update update, int vectors>
 LINCONV_INLINE void gemm_tile(
     int depth_begin, int depth_end, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t ldb, T* c,
-    int64_t ldc, const T* old, int64_t ld_old, T scale, const T* row_scales) {
+    int64_t ldc, Scaling<T> scaling) {
   using V = Vec<T>;
   V acc[kTileRows][vectors];
 #pragma GCC unroll 8
@@ -73,15 +102,16 @@ LINCONV_INLINE void gemm_tile(
       const V product = acc[i][v];
       if constexpr (update == Update::kStore) store(to, product);
       if constexpr (update == Update::kAdd) store(to, load(to) + product);
-      if constexpr (update == Update::kDecay) store(to, splat<T>(scale) * load(old + i * ld_old + v * kWidth<T>) + product);
-      if constexpr (update == Update::kScaleRows) store(to, splat<T>(row_scales[i]) * product);
+      if constexpr (update == Update::kDecay) store(to, splat(scaling.decay) * load(scaling.old + i * ldc + v * kWidth<T>) + product);
+      if constexpr (update == Update::kScaleRows) store(to, splat(scaling.rows[i]) * product);
     }
 }
 
 template <class T, Update update, Triangle triangle>
 inline void gemm(int rows, int cols, int depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
-                        const T* old = nullptr, T scale = 0, const T* row_scales = nullptr) {
+                 Ahead ahead = {}, Scaling<T> scaling = {}) {
   constexpr int panel = kTileVectors * kWidth<T>;
+  ahead.over((cols + panel - 1) / panel * (rows / kTileRows));
   // A panel of B stays in L1 while the rows of A go by.
   for (int col = 0; col < cols; col += panel) {
     for (int row = 0; row < rows; row += kTileRows) {
@@ -89,17 +119,18 @@ inline void gemm(int rows, int cols, int depth, Strided<T> a, const T* b, int64_
       if (triangle == Triangle::kLeft) end = row + kTileRows < depth ? row + kTileRows : depth;
       if (triangle == Triangle::kTransposed) begin = row;
       if (triangle == Triangle::kRight) begin = col;
+      ahead.step();
       if (triangle == Triangle::kResult && col >= row + kTileRows) continue;
       const T* a_tile = a.data + row * a.row_stride;
       T* c_tile = c + row * ldc + col;
-      const T* old_tile = update == Update::kDecay ? old + row * ldc + col : nullptr;
-      const T* scales = update == Update::kScaleRows ? row_scales + row : nullptr;
+      Scaling<T> of_tile = scaling;
+      if (update == Update::kDecay) of_tile.old += row * ldc + col;
+      if (update == Update::kScaleRows) of_tile.rows += row;
       if (col + panel <= cols)
         gemm_tile<T, update, kTileVectors>(begin, end, a_tile, a.row_stride, a.depth_stride, b + col, ldb, c_tile, ldc,
-                                           old_tile, ldc, scale, scales);
+                                           of_tile);
       else
-        gemm_tile<T, update, 1>(begin, end, a_tile, a.row_stride, a.depth_stride, b + col, ldb, c_tile, ldc, old_tile,
-                                ldc, scale, scales);
+        gemm_tile<T, update, 1>(begin, end, a_tile, a.row_stride, a.depth_stride, b + col, ldb, c_tile, ldc, of_tile);
     }
   }
 }

@@ -69,8 +69,10 @@ class Backward {
         decays_.read(args_, steps, direction, task.head + h, c * kQ, kQ);
         read_rows(args_.x, steps, direction, task.head + h, c * kQ, kQ, kQ, 0, args_.headdim, width_, x_);
         scale_rows(kQ, decays_.end_dt, x_);
+        const Next next(task, c, h, +1);
         gemm<T, Update::kDecay, Triangle::kNone>(width_, states_, kQ, {scaled_, 1, width_}, B_, states_, saved(c + 1, h),
-                                                 states_, saved(c, h), decays_.whole);
+                                                 states_, next_x(steps, direction, next),
+                                                 {.old = saved(c, h), .decay = decays_.whole});
       }
     }
   }
@@ -97,8 +99,10 @@ class Backward {
       decays_.read(args_, steps, direction, head, first, count);
       read_rows(args_.x, steps, direction, head, first, count, kQ, 0, args_.headdim, width_, x_);
       read_rows(args_.dy, steps, direction, head, first, outputs, kQ + 1, 0, args_.headdim, width_, dy_at_step_);
+      const Next next(task, c, h, -1);
       transpose(x_, width_, kQ, width_, x_by_column_, kQ);
-      gemm<T, Update::kStore, Triangle::kResult>(tiled, kQ, args_.headdim, {dy_, width_, 1}, x_by_column_, kQ, dweights_, kQ);
+      gemm<T, Update::kStore, Triangle::kResult>(tiled, kQ, args_.headdim, {dy_, width_, 1}, x_by_column_, kQ, dweights_, kQ,
+                                                 rows.ahead(h, steps, c, task.columns));
       const T skip = skip_of<T>(args_, direction, head);
       const double skip_gradient = weigh(count, args_.direction[direction].strict, args_.shifted ? T(0) : skip);
       sums_[h].D += args_.shifted ? dot(x_, dy_at_step_, count * width_) : skip_gradient;
@@ -107,10 +111,11 @@ class Backward {
       const Strided<T> dy_by_column{dy_, 1, width_};
       if (left) {
         gemm<T, Update::kStore, Triangle::kNone>(width_, kQ, args_.dstate, {dstate, states_, 1}, B_by_state_, kQ,
-                                                 dx_by_column_, kQ);
+                                                 dx_by_column_, kQ, next_x(steps, direction, next));
         for (int p = 0; p < width_; ++p)
           for (int j = 0; j < kQ; ++j) dx_by_column_[p * kQ + j] *= decays_.end_dt[j];
-        gemm<T, Update::kAdd, Triangle::kRight>(width_, kQ, count, dy_by_column, weights_, kQ, dx_by_column_, kQ);
+        gemm<T, Update::kAdd, Triangle::kRight>(width_, kQ, count, dy_by_column, weights_, kQ, dx_by_column_, kQ,
+                                                rows_ahead(args_.dy, steps, direction, next.head, next.chunk, 0, args_.headdim));
       } else {
         gemm<T, Update::kStore, Triangle::kRight>(width_, kQ, count, dy_by_column, weights_, kQ, dx_by_column_, kQ);
       }
@@ -119,8 +124,8 @@ class Backward {
       for (int i = 0; i < count; ++i) rows.put(add, h, steps.frame(first + i), dx_ + i * width_, task.columns);
 
       // What the states gave: dC += diag(e^p) dY S^T, dB += diag(e^{p_last - p} dt) X dS^T, and both against C and B.
-      from_state(entered, count, tiled, dy_, state, C_, decays_.start, dC_, from_C_);
-      from_state(left, count, tiled, x_, dstate, B_, decays_.end_dt, dB_, from_B_);
+      from_state(entered, count, tiled, dy_, state, C_, decays_.start, dC_, from_C_, next_state(next));
+      from_state(left, count, tiled, x_, dstate, B_, decays_.end_dt, dB_, from_B_, next_BC(args_, task, steps, direction, c - 1, h));
       const T carried = entered && left ? decays_.whole * dot(state, dstate, state_size()) : 0;
       gradient_of_steps(task, direction, steps, first, count, h, carried);
 
@@ -128,7 +133,7 @@ class Backward {
       // dS = e^{p_last} dS + C^T diag(e^p) dY
       scale_rows(count, decays_.start, dy_);
       gemm<T, Update::kDecay, Triangle::kNone>(width_, states_, count, {scaled_, 1, width_}, C_, states_, dstate, states_,
-                                               dstate, decays_.whole);
+                                               {}, {.old = dstate, .decay = decays_.whole});
     }
     gemm<T, Update::kAdd, Triangle::kLeft>(tiled, states_, count, {dscores_, kQ, 1}, B_, states_, dC_, states_);
     gemm<T, Update::kAdd, Triangle::kTransposed>(tiled, states_, count, {dscores_, 1, kQ}, C_, states_, dB_, states_);
@@ -136,6 +141,15 @@ class Backward {
       write_group_row(args_.dB, task, steps.at(args_.dB, direction, task.group, first + i), dB_ + i * states_);
       write_group_row(args_.dC, task, steps.at(args_.dC, direction, task.group, first + i), dC_ + i * states_);
     }
+  }
+
+  Ahead next_x(const Steps& steps, int direction, const Next& next) const {
+    return rows_ahead(args_.x, steps, direction, next.head, next.chunk, 0, args_.headdim);
+  }
+  Ahead next_state(const Next& next) {
+    if (next.chunk < 0) return {};
+    const int64_t row = states_ * sizeof(T);
+    return {saved(next.chunk, next.h), row, width_, row};
   }
 
   // From dweights: the weights themselves, dscores, and what each row gained and each column gave through the decays.
@@ -167,10 +181,11 @@ class Backward {
 
   // product = rows state; into += diag(scale) product; against[i] = row i of product . row i of factor.
   void from_state(bool nonzero, int count, int tiled, const T* rows, const T* state, const T* factor, const T* scale, T* into,
-                  T* against) {
+                  T* against, Ahead ahead) {
     zero(against, kQ);
     if (!nonzero) return;
-    gemm<T, Update::kStore, Triangle::kNone>(tiled, states_, args_.headdim, {rows, width_, 1}, state, states_, product_, states_);
+    gemm<T, Update::kStore, Triangle::kNone>(tiled, states_, args_.headdim, {rows, width_, 1}, state, states_, product_, states_,
+                                             ahead);
     for (int i = 0; i < count; ++i) {
       const Vec<T> factor_scale = splat(scale[i]);
       Vec<T> total{};

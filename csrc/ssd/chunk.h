@@ -75,6 +75,31 @@ inline void read_rows(const SsdTensor& t, const Steps& steps, int direction, int
   for (int i = count * width; i < total * width; ++i) out[i] = 0;
 }
 
+// A chunk's rows, to be asked for ahead; none where the chunk is not there. Elements apart from each other, each on a
+// line of its own, are not worth it.
+inline Ahead rows_ahead(const SsdTensor& t, const Steps& steps, int direction, int64_t head, int64_t chunk, int column,
+                        int columns) {
+  if (t.column != 1 || chunk < 0 || chunk >= steps.chunks()) return {};
+  const int64_t size = element_size(t.dtype);
+  return {offset(static_cast<const void*>(t.data), t.dtype, steps.at(t, direction, head, chunk * kQ) + column),
+          steps.sign * t.time * size, steps.count(chunk), columns * size};
+}
+
+// What a task works on after head h in chunk c, where chunks go by in steps of `onward`.
+struct Next {
+  int64_t chunk;
+  int h, head;  // among the task's own heads, and among all
+
+  Next(const Task& task, int64_t c, int h, int onward)
+      : chunk(h + 1 == task.heads ? c + onward : c), h(h + 1 == task.heads ? 0 : h + 1), head(task.head + this->h) {}
+};
+
+// B or C of a task's next chunk, to be asked for while it is at head h: the last two heads ask for one each.
+inline Ahead next_BC(const SsdArgs& args, const Task& task, const Steps& steps, int direction, int64_t next_chunk, int h) {
+  if (h + 2 < task.heads) return {};
+  return rows_ahead(h + 1 == task.heads ? args.B : args.C, steps, direction, task.group, next_chunk, 0, args.dstate);
+}
+
 // Where a task's result goes, by its own heads and the frames of its sequence: the tensor itself, or scratch in the math
 // dtype that is rounded into the tensor once, where several terms are summed. Columns are adjacent in both.
 template <class T>
@@ -94,6 +119,12 @@ struct ResultRows {
   }
   void put(bool added, int h, int64_t frame, const T* values, int n) const {
     added ? add(h, frame, values, n) : store(h, frame, values, n);
+  }
+  // A chunk's rows, to be asked for ahead.
+  Ahead ahead(int h, const Steps& steps, int64_t chunk, int n) const {
+    const int64_t size = element_size(dtype);
+    return {offset(static_cast<const void*>(data), dtype, at(h, steps.frame(chunk * kQ))), steps.sign * time * size,
+            steps.count(chunk), n * size};
   }
   const T* row(int h, int64_t frame) const { return static_cast<const T*>(data) + at(h, frame); }
 };

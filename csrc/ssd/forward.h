@@ -59,10 +59,12 @@ class Forward {
         weigh_scores(count, args_.direction[direction].strict, args_.shifted ? T(0) : skip);
         // Y = diag(e^p) C S + weights X
         const Strided<T> weights{weights_, kQ, 1};
+        const Next next(task, c, h, +1);
         if (entered) {
           gemm<T, Update::kScaleRows, Triangle::kNone>(tiled, width_, states_, {C_, states_, 1}, state, width_, y_, width_,
-                                                       nullptr, 0, decays_.start);
-          gemm<T, Update::kAdd, Triangle::kLeft>(tiled, width_, count, weights, x_, width_, y_, width_);
+                                                       rows.ahead(h, steps, c, task.columns), {.rows = decays_.start});
+          gemm<T, Update::kAdd, Triangle::kLeft>(tiled, width_, count, weights, x_, width_, y_, width_,
+                                                 next_BC(args_, task, steps, direction, c + 1, h));
         } else {
           gemm<T, Update::kStore, Triangle::kLeft>(tiled, width_, count, weights, x_, width_, y_, width_);
         }
@@ -80,7 +82,9 @@ class Forward {
         for (int i = 0; i < count; ++i)
           for (int p = 0; p < width_; ++p) weighted_x_[i * width_ + p] = decays_.end_dt[i] * x_[i * width_ + p];
         gemm<T, Update::kDecay, Triangle::kNone>(states_, width_, count, {B_, 1, states_}, weighted_x_, width_, state, width_,
-                                                 state, decays_.whole);
+                                                 rows_ahead(args_.x, steps, direction, next.head, next.chunk, task.column,
+                                                            task.columns),
+                                                 {.old = state, .decay = decays_.whole});
       }
       entered = true;
     }

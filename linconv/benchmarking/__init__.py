@@ -2,7 +2,7 @@
 
 from linconv.benchmarking.curves import Curve, audio_forward, latency_curves, memory_curve
 from linconv.benchmarking.latency import Latency, compare, measure
-from linconv.benchmarking.memory import peak_extra_bytes, peak_resident_bytes
+from linconv.benchmarking.memory import keep_freed_memory, peak_extra_bytes, peak_resident_bytes
 from linconv.benchmarking.scaling import crossover, fit_quadratic, predict
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "compare",
     "crossover",
     "fit_quadratic",
+    "keep_freed_memory",
     "latency_curves",
     "measure",
     "memory_curve",

@@ -60,6 +60,21 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def keep_freed_memory() -> bool:
+    """Has this process keep what it frees for its next allocation, as allocators for machine learning do.
+
+    glibc by default returns large blocks at once, and the system clears every page of the next one anew: that would be
+    timed with each call of anything that has a large result, and on a virtual machine it can take longer than the work.
+    Returns whether the C library knows the setting.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    no_own_mapping, trim_threshold = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    return all([mallopt(*no_own_mapping), mallopt(*trim_threshold)])
+
+
 def _give_back_freed_memory() -> None:
     """Returns what building left behind to the system; only glibc needs to be asked."""
     with contextlib.suppress(AttributeError):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from linconv.benchmarking.machine import provenance
+from linconv.benchmarking.memory import keep_freed_memory
 
 __all__ = ["Record", "run"]
 
@@ -14,8 +15,8 @@ __all__ = ["Record", "run"]
 class Record:
     """Collects rows and prints each. A row is a dict of names and numbers; times are seconds, sizes bytes."""
 
-    def __init__(self, benchmark: str):
-        self.benchmark, self.rows = benchmark, []
+    def __init__(self, benchmark: str, freed_memory_kept: bool = False):
+        self.benchmark, self.rows, self.freed_memory_kept = benchmark, [], freed_memory_kept
 
     def add(self, **row) -> None:
         self.rows.append(row)
@@ -23,7 +24,8 @@ class Record:
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        result = {"benchmark": self.benchmark, "provenance": provenance(), "rows": self.rows}
+        measured_on = {**provenance(), "freed_memory_kept": self.freed_memory_kept}
+        result = {"benchmark": self.benchmark, "provenance": measured_on, "rows": self.rows}
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {path}")
 
@@ -37,10 +39,15 @@ def _short(name: str, value) -> str:
 def run(benchmark: str, description: str, lengths: list[int], body) -> None:
     """The command line of a benchmark: ``body(record, lengths)`` between arguments and result file."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="numbers of frames")
+    parser.add_argument("--lengths", type=int, nargs="*", default=lengths, help="numbers of frames")
     parser.add_argument("--out", type=Path, help="JSON file for the rows and what they were measured on")
+    parser.add_argument(
+        "--default-malloc",
+        action="store_true",
+        help="leave the allocator as it comes: see keep_freed_memory",
+    )
     options = parser.parse_args()
-    record = Record(benchmark)
+    record = Record(benchmark, freed_memory_kept=not options.default_malloc and keep_freed_memory())
     body(record, options.lengths)
     if options.out:
         record.write(options.out)

@@ -6,7 +6,6 @@ import os
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
@@ -16,7 +15,7 @@ from linconv.distillation.augmentation import SharedSpecAugment
 from linconv.distillation.heads import Head
 from linconv.distillation.hooks import LayerStates
 from linconv.distillation.schedules import Mode, TargetGuided, Unguided
-from linconv.ops.distillation_loss import kd_loss, layerwise_mse
+from linconv.ops.distillation_loss import distillation_terms
 
 __all__ = ["METRICS_FILE", "DistillationTrainer"]
 
@@ -134,30 +133,29 @@ class DistillationTrainer(Trainer):
         measured = self.teacher is not None and self._logs_this_step()
         if with_layers or with_kd or measured:
             teacher_outputs, teacher = self._teach(inputs, augment)
-        if with_layers:
-            layers = share_of_frames * layerwise_mse(
-                self._states(student),
-                self._states(teacher),
+            with_states = with_layers or measured
+            terms = distillation_terms(
+                self._states(student) if with_states else (),
+                self._states(teacher) if with_states else (),
+                outputs.logits if with_kd else None,
+                teacher_outputs.logits if with_kd else None,
+                temperature=self.args.temperature,
                 mask=frame_mask,
-                weights=self.args.layer_weights,
+                logits_mask=answers,
                 layer_norm=self.args.layer_norm,
-                reduction=self.args.layer_reduction,
             )
+        if with_layers:
+            weights = self.args.layer_weights
+            mse = terms.mse if weights is None else terms.mse * self._layer_weights(terms.mse)
+            layers = share_of_frames * getattr(mse, self.args.layer_reduction)()
             loss = loss + self.args.alpha_ld * layers
             self._measure(layer_loss=layers)
         if with_kd:
-            kd = share_of_answers * kd_loss(
-                outputs.logits,
-                teacher_outputs.logits,
-                temperature=self.args.temperature,
-                mask=answers,
-                scale_by_t2=self.args.scale_by_t2,
-            )
+            kd = share_of_answers * terms.kd * (self.args.temperature**2 if self.args.scale_by_t2 else 1)
             loss = loss + self.args.alpha_kd * kd
             self._measure(kd_loss=kd)
         if measured:
-            mse, cosine = self._compare_layers(student, teacher, frame_mask)
-            self._measure(layer_mse=share_of_frames * mse, layer_cosine=share_of_frames * cosine)
+            self._measure(layer_mse=share_of_frames * terms.mse, layer_cosine=share_of_frames * terms.cosine)
         # Processes average their gradients, where the sum is wanted: all_answers and all_frames are those of all.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -168,6 +166,12 @@ class DistillationTrainer(Trainer):
         with states, augment.applied_to(self.teacher), self.accelerator.autocast():
             outputs = self.teacher(**self.head.model_inputs(inputs), **augment.arguments)
         return outputs, states
+
+    def _layer_weights(self, like: Tensor) -> Tensor:
+        weights = like.new_tensor(self.args.layer_weights)
+        if weights.shape != like.shape:
+            raise ValueError(f"layer_weights: got {len(weights)}; want {len(like)}, one for each hidden state")
+        return weights
 
     def _states(self, states: LayerStates) -> list[Tensor]:
         return [states.before, *states.after] if self.args.include_embeddings else states.after
@@ -185,15 +189,6 @@ class DistillationTrainer(Trainer):
         step = self.state.global_step + 1
         first = self.args.logging_first_step and step == 1
         return self.args.logging_strategy != "steps" or step % self.state.logging_steps == 0 or first
-
-    @torch.no_grad()
-    def _compare_layers(self, student: LayerStates, teacher: LayerStates, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared error and mean cosine over the valid frames, each (layers,)."""
-        s, t = self._states(student), self._states(teacher)
-        mse = layerwise_mse(s, t, mask=frame_mask, layer_norm=self.args.layer_norm, reduction="none")
-        frames = frame_mask.sum().clamp(min=1)
-        cosine = [F.cosine_similarity(a[frame_mask].float(), b[frame_mask].float(), dim=-1) for a, b in zip(s, t)]
-        return mse, torch.stack(cosine).sum(-1) / frames
 
     def _measure(self, **values: Tensor) -> None:
         for name, value in values.items():

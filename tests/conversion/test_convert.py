@@ -184,6 +184,19 @@ def test_blocks_of_teacher_and_student_line_up(head):
     assert encoder_layers(teacher)[2] is teacher.base_model.encoder.layers[2]
 
 
+@pytest.mark.parametrize("stable", [True, False])
+def test_blocks_are_caught_before_the_final_norm(stable):
+    """With stable layer norm the last block's output is not the encoder's: one norm, of its own weights, is between."""
+    teacher = make(Wav2Vec2ForCTC, stable=stable)
+    inputs = inputs_for(Wav2Vec2ForCTC)
+    for model in (teacher, linconv.convert(teacher, layers=[1], **MIXER)):
+        with LayerStates(encoder_layers(model)) as states, torch.no_grad():
+            last = model.wav2vec2(**inputs).last_hidden_state
+        after = states.after[-1]
+        assert torch.equal(after, last) != stable
+        assert torch.equal(model.wav2vec2.encoder.layer_norm(after) if stable else after, last)
+
+
 class LargestTensor(TorchDispatchMode):
     """The largest tensor any operation makes."""
 

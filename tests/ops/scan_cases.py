@@ -77,7 +77,7 @@ def assert_close(got, wanted, tolerance=1e-9):
             value / scale,
             rtol=0,
             atol=tolerance,
-            msg=lambda m: f"{name}: {m}",  # noqa: B023
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 

@@ -231,10 +231,10 @@ def test_compile_checkpoint_autocast():
     [
         (dict(x=torch.zeros(2, 9, 4)), ValueError, r"x has shape \(2, 9, 4\), wanted \(batch, L, heads, headdim\)"),
         (dict(x=torch.zeros(2, 9, 4, 300, dtype=torch.float64)), ValueError, "headdim is 300"),
-        (dict(dt=torch.zeros(2, 8, 4, dtype=torch.float64)), ValueError, "dt has shape .* with batch = 2, L = 9, heads = 4"),  # noqa: E501
+        (dict(dt=torch.zeros(2, 8, 4).double()), ValueError, "dt has shape .* with batch = 2, L = 9, heads = 4"),
         (dict(dt=torch.zeros(2, 9, 4, dtype=torch.int64)), TypeError, "dt has dtype torch.int64"),
         (dict(A=torch.zeros(4, dtype=torch.float32)), TypeError, "A is torch.float32 and x is torch.float64"),
-        (dict(A=torch.zeros(3, 4, dtype=torch.float64)), ValueError, r"A has shape \(3, 4\), wanted \(heads,\) or \(2, heads\)"),  # noqa: E501
+        (dict(A=torch.zeros(3, 4).double()), ValueError, r"A has shape \(3, 4\), wanted \(heads,\) or \(2, heads\)"),
         (dict(B=torch.zeros(2, 9, 3, 3, dtype=torch.float64)), ValueError, "B has 3 groups|C has shape"),
         (dict(C=torch.zeros(2, 9, 2, 4, dtype=torch.float64)), ValueError, "C has shape .* dstate = 3"),
         (dict(D="no"), TypeError, "D is str"),

@@ -21,7 +21,8 @@ def bidirectional_ssd(
     (x shared; dt, B, C per direction: Hydra, arXiv 2407.09941), *quasiseparable* (only dt and A per direction) and
     *tied* (all shared). With p the inclusive prefix sum of A dt^f over time and q the inclusive suffix sum of A dt^b:
 
-        y_i = sum_{j<=i} e^{p_i - p_j} dt^f_j (C^f_i . B^f_j) x_j + sum_{j>=i} e^{q_i - q_j} dt^b_j (C^b_i . B^b_j) x_j + D x_i
+        y_i = sum_{j<=i} e^{p_i - p_j} dt^f_j (C^f_i . B^f_j) x_j
+            + sum_{j>=i} e^{q_i - q_j} dt^b_j (C^b_i . B^b_j) x_j + D x_i
 
     Args:
         x: (batch, L, heads, headdim) or (2, batch, L, heads, headdim), headdim 1 to 256, any strides, any L.
@@ -40,7 +41,7 @@ def bidirectional_ssd(
 
     Raises:
         ValueError, TypeError: an argument whose shape, dtype, device or value does not fit; the message names it.
-    """  # noqa: E501
+    """
     arguments.check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, directions=2)
     if diagonal not in DIAGONALS:
         raise ValueError(f"diagonal is {diagonal!r}, wanted one of {', '.join(map(repr, DIAGONALS))}")
@@ -83,5 +84,6 @@ def _gradients(ctx, dy, *saved):
 
 
 dispatch.register(
-    "bidirectional_ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward
-)
+    "bidirectional_ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward,
+    triton="linconv.ops.bidirectional_ssd.triton", prefer=("triton", "cuda"),
+)  # fmt: skip

@@ -14,7 +14,7 @@ def direction(tensor, name, index):
 
 
 def shift(y, reverse, bounds):
-    """y one frame later (earlier if reverse) within each sequence of `bounds` [(start, end)], zero at its first frame."""  # noqa: E501
+    """y one frame later (earlier if reverse) within each sequence of bounds [(start, end)], zero at its first frame."""
     moved = torch.zeros_like(y)
     for start, end in bounds:
         earlier, later = slice(start, max(start, end - 1)), slice(min(start + 1, end), end)

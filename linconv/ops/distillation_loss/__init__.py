@@ -6,15 +6,102 @@ loss nor a gradient. The arithmetic is fp32, or fp64 for fp64 inputs; so is the 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from linconv.ops import dispatch
 from linconv.ops.distillation_loss import reference
+from linconv.ops.distillation_loss.arguments import check_pair, checked_mask, valid_rows
+from linconv.ops.distillation_loss.linear import linear_kd_loss
 
-__all__ = ["distillation_loss", "kd_loss", "layerwise_mse"]
+__all__ = ["Terms", "distillation_loss", "distillation_terms", "kd_loss", "layerwise_mse", "linear_kd_loss"]
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class Terms(NamedTuple):
+    """What one reading of a student's and a teacher's hidden states and logits tells."""
+
+    mse: Tensor  # (layers,), differentiable
+    cosine: (
+        Tensor  # (layers,), the mean over valid rows, not differentiable; of the states as they are, never normalised
+    )
+    kd: Tensor  # scalar, differentiable; zero where no logits were given
+
+
+def distillation_terms(
+    student: Sequence[Tensor] = (),
+    teacher: Sequence[Tensor] = (),
+    student_logits: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    *,
+    temperature: float = 2.0,
+    mask: Tensor | None = None,
+    logits_mask: Tensor | None = None,
+    layer_norm: bool = False,
+    backend: str | None = None,
+) -> Terms:
+    """The parts of :func:`distillation_loss` before weights and sums, and each layer's cosine, in the same launch.
+
+    Args:
+        student, teacher, mask, layer_norm: as for :func:`layerwise_mse`; may be empty.
+        student_logits, teacher_logits, temperature: as for :func:`kd_loss`; both or neither.
+        logits_mask: the valid rows of the logits, as the ``mask`` of :func:`kd_loss`.
+        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is described here; the message names it.
+    """
+    student, teacher = list(student), list(teacher)
+    if len(student) != len(teacher):
+        raise ValueError(f"teacher: got {len(teacher)} hidden states; want {len(student)}, as many as the student's")
+    for i, (s, t) in enumerate(zip(student, teacher)):
+        check_pair(f"student[{i}]", s, f"teacher[{i}]", t)
+        if s.shape[:-1] != student[0].shape[:-1]:
+            got, want = tuple(s.shape), tuple(student[0].shape[:-1])
+            raise ValueError(f"student[{i}]: got shape {got}; want the rows {want} of student[0]")
+        if s.device != student[0].device:
+            raise ValueError(f"student[{i}]: got device {s.device}; want {student[0].device}, that of student[0]")
+    if (student_logits is None) != (teacher_logits is None):
+        missing = "student_logits" if student_logits is None else "teacher_logits"
+        raise ValueError(f"{missing}: got None; want logits on both sides, or on neither")
+    if student:
+        mask = checked_mask("mask", mask, student[0])
+    if student_logits is not None:
+        check_pair("student_logits", student_logits, "teacher_logits", teacher_logits)
+        logits_mask = checked_mask("logits_mask", logits_mask, student_logits)
+        if student and student_logits.device != student[0].device:
+            got, want = student_logits.device, student[0].device
+            raise ValueError(f"student_logits: got device {got}; want {want}, that of student[0]")
+    if not isinstance(temperature, int | float) or not temperature > 0:
+        raise ValueError(f"temperature: got {temperature!r}; want a number above 0")
+    if not student and student_logits is None:
+        raise ValueError("student: got no hidden states and no logits; want at least one of them")
+    device = student[0].device if student else student_logits.device
+    backend = dispatch.pick("distillation_loss", device, backend)
+    if backend == "reference":
+        valid = valid_rows(mask, student[0]) if student else None
+        valid_logits = None if student_logits is None else valid_rows(logits_mask, student_logits)
+        return Terms(
+            *reference.layers(student, teacher, valid=valid, layer_norm=layer_norm, device=device),
+            reference.kd(student_logits, teacher_logits, valid=valid_logits, temperature=temperature, device=device),
+        )
+    rows = None if not student else student[0].shape[:-1]
+    logit_rows = None if student_logits is None else student_logits.shape[:-1]
+    mse, cosine, kd, _ = dispatch.operator("distillation_loss", backend)(
+        [_three_axes(x) for x in student],
+        [_three_axes(x) for x in teacher],
+        _mask_of(mask, rows),
+        bool(layer_norm),
+        _three_axes(student_logits),
+        _three_axes(teacher_logits),
+        _mask_of(logits_mask, logit_rows),
+        float(temperature),
+    )
+    return Terms(mse, cosine, kd[0])
 
 
 def layerwise_mse(
@@ -25,6 +112,7 @@ def layerwise_mse(
     weights: Tensor | Sequence[float] | None = None,
     layer_norm: bool = False,
     reduction: str = "mean",
+    backend: str | None = None,
 ) -> Tensor:
     """Mean squared error between the hidden states of a student and a teacher, layer by layer.
 
@@ -38,6 +126,7 @@ def layerwise_mse(
         weights: (layers,) a factor for each layer. None: ones.
         layer_norm: normalise every row of both sides to mean 0 and variance 1 first (eps 1e-5, no affine part).
         reduction: over the layers, after the weights: "mean", "sum" or "none".
+        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
 
     Returns:
         A scalar, or (layers,) with ``reduction="none"``. Zero where no row is valid.
@@ -50,23 +139,10 @@ def layerwise_mse(
     student, teacher = list(student), list(teacher)
     if not student:
         raise ValueError("student: got no hidden states; want one tensor a layer")
-    if len(student) != len(teacher):
-        raise ValueError(f"teacher: got {len(teacher)} hidden states; want {len(student)}, as many as the student's")
-    for i, (s, t) in enumerate(zip(student, teacher)):
-        _check_pair(f"student[{i}]", s, f"teacher[{i}]", t)
-        if s.shape[:-1] != student[0].shape[:-1]:
-            got, want = tuple(s.shape), tuple(student[0].shape[:-1])
-            raise ValueError(f"student[{i}]: got shape {got}; want the rows {want} of student[0]")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}; want one of {', '.join(REDUCTIONS)}")
-    valid = _valid_rows("mask", mask, student[0])
-    if weights is not None:
-        weights = torch.as_tensor(weights, device=student[0].device)
-        if weights.shape != (len(student),):
-            raise ValueError(f"weights: got shape {tuple(weights.shape)}; want ({len(student)},), one for each layer")
-    return reference.layerwise_mse(
-        student, teacher, valid=valid, weights=weights, layer_norm=layer_norm, reduction=reduction
-    )
+    mse = distillation_terms(student, teacher, mask=mask, layer_norm=layer_norm, backend=backend).mse
+    return _over_layers(mse, weights, reduction)
 
 
 def kd_loss(
@@ -76,6 +152,7 @@ def kd_loss(
     temperature: float = 2.0,
     mask: Tensor | None = None,
     scale_by_t2: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """KL(teacher‖student) of the two output distributions softened by a temperature, a mean over valid rows.
 
@@ -88,6 +165,7 @@ def kd_loss(
         mask: the valid rows, bool (batch,) or (batch, L); or int (batch,) lengths for (batch, L, classes). None: all.
         scale_by_t2: multiply by the temperature squared, which keeps the gradient's size (Hinton et al.,
             arXiv 1503.02531).
+        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
 
     Returns:
         A scalar; zero where no row is valid.
@@ -95,13 +173,17 @@ def kd_loss(
     Raises:
         TypeError, ValueError: an argument is not what is described here; the message names it.
     """
-    _check_pair("student_logits", student_logits, "teacher_logits", teacher_logits)
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}; want a number above 0")
-    valid = _valid_rows("mask", mask, student_logits)
-    return reference.kd_loss(
-        student_logits, teacher_logits, valid=valid, temperature=temperature, scale_by_t2=scale_by_t2
-    )
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if logits is None:
+            raise TypeError(f"{name}: got NoneType; want a tensor")
+    kd = distillation_terms(
+        student_logits=student_logits,
+        teacher_logits=teacher_logits,
+        temperature=temperature,
+        logits_mask=mask,
+        backend=backend,
+    ).kd
+    return kd * temperature**2 if scale_by_t2 else kd
 
 
 def distillation_loss(
@@ -119,6 +201,7 @@ def distillation_loss(
     weights: Tensor | Sequence[float] | None = None,
     layer_norm: bool = False,
     reduction: str = "mean",
+    backend: str | None = None,
 ) -> Tensor:
     """``alpha_kd * kd_loss(...) + alpha_ld * layerwise_mse(...)``: all that a student learns from its teacher.
 
@@ -128,47 +211,114 @@ def distillation_loss(
         logits_mask: the valid rows of the logits, as the ``mask`` of :func:`kd_loss`.
         alpha_kd, alpha_ld: the weights of the two losses.
         reduction: over the layers, "mean" or "sum".
+        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
 
     Returns:
         A scalar.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is described here; the message names it.
     """
-    if reduction == "none":
-        raise ValueError("reduction: got 'none'; want 'mean' or 'sum', for the result is one number")
-    kd = kd_loss(student_logits, teacher_logits, temperature=temperature, mask=logits_mask, scale_by_t2=scale_by_t2)
-    ld = layerwise_mse(student, teacher, mask=mask, weights=weights, layer_norm=layer_norm, reduction=reduction)
-    return alpha_kd * kd + alpha_ld * ld
+    if reduction not in REDUCTIONS[:2]:
+        raise ValueError(f"reduction: got {reduction!r}; want 'mean' or 'sum', for the result is one number")
+    terms = distillation_terms(
+        student,
+        teacher,
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        mask=mask,
+        logits_mask=logits_mask,
+        layer_norm=layer_norm,
+        backend=backend,
+    )
+    kd = terms.kd * temperature**2 if scale_by_t2 else terms.kd
+    return alpha_kd * kd + alpha_ld * _over_layers(terms.mse, weights, reduction)
 
 
-def _check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    for n, t in ((name, tensor), (other_name, other)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{n}: got {type(t).__name__}; want a tensor")
-        if not t.is_floating_point():
-            raise TypeError(f"{n}: got {t.dtype}; want a floating-point dtype")
-        if t.ndim < 2 or t.shape[-1] == 0:
-            raise ValueError(f"{n}: got shape {tuple(t.shape)}; want (..., width) with at least two axes and width > 0")
-    if tensor.shape != other.shape:
-        raise ValueError(f"{other_name}: got shape {tuple(other.shape)}; want {tuple(tensor.shape)}, that of {name}")
-    if tensor.device != other.device:
-        raise ValueError(f"{other_name}: got device {other.device}; want {tensor.device}, that of {name}")
+def _over_layers(mse: Tensor, weights, reduction: str) -> Tensor:
+    if weights is not None:
+        weights = torch.as_tensor(weights, device=mse.device)
+        if weights.shape != mse.shape:
+            raise ValueError(f"weights: got shape {tuple(weights.shape)}; want {tuple(mse.shape)}, one for each layer")
+        mse = mse * weights.to(mse.dtype)
+    return mse if reduction == "none" else getattr(mse, reduction)()
 
 
-def _valid_rows(name: str, mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """The mask as bool with the row shape of ``like``: (batch,) lengths are spread over the frames."""
-    if mask is None:
+def _three_axes(x: Tensor | None) -> Tensor | None:
+    """(batch, L, width), of a tensor with two axes or more."""
+    if x is None or x.dim() == 3:
+        return x
+    return x[None] if x.dim() == 2 else x.flatten(0, -3)
+
+
+def _mask_of(mask: Tensor | None, rows) -> Tensor | None:
+    """The mask of what :func:`_three_axes` makes of a tensor with these rows."""
+    if mask is None or rows is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: got {type(mask).__name__}; want a bool or integer tensor")
-    rows = like.shape[:-1]
-    if mask.device != like.device:
-        raise ValueError(f"{name}: got device {mask.device}; want {like.device}")
-    if mask.dtype == torch.bool:
-        if mask.shape != rows:
-            raise ValueError(f"{name}: got bool of shape {tuple(mask.shape)}; want {tuple(rows)}")
+    if mask.dtype != torch.bool or len(rows) == 2:
         return mask
-    if mask.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: got {mask.dtype}; want bool (valid rows), or int32 or int64 (lengths)")
-    if len(rows) != 2 or mask.shape != rows[:1]:
-        want = f"lengths of shape ({rows[0]},) for inputs (batch, L, width)" if len(rows) == 2 else "a bool mask here"
-        raise ValueError(f"{name}: got integers of shape {tuple(mask.shape)}; want {want}")
-    return torch.arange(rows[1], device=like.device) < mask[:, None]
+    return mask[None] if len(rows) == 1 else mask.flatten(0, -2)
+
+
+def _math(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _fake(student, teacher, mask, layer_norm, student_logits, teacher_logits, logits_mask, temperature):
+    like = student[0] if student else student_logits
+    math = _math(*student, *teacher)
+    layers = (like.new_empty(len(student), dtype=math) for _ in range(2))
+    rows = 0 if student_logits is None else student_logits.shape[0] * student_logits.shape[1]
+    kd = like.new_empty(1, dtype=_math(student_logits, teacher_logits))
+    return *layers, kd, like.new_empty(rows, STATISTICS, dtype=torch.float64)
+
+
+STATISTICS = 6  # numbers that the kernels keep of a row of logits
+
+
+def _fake_backward(grad_mse, grad_kd, student, teacher, mask, layer_norm, student_logits, teacher_logits, *rest):
+    *_, of_student, of_teacher, of_student_logits, of_teacher_logits = rest
+
+    def of(wanted, x):
+        if x is None:
+            return grad_mse.new_empty(0, dtype=torch.float32)
+        return x.new_empty(x.shape if wanted else 0)
+
+    return (
+        [of(of_student, x) for x in student],
+        [of(of_teacher, x) for x in teacher],
+        of(of_student_logits, student_logits),
+        of(of_teacher_logits, teacher_logits),
+    )
+
+
+def _save(ctx, inputs, output):
+    student, teacher, mask, ctx.layer_norm, student_logits, teacher_logits, logits_mask, ctx.temperature = inputs
+    _, cosine, _, statistics = output
+    ctx.mark_non_differentiable(cosine, statistics)
+    ctx.layers = len(student)
+    ctx.save_for_backward(*student, *teacher, mask, student_logits, teacher_logits, logits_mask, statistics)
+
+
+def _backward(ctx, grad_mse, grad_cosine, grad_kd, grad_statistics):
+    found, n = _gradients(ctx, grad_mse, grad_kd, *ctx.saved_tensors), ctx.layers
+    return list(found[:n]), list(found[n : 2 * n]), None, None, *found[2 * n :], None, None
+
+
+# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
+@once_differentiable
+def _gradients(ctx, grad_mse, grad_kd, *saved):
+    student, teacher = list(saved[: ctx.layers]), list(saved[ctx.layers : 2 * ctx.layers])
+    mask, student_logits, teacher_logits, logits_mask, statistics = saved[2 * ctx.layers :]
+    needs = ctx.needs_input_grad
+    wanted = [any(needs[0]), any(needs[1]), bool(needs[4]), bool(needs[5])]
+    arguments = (mask, ctx.layer_norm, student_logits, teacher_logits, logits_mask, ctx.temperature, statistics)
+    found = ctx.backward_operator(grad_mse, grad_kd, student, teacher, *arguments, *wanted)
+    lists = [g if w else [None] * ctx.layers for g, w in zip(found[:2], wanted[:2])]
+    return *lists[0], *lists[1], *(g if w else None for g, w in zip(found[2:], wanted[2:]))
+
+
+dispatch.register(
+    "distillation_loss", fake=_fake, fake_backward=_fake_backward, setup_context=_save, backward=_backward
+)

@@ -36,7 +36,7 @@ def ssd(
         seq_lens: (batch,) integers, the valid frames of each row. What stands behind them is never read.
         cu_seqlens: (sequences + 1,) integers 0 … L: sequences packed into a batch of one.
         reverse: time runs from each sequence's last valid frame to its first.
-        backend: "cpu", "reference" or None for the best there is.
+        backend: "cpu", "triton", "reference" or None for the best there is.
 
     Returns:
         y (batch, L, heads, headdim) in x's dtype, exactly zero at padded frames; with return_final_states
@@ -109,4 +109,7 @@ def _gradients(ctx, dy, dfinal_states, *saved):
     return tuple(arguments.only_present(gradients, (*tensors, initial_states)))
 
 
-dispatch.register("ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward)
+dispatch.register(
+    "ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward,
+    triton="linconv.ops.ssd.triton", prefer=("triton", "cuda"),
+)  # fmt: skip

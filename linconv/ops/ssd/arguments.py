@@ -62,7 +62,8 @@ def check_states(initial_states, sizes, cu_seqlens, x):
     wanted = (sequences, sizes["heads"], sizes["headdim"], sizes["dstate"])
     if tuple(initial_states.shape) != wanted:
         raise ValueError(
-            f"initial_states has shape {tuple(initial_states.shape)}, wanted (sequences, heads, headdim, dstate) = {wanted}"  # noqa: E501
+            f"initial_states has shape {tuple(initial_states.shape)}, "
+            f"wanted (sequences, heads, headdim, dstate) = {wanted}"
         )
     checks.like("initial_states", initial_states, "x", x)
 

@@ -1,0 +1,167 @@
+"""Distillation losses on CPU, forward and backward, against their floor in bytes and against plain torch, in one run.
+
+    python benchmarks/bench_distillation_loss.py --out benchmarks/results/cpu/distillation_loss.json
+
+Shape: 24 layers of (1, L, 1024), as a large speech encoder has; logits of 32 classes (CTC) and 50,257. The floor is
+bytes (forward reads both sides, backward reads both and writes one gradient: 5 sizes of one side) over the rate at
+which torch copies one side to another place, layer by layer, timed in turn with the kernel. Gradients are new tensors
+at every call.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from linconv import ops
+from linconv.benchmarking import compare, peak_extra_bytes
+from linconv.benchmarking.record import run
+
+LAYERS, WIDTH = 24, 1024
+
+
+def mse_in_torch(student, teacher, mask=None):
+    return torch.stack([F.mse_loss(s, t) for s, t in zip(student, teacher)]).mean()
+
+
+def wide(x):
+    """In the dtype of the arithmetic."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def normalized_mse_in_torch(student, teacher, mask):
+    losses = []
+    for s, t in zip(student, teacher):
+        s, t = (F.layer_norm(wide(x), x.shape[-1:]) for x in (s, t))
+        losses.append(((s - t).square().mean(-1) * mask).sum() / mask.sum())
+    return torch.stack(losses).mean()
+
+
+def kl_in_torch(student, teacher):
+    student, teacher = (F.log_softmax(wide(x.flatten(0, -2)) / 2, -1) for x in (student, teacher))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def training(loss, student, *rest):
+    """Forward and backward, as a callable; ``student`` is a tensor or a list of them."""
+    leaves = student if isinstance(student, list) else [student]
+
+    def step():
+        return torch.autograd.grad(loss(student, *rest), leaves)
+
+    return step
+
+
+def check(dtype):
+    """The kernels' errors are at most twice plain torch's, three times for gradients."""
+    student, teacher = ([torch.randn(2, 50, 512).to(dtype) for _ in range(2)] for _ in range(2))
+    mask = torch.arange(50) < torch.tensor([50, 31])[:, None]
+    cases = {
+        "mse": (lambda s, t: ops.layerwise_mse(s, t), mse_in_torch),
+        "mse with layer norm and mask": (
+            lambda s, t: ops.layerwise_mse(s, t, mask=mask, layer_norm=True),
+            lambda s, t: normalized_mse_in_torch(s, t, mask),
+        ),
+        "kl": (lambda s, t: ops.kd_loss(s[0], t[0]), lambda s, t: kl_in_torch(s[0], t[0])),
+    }
+    for name, (ours, theirs) in cases.items():
+        found = []
+        for loss, kind in ((theirs, torch.float64), (theirs, dtype), (ours, dtype)):
+            s, t = ([x.to(kind).clone().requires_grad_() for x in side] for side in (student, teacher))
+            value = loss(s, t)
+            found.append([value, torch.autograd.grad(value, s, allow_unused=True)[0]])
+        exact, torchs, got = ([x.double() for x in row] for row in found)
+        for factor, e, a, b in zip((2, 3), exact, torchs, got):
+            allowed = factor * (a - e).abs().max().item() + 1e-8 * e.abs().max().item()
+            if not (b - e).abs().max().item() <= allowed:
+                raise SystemExit(f"{name}, {dtype}: error above {allowed:.2e}; no speed is reported")
+
+
+def hidden_states(length, dtype, grad):
+    return [torch.randn(1, length, WIDTH).to(dtype).requires_grad_(grad) for _ in range(LAYERS)]
+
+
+def add(record, common, seconds, ours, peer, floor):
+    """One row: a kernel against its floor and against a peer."""
+    record.add(
+        **common,
+        seconds=seconds[ours],
+        floor_seconds=floor,
+        over_floor=seconds[ours] / floor,
+        peer=peer,
+        peer_seconds=seconds[peer],
+        speedup=seconds[peer] / seconds[ours],
+    )
+
+
+def layers(record, length, dtype):
+    student, teacher = hidden_states(length, dtype, True), hidden_states(length, dtype, False)
+    target = [torch.empty_like(t) for t in teacher]
+    mask = torch.ones(1, length, dtype=torch.bool)
+    works = {
+        "copy": lambda: [a.copy_(b) for a, b in zip(target, teacher)],
+        "layerwise_mse": training(ops.layerwise_mse, student, teacher),
+        "layerwise_mse, layer norm and mask": training(
+            lambda s, t: ops.layerwise_mse(s, t, mask=mask, layer_norm=True), student, teacher
+        ),
+        "F.mse_loss a layer": training(mse_in_torch, student, teacher),
+        "F.layer_norm, mask, mean": training(normalized_mse_in_torch, student, teacher, mask),
+    }
+    taken = compare(works, min_repeats=5, min_seconds=1.0)
+    seconds = {name: latency.median for name, latency in taken.items()}
+    common = dict(length=length, layers=LAYERS, d=WIDTH, dtype=str(dtype)[6:])
+    floor = 2.5 * seconds["copy"]  # a copy reads one size and writes one
+    add(record, {"op": "layerwise_mse", **common}, seconds, "layerwise_mse", "F.mse_loss a layer", floor)
+    ours, peer = "layerwise_mse, layer norm and mask", "F.layer_norm, mask, mean"
+    add(record, {"op": ours, **common}, seconds, ours, peer, floor)
+
+
+def logits(record, rows, classes):
+    student, teacher = torch.randn(1, rows, classes, requires_grad=True), torch.randn(1, rows, classes)
+    target = torch.empty_like(teacher)
+    works = {
+        "copy": lambda: target.copy_(teacher),
+        "kd_loss": training(ops.kd_loss, student, teacher),
+        "log_softmax and F.kl_div": training(kl_in_torch, student, teacher),
+    }
+    taken = compare(works, min_repeats=5, min_seconds=0.5)
+    seconds = {name: latency.median for name, latency in taken.items()}
+    common = dict(op="kd_loss", length=rows, classes=classes, dtype="float32")
+    add(record, common, seconds, "kd_loss", "log_softmax and F.kl_div", 2.5 * seconds["copy"])
+
+
+def linear(loss, rows, d, classes):
+    """Everything made, and the loss with both gradients as the work: for the measurement of memory."""
+    hidden, weight = torch.randn(rows, d, requires_grad=True), torch.randn(classes, d, requires_grad=True)
+    teacher = torch.randn(rows, d), torch.randn(classes, d)
+
+    def work():
+        return torch.autograd.grad(loss(hidden, weight, *teacher), (hidden, weight))
+
+    ops.linear_kd_loss(hidden[:2], weight[:2], teacher[0][:2], teacher[1][:2])  # what is loaded once
+    return work
+
+
+def linear_in_torch(hidden_s, weight_s, hidden_t, weight_t):
+    return kl_in_torch(hidden_s @ weight_s.T, hidden_t @ weight_t.T)
+
+
+def memory(record, rows, d, classes):
+    gradients = 4 * d * (rows + classes)
+    for name, loss in (("linear_kd_loss", ops.linear_kd_loss), ("logits in full", linear_in_torch)):
+        peak = peak_extra_bytes(linear, loss, rows, d, classes, preload=("torch", "linconv"))
+        record.add(
+            op=name, length=rows, d=d, classes=classes, peak_bytes=peak, peak_bytes_beside_gradients=peak - gradients
+        )
+
+
+def body(record, lengths):
+    for dtype in (torch.float32, torch.bfloat16):
+        check(dtype)
+    for length in lengths:
+        for dtype in (torch.float32, torch.bfloat16):
+            layers(record, length, dtype)
+    logits(record, lengths[0], 32)
+    logits(record, 512, 50_257)
+
+
+if __name__ == "__main__":
+    run("distillation_loss", __doc__.splitlines()[0], [1_499], body)

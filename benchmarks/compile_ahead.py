@@ -1,0 +1,99 @@
+"""Compiles every Triton kernel that linconv ships, for GPUs that need not be there, and tells what each takes.
+
+    python benchmarks/compile_ahead.py                       # sm_80, sm_90, sm_100 into docs/kernels/triton_builds.md
+    python benchmarks/compile_ahead.py --arch 90 --only ssd  # some, to standard output alone
+
+Registers and spills come from the compiled code (cuobjdump), shared memory from Triton. A kernel that spills registers
+or takes more shared memory than the GPU has is an error: exit status 1.
+"""
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "docs/kernels/triton_builds.md"
+ARCHITECTURES = (80, 90, 100)
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a block may have
+HEAD = """# Triton kernels as compiled
+
+Written by `python benchmarks/compile_ahead.py` (Triton {version}), without a GPU: every build that
+`linconv/ops/*/triton.py` ships. Registers are of a thread, of 255; stack is what it spills, in bytes; shared memory is
+of a block.
+"""
+
+
+def modules(only: str = "") -> list[str]:
+    """Names of the modules that hold Triton kernels."""
+    found = sorted((ROOT / "linconv/ops").glob("*/triton.py"))
+    return [f"linconv.ops.{path.parent.name}.triton" for path in found if only in path.parent.name]
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of a thread of the one kernel in a cubin."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()
+    return int(registers), int(stack)
+
+
+def rows(builds, capability: int, progress=sys.stderr):
+    """(label, warps, stages, registers, stack, shared bytes, problem or "") for each build."""
+    for build in builds:
+        begun = time.perf_counter()
+        kernel = build.compile(capability)
+        registers, stack = resources(kernel.asm["cubin"])
+        shared = kernel.metadata.shared
+        problem = "spills" if stack else "too much shared memory" if shared > SHARED_BYTES[capability] else ""
+        seconds = time.perf_counter() - begun
+        if progress:
+            print(
+                f"sm_{capability} {build.name} {build.label}: {registers} registers, {stack} bytes of stack, "
+                f"{shared} of shared memory {problem.upper()} ({seconds:.1f} s)",
+                file=progress,
+                flush=True,
+            )
+        yield build.name, build.label, build.num_warps, build.num_stages, registers, stack, shared, problem
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="operators whose name has this in it")
+    parser.add_argument("--label", default="", help="a regular expression that name and label of a build have in them")
+    options = parser.parse_args(argv)
+    import triton
+
+    sections, failed = [], []
+    for name in modules(options.only):
+        builds = [b for b in importlib.import_module(name).shipped() if re.search(options.label, f"{b.name} {b.label}")]
+        for capability in options.arch:
+            lines = ["| kernel | for | warps | stages | registers | stack | shared |", "|---|---|---|---|---|---|---|"]
+            for *cells, problem in rows(builds, capability):
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+                if problem:
+                    failed.append(f"sm_{capability} {cells[0]} {cells[1]}: {problem}")
+            if builds:
+                sections.append(f"## {name}, sm_{capability}\n\n" + "\n".join(lines) + "\n")
+    text = HEAD.format(version=triton.__version__) + "\n" + "\n".join(sections)
+    if (options.arch, options.only, options.label) == (ARCHITECTURES, "", ""):
+        TABLE.write_text(text)
+    else:
+        print(text)
+    for failure in failed:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+#include <algorithm>
+#include <tuple>
+
+#include "common/tensor.h"
+#include "distillation_loss/kernel.h"
+
+namespace linconv {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+// Which of (batch, L) rows count, and how many.
+struct Rows {
+  std::vector<uint8_t> valid;  // empty: all
+  int64_t count = 0;
+
+  const uint8_t* data() const { return valid.empty() ? nullptr : valid.data(); }
+};
+
+// mask: bool (batch, L), or lengths, int32 or int64 (batch,).
+Rows valid_rows(const std::optional<Tensor>& mask, int64_t batch, int64_t frames, const char* name) {
+  Rows rows;
+  rows.count = batch * frames;
+  if (!mask) return rows;
+  rows.valid.resize(batch * frames);
+  if (mask->scalar_type() == ScalarType::Bool) {
+    require_strided(*mask, 2, name);
+    require(mask->size(0) == batch && mask->size(1) == frames, name, " is (", mask->size(0), ", ", mask->size(1),
+            "), wanted (", batch, ", ", frames, ")");
+    const auto* data = static_cast<const bool*>(mask->data_ptr());
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t t = 0; t < frames; ++t) rows.valid[b * frames + t] = data[b * mask->stride(0) + t * mask->stride(1)];
+  } else {
+    for (const Span& span : sequence_spans(mask, std::nullopt, batch, frames))
+      std::fill_n(rows.valid.begin() + span.row * frames, span.end, uint8_t(1));
+  }
+  rows.count = std::count(rows.valid.begin(), rows.valid.end(), uint8_t(1));
+  return rows;
+}
+
+// Hidden states and which rows of them count, re-checked.
+struct HiddenStates {
+  std::vector<LayerPair> layers;
+  Rows rows;
+  std::vector<Block> blocks;
+  LayerArgs args{};
+
+  HiddenStates(const Tensors& student, const Tensors& teacher, const std::optional<Tensor>& mask, bool layer_norm) {
+    require(student.size() == teacher.size(), "teacher has ", teacher.size(), " tensors, wanted ", student.size());
+    for (size_t i = 0; i < student.size(); ++i) {
+      LayerPair pair;
+      pair.student = view<3>(student[i], "student");
+      pair.teacher = view<3>(teacher[i], "teacher");
+      const auto& size = pair.student.size;
+      require_sizes(pair.student, {student[0].size(0), student[0].size(1), size[2]}, "student");
+      require_sizes(pair.teacher, {size[0], size[1], size[2]}, "teacher");
+      require(size[2] >= 1, "student has rows of no elements, wanted at least 1");
+      args.in_double |= pair.student.dtype == DType::kFloat64 || pair.teacher.dtype == DType::kFloat64;
+      layers.push_back(pair);
+    }
+    if (!layers.empty()) {
+      const int64_t batch = layers[0].student.size[0], frames = layers[0].student.size[1];
+      rows = valid_rows(mask, batch, frames, "mask");
+      blocks = cut_into_blocks(sequence_spans(std::nullopt, std::nullopt, batch, frames), frames, kLossFrames);
+    }
+    args.layers = layers.data();
+    args.layer_count = static_cast<int64_t>(layers.size());
+    args.layer_norm = layer_norm;
+    args.valid = rows.data();
+    args.blocks = blocks.data();
+    args.block_count = static_cast<int64_t>(blocks.size());
+  }
+  int64_t tasks() const { return args.layer_count * args.block_count; }
+  DType math() const { return args.in_double ? DType::kFloat64 : DType::kFloat32; }
+};
+
+struct Logits {
+  Rows rows;
+  LogitArgs args{};
+  int64_t tasks = 0;
+
+  Logits(const std::optional<Tensor>& student, const std::optional<Tensor>& teacher, const std::optional<Tensor>& mask,
+         double temperature) {
+    require(student.has_value() == teacher.has_value(), "student_logits and teacher_logits: one is absent");
+    if (!student) return;
+    args.student = view<3>(student, "student_logits");
+    args.teacher = view<3>(teacher, "teacher_logits");
+    const auto& size = args.student.size;
+    require_sizes(args.teacher, {size[0], size[1], size[2]}, "teacher_logits");
+    require(size[2] >= 1, "student_logits has no classes, wanted at least 1");
+    require(temperature > 0, "temperature is ", temperature, ", wanted a number above 0");
+    args.temperature = temperature;
+    args.in_double = args.student.dtype == DType::kFloat64 || args.teacher.dtype == DType::kFloat64;
+    rows = valid_rows(mask, size[0], size[1], "logits_mask");
+    args.valid = rows.data();
+    tasks = size[0] * size[1];
+  }
+  Logits(const Logits&) = delete;
+  DType math() const { return args.in_double ? DType::kFloat64 : DType::kFloat32; }
+  // Rows that make a share of work worth handing out.
+  int64_t grain() const { return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, args.student.size[2])); }
+};
+
+std::vector<double> values(const Tensor& tensor, int64_t count, const char* name) {
+  const View<1> v = view<1>(tensor, name);
+  require(v.size[0] == count, name, " has ", v.size[0], " elements, wanted ", count);
+  require(v.dtype == DType::kFloat32 || v.dtype == DType::kFloat64, name, " wants dtype Float or Double");
+  std::vector<double> out(count);
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = v.dtype == DType::kFloat64 ? *static_cast<double*>(at(v, i)) : *static_cast<float*>(at(v, i));
+  return out;
+}
+
+void put(const Tensor& tensor, int64_t i, double value) {
+  if (tensor.scalar_type() == ScalarType::Double) static_cast<double*>(tensor.data_ptr())[i] = value;
+  else static_cast<float*>(tensor.data_ptr())[i] = static_cast<float>(value);
+}
+
+// Both halves in one launch: tasks on hidden states first, then groups of rows of logits.
+template <class Layers, class Rows_>
+void launch(const HiddenStates& hidden, const Logits& logits, Layers on_layers, Rows_ on_logits) {
+  const int64_t grain = logits.grain(), groups = (logits.tasks + grain - 1) / grain, first = hidden.tasks();
+  torch::stable::parallel_for(0, first + groups, 1, [&](int64_t begin, int64_t end) {
+    const bool any_logits = end > first;
+    std::vector<double> scratch(std::max(layer_scratch(hidden.args), any_logits ? logit_scratch() : 0));
+    if (begin < first) on_layers(scratch.data(), begin, std::min(end, first));
+    if (any_logits)
+      on_logits(scratch.data(), (std::max(begin, first) - first) * grain,
+                std::min((end - first) * grain, logits.tasks));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
+    Tensors student, Tensors teacher, std::optional<Tensor> mask, bool layer_norm, std::optional<Tensor> student_logits,
+    std::optional<Tensor> teacher_logits, std::optional<Tensor> logits_mask, double temperature) {
+  HiddenStates hidden(student, teacher, mask, layer_norm);
+  Logits logits(student_logits, teacher_logits, logits_mask, temperature);
+  std::vector<double> partial(2 * hidden.tasks());
+  Tensor statistics = empty({logits.tasks, kStatistics}, DType::kFloat64);
+  hidden.args.partial = partial.data();
+  logits.args.statistics = static_cast<double*>(statistics.data_ptr());
+  launch(
+      hidden, logits, [&](void* s, int64_t b, int64_t e) { LINCONV_PICK(layers_forward)(hidden.args, s, b, e); },
+      [&](void* s, int64_t b, int64_t e) { LINCONV_PICK(logits_forward)(logits.args, s, b, e); });
+
+  // Sums in the order of the rows, whatever the number of threads.
+  Tensor errors = empty({hidden.args.layer_count}, hidden.math());
+  Tensor cosines = empty({hidden.args.layer_count}, hidden.math());
+  for (int64_t i = 0; i < hidden.args.layer_count; ++i) {
+    double error = 0, cosine = 0;
+    for (int64_t b = 0; b < hidden.args.block_count; ++b) {
+      const double* block = partial.data() + 2 * (i * hidden.args.block_count + b);
+      error += block[0], cosine += block[1];
+    }
+    const double count = static_cast<double>(std::max<int64_t>(1, hidden.rows.count));
+    put(errors, i, error / count);
+    put(cosines, i, cosine / count);
+  }
+  Tensor kd = empty({1}, logits.math());
+  double sum = 0;
+  for (int64_t row = 0; row < logits.tasks; ++row) sum += logits.args.statistics[row * kStatistics + kStatistics - 1];
+  put(kd, 0, sum / static_cast<double>(std::max<int64_t>(1, logits.rows.count)));
+  return {errors, cosines, kd, statistics};
+}
+
+// An empty tensor, and a view without data, for a gradient that is not wanted.
+template <int N>
+Tensor gradient(bool wanted, const View<N>& of, const Tensor& like, View<N>& out) {
+  if (!wanted) return empty({0}, of.dtype);
+  Tensor made = empty_as(like, of.dtype);
+  out = view<N>(made, "gradient");
+  return made;
+}
+
+std::tuple<Tensors, Tensors, Tensor, Tensor> distillation_loss_backward(
+    Tensor grad_errors, Tensor grad_kd, Tensors student, Tensors teacher, std::optional<Tensor> mask, bool layer_norm,
+    std::optional<Tensor> student_logits, std::optional<Tensor> teacher_logits, std::optional<Tensor> logits_mask,
+    double temperature, Tensor statistics, bool of_student, bool of_teacher, bool of_student_logits,
+    bool of_teacher_logits) {
+  HiddenStates hidden(student, teacher, mask, layer_norm);
+  Logits logits(student_logits, teacher_logits, logits_mask, temperature);
+  const std::vector<double> upstream = values(grad_errors, hidden.args.layer_count, "grad_errors");
+  Tensors student_gradients, teacher_gradients;
+  int64_t bytes = 0;
+  for (size_t i = 0; i < hidden.layers.size(); ++i) {
+    LayerPair& layer = hidden.layers[i];
+    const double elements = static_cast<double>(std::max<int64_t>(1, hidden.rows.count)) * layer.student.size[2];
+    layer.scale = 2 * upstream[i] / elements;
+    if (of_student) bytes += student[i].numel() * element_size(layer.student.dtype);
+    student_gradients.push_back(gradient(of_student, layer.student, student[i], layer.grad_student));
+    teacher_gradients.push_back(gradient(of_teacher, layer.teacher, teacher[i], layer.grad_teacher));
+  }
+  constexpr int64_t kCached = 16 << 20;  // about what a last-level cache leaves one user
+  hidden.args.stream = bytes > kCached;
+  const std::vector<double> kd = values(grad_kd, 1, "grad_kd");
+  const double scale = kd[0] / static_cast<double>(std::max<int64_t>(1, logits.rows.count));
+  const Tensor none = empty({0}, DType::kFloat32);
+  Tensor student_gradient = none, teacher_gradient = none;
+  if (student_logits) {
+    const View<2> known = view<2>(statistics, "statistics");
+    require_sizes(known, {logits.tasks, kStatistics}, "statistics");
+    require(known.dtype == DType::kFloat64 && statistics.is_contiguous(), "statistics wants Double, contiguous");
+    logits.args.statistics = static_cast<double*>(known.data);
+    logits.args.scale = &scale;
+    student_gradient = gradient(of_student_logits, logits.args.student, *student_logits, logits.args.grad_student);
+    teacher_gradient = gradient(of_teacher_logits, logits.args.teacher, *teacher_logits, logits.args.grad_teacher);
+  }
+  launch(
+      hidden, logits, [&](void* s, int64_t b, int64_t e) { LINCONV_PICK(layers_backward)(hidden.args, s, b, e); },
+      [&](void* s, int64_t b, int64_t e) { LINCONV_PICK(logits_backward)(logits.args, s, b, e); });
+  return {student_gradients, teacher_gradients, student_gradient, teacher_gradient};
+}
+
+// The same for a tile of (rows, classes) logits: what is known of each row after these classes too.
+Tensor kd_statistics(Tensor student, Tensor teacher, std::optional<Tensor> before, double temperature) {
+  const Tensor s = torch::stable::unsqueeze(student, 0), t = torch::stable::unsqueeze(teacher, 0);
+  Logits logits(s, t, std::nullopt, temperature);
+  if (before) {
+    const View<2> known = view<2>(*before, "before");
+    require_sizes(known, {logits.tasks, kStatistics}, "before");
+    require(known.dtype == DType::kFloat64 && before->is_contiguous(), "before wants Double, contiguous");
+    logits.args.before = static_cast<const double*>(known.data);
+  }
+  Tensor statistics = empty({logits.tasks, kStatistics}, DType::kFloat64);
+  logits.args.statistics = static_cast<double*>(statistics.data_ptr());
+  torch::stable::parallel_for(0, logits.tasks, logits.grain(), [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(logit_scratch());
+    LINCONV_PICK(logits_forward)(logits.args, scratch.data(), begin, end);
+  });
+  return statistics;
+}
+
+// The gradient of scale[row] * KL of each row by the student's logits, given the statistics over all classes.
+Tensor kd_gradient(Tensor student, Tensor teacher, Tensor statistics, Tensor scale, double temperature) {
+  const Tensor s = torch::stable::unsqueeze(student, 0), t = torch::stable::unsqueeze(teacher, 0);
+  Logits logits(s, t, std::nullopt, temperature);
+  const View<2> known = view<2>(statistics, "statistics");
+  require_sizes(known, {logits.tasks, kStatistics}, "statistics");
+  require(known.dtype == DType::kFloat64 && statistics.is_contiguous(), "statistics wants Double, contiguous");
+  const std::vector<double> scales = values(scale, logits.tasks, "scale");
+  logits.args.statistics = static_cast<double*>(known.data);
+  logits.args.scale = scales.data();
+  logits.args.scale_stride = 1;
+  Tensor out = empty_as(student, logits.args.student.dtype);
+  logits.args.grad_student = view<3>(torch::stable::unsqueeze(out, 0), "gradient");
+  torch::stable::parallel_for(0, logits.tasks, logits.grain(), [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(logit_scratch());
+    LINCONV_PICK(logits_backward)(logits.args, scratch.data(), begin, end);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace linconv
+
+STABLE_TORCH_LIBRARY_IMPL(linconv, CPU, m) {
+  m.impl("distillation_loss", TORCH_BOX(&linconv::distillation_loss));
+  m.impl("distillation_loss_backward", TORCH_BOX(&linconv::distillation_loss_backward));
+  m.impl("kd_statistics", TORCH_BOX(&linconv::kd_statistics));
+  m.impl("kd_gradient", TORCH_BOX(&linconv::kd_gradient));
+}

@@ -1,0 +1,20 @@
+"""Both directions of the scan: the kernels of linconv/ops/ssd with two directions."""
+
+from linconv.ops.ssd.triton import Scan, scan_backward, scan_forward
+
+
+def _both_directions(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, diagonal, seq_lens, cu_seqlens):
+    return Scan(
+        x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, None, seq_lens, cu_seqlens, directions=2,
+        once=diagonal == "once", shifted=diagonal == "shifted",
+    )  # fmt: skip
+
+
+def bidirectional_ssd(*arguments):
+    """``linconv::bidirectional_ssd_triton``."""
+    return scan_forward(_both_directions(*arguments))[0]
+
+
+def bidirectional_ssd_backward(dy, *arguments):
+    """``linconv::bidirectional_ssd_backward_triton``."""
+    return scan_backward(_both_directions(*arguments), dy)[:-1]

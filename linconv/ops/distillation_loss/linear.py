@@ -1,0 +1,192 @@
+"""KL of outputs over a large vocabulary, from the hidden states before the last projection: logits tile by tile."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from linconv.ops import checks, dispatch
+from linconv.ops.distillation_loss import reference
+from linconv.ops.distillation_loss.arguments import checked_mask, valid_rows
+
+__all__ = ["linear_kd_loss"]
+
+TILE = 1024  # rows and classes of a tile of logits: 4 MiB in float32
+
+
+def linear_kd_loss(
+    hidden_s: Tensor,
+    weight_s: Tensor,
+    hidden_t: Tensor,
+    weight_t: Tensor,
+    *,
+    temperature: float = 2.0,
+    mask: Tensor | None = None,
+    scale_by_t2: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`kd_loss` of the logits ``hidden @ weight.T``, which are never held: a tile of them at a time, in float32.
+
+    The backward pass makes each tile again: six matrix products in all, where four would do with all logits in memory.
+    Beside the gradients it holds about 20 MiB, and a float32 copy of ``hidden_s`` gradients where those are narrower.
+
+    Args:
+        hidden_s, hidden_t: (..., d) of the student and of the teacher, whose widths may differ.
+        weight_s, weight_t: (classes, d) each; gradients go to ``hidden_s`` and ``weight_s``, never to the teacher.
+        temperature, scale_by_t2: as for :func:`kd_loss`.
+        mask: the valid rows: bool, the shape of ``hidden_s`` without its last axis; or int (batch,) lengths of
+            (batch, L, d). None: all. Its values are read on the host.
+        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+
+    Returns:
+        A scalar, float32 (float64 for float64 input); zero where no row is valid.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is described here; the message names it.
+    """
+    for name, value in (
+        ("hidden_s", hidden_s),
+        ("weight_s", weight_s),
+        ("hidden_t", hidden_t),
+        ("weight_t", weight_t),
+    ):
+        checks.floating_tensor(name, value)
+        checks.like(name, value, "hidden_s", hidden_s)
+    if hidden_s.dim() < 2 or hidden_s.shape[-1] == 0:
+        raise ValueError(f"hidden_s has shape {tuple(hidden_s.shape)}, wanted (..., d) with two axes or more and d > 0")
+    checks.shape("weight_s", weight_s, (None, hidden_s.shape[-1]), "(classes, d)")
+    checks.shape("hidden_t", hidden_t, (*hidden_s.shape[:-1], None), "the rows of hidden_s and a width")
+    checks.shape("weight_t", weight_t, (weight_s.shape[0], hidden_t.shape[-1]), "(classes, width of hidden_t)")
+    if weight_s.shape[0] == 0 or hidden_t.shape[-1] == 0:
+        raise ValueError(f"weight_t has shape {tuple(weight_t.shape)}, wanted at least one class and a width above 0")
+    if not isinstance(temperature, int | float) or not temperature > 0:
+        raise ValueError(f"temperature: got {temperature!r}; want a number above 0")
+    valid = valid_rows(checked_mask("mask", mask, hidden_s), hidden_s)
+    backend = dispatch.pick("distillation_loss", hidden_s.device, backend)
+    hidden_t, weight_t = hidden_t.detach(), weight_t.detach()
+    if backend == "reference":
+        kd = reference.linear_kd(hidden_s, weight_s, hidden_t, weight_t, valid=valid, temperature=temperature)
+    else:
+        kd, _ = torch.ops.linconv.linear_kd_loss(
+            hidden_s.flatten(0, -2),
+            weight_s,
+            hidden_t.flatten(0, -2),
+            weight_t,
+            None if valid is None else valid.flatten(),
+            float(temperature),
+        )
+        kd = kd[0]
+    return kd * temperature**2 if scale_by_t2 else kd
+
+
+def _tiles(count: int, indices: Tensor | None):
+    """Rows TILE at a time, as a slice, or as the indices of those that count; and their place in a list of them."""
+    total = count if indices is None else len(indices)
+    for start in range(0, total, TILE):
+        place = slice(start, min(start + TILE, total))
+        yield (place if indices is None else indices[place]), place
+
+
+def _indices(mask: Tensor | None) -> Tensor | None:
+    # Rows that do not count are left out before any product: 0 * NaN is NaN, and a product's bits may depend on how
+    # many rows it has.
+    return None if mask is None else mask.nonzero()[:, 0]
+
+
+def _operators(device: torch.device):
+    """(kd_statistics, kd_gradient) for tensors of a device."""
+    if device.type == "cuda":
+        from linconv.ops.distillation_loss import triton
+
+        return triton.kd_statistics, triton.kd_gradient
+    return torch.ops.linconv.kd_statistics, torch.ops.linconv.kd_gradient
+
+
+def _forward(hidden_s, weight_s, hidden_t, weight_t, mask, temperature):
+    math = torch.promote_types(hidden_s.dtype, torch.float32)
+    indices = _indices(mask)
+    rows = hidden_s.shape[0] if indices is None else len(indices)
+    kd_statistics, _ = _operators(hidden_s.device)
+    found = []
+    for index, _ in _tiles(hidden_s.shape[0], indices):
+        s, t, known = hidden_s[index].to(math), hidden_t[index].to(math), None
+        for start in range(0, len(weight_s), TILE):
+            classes = slice(start, start + TILE)
+            tile = s @ weight_s[classes].to(math).T, t @ weight_t[classes].to(math).T
+            known = kd_statistics(*tile, known, temperature)
+        found.append(known)
+    statistics = torch.cat(found) if found else hidden_s.new_empty(0, 6, dtype=torch.float64)
+    return (statistics[:, -1].sum() / max(rows, 1)).to(math)[None], statistics
+
+
+def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, statistics):
+    math = torch.promote_types(hidden_s.dtype, torch.float32)
+    indices, (_, kd_gradient) = _indices(mask), _operators(hidden_s.device)
+    scale = (grad / max(len(statistics), 1)).to(math).expand(len(statistics))
+    of_hidden = torch.zeros(hidden_s.shape, dtype=math, device=hidden_s.device)
+    of_weight = torch.empty_like(weight_s, memory_format=torch.contiguous_format)
+    # Classes outside, so that the sum over all rows of a tile of weights is rounded once.
+    for start in range(0, len(weight_s), TILE):
+        classes = slice(start, start + TILE)
+        w_s, w_t = weight_s[classes].to(math), weight_t[classes].to(math)
+        total = torch.zeros_like(w_s)
+        for index, place in _tiles(hidden_s.shape[0], indices):
+            s, t = hidden_s[index].to(math), hidden_t[index].to(math)
+            tile = kd_gradient(s @ w_s.T, t @ w_t.T, statistics[place], scale[place], temperature)
+            total.addmm_(tile.T, s)
+            if indices is None:
+                of_hidden[index].addmm_(tile, w_s)
+            else:
+                of_hidden[index] += tile @ w_s
+        of_weight[classes] = total
+    return of_hidden.to(hidden_s.dtype), of_weight
+
+
+def _fake(hidden_s, weight_s, hidden_t, weight_t, mask, temperature):
+    math = torch.promote_types(hidden_s.dtype, torch.float32)
+    rows = hidden_s.shape[0] if mask is None else torch.library.get_ctx().new_dynamic_size()
+    return hidden_s.new_empty(1, dtype=math), hidden_s.new_empty(rows, 6, dtype=torch.float64)
+
+
+def _fake_backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, statistics):
+    return hidden_s.new_empty(hidden_s.shape), weight_s.new_empty(weight_s.shape)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.temperature = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _differentiate(ctx, grad, _):
+    return *_gradients(ctx, grad, *ctx.saved_tensors), None, None, None, None
+
+
+@once_differentiable
+def _gradients(ctx, grad, *saved):
+    *tensors, statistics = saved
+    return torch.ops.linconv.linear_kd_loss_backward(grad, *tensors, ctx.temperature, statistics)
+
+
+def _fake_statistics(student, teacher, before, temperature):
+    return student.new_empty(student.shape[0], 6, dtype=torch.float64)
+
+
+def _fake_gradient(student, teacher, statistics, scale, temperature):
+    return student.new_empty(student.shape)
+
+
+def _register() -> None:
+    torch.library.register_fake("linconv::kd_statistics", _fake_statistics)
+    torch.library.register_fake("linconv::kd_gradient", _fake_gradient)
+    for name, function, fake in (
+        ("linear_kd_loss", _forward, _fake),
+        ("linear_kd_loss_backward", _backward, _fake_backward),
+    ):
+        for device in ("cpu", "cuda"):
+            torch.library.impl(f"linconv::{name}", device, function)
+        torch.library.register_fake(f"linconv::{name}", fake)
+    torch.library.register_autograd("linconv::linear_kd_loss", _differentiate, setup_context=_save)
+
+
+if dispatch.compiled("kd_statistics"):
+    _register()

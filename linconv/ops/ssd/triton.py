@@ -1,0 +1,338 @@
+"""The scan on Triton kernels, for one direction of time or both: which tiles, which memory, which launches.
+
+Forward is three launches: what each chunk adds to the state, the states that enter each chunk, the outputs. Backward
+saves nothing but its inputs and is five: the first two again, for states and their gradients at once; dx, by the kernel
+of the outputs; the other gradients' parts; their sums. Nothing else runs on the device in between, nothing is read back
+to the host, and no result depends on the batch that a sequence stands in.
+"""
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from linconv.ops.ssd import triton_kernels as kernels
+from linconv.ops.triton_builds import build_of
+
+MATH = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16}
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the work is cut. Fields of the forward chunk decide results' last bits, so none depends on batch or length.
+
+    Attributes:
+        chunk, gradient_chunk: frames of a chunk, forward and backward.
+        rows: frames of a chunk that one program of the outputs takes.
+        heads: at most so many heads of a group share one program's products of B and C.
+        block_p, block_n: columns of headdim and dstate of a tile of the outputs.
+        state_p, state_n: of a tile of the states.
+        gradient_p: columns of headdim of a tile of the gradients.
+        warps, state_warps, gradient_warps, stages: of each kernel.
+    """
+
+    chunk: int
+    rows: int
+    heads: int
+    block_p: int
+    block_n: int
+    state_p: int
+    state_n: int
+    gradient_chunk: int
+    gradient_heads: int
+    gradient_p: int
+    warps: int = 4
+    state_warps: int = 4
+    gradient_warps: int = 8
+    stages: int = 2
+
+
+def choose_tiles(operand: torch.dtype, headdim: int, dstate: int, capability: int) -> Tiles:
+    """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability."""
+    P, N = _power(headdim), _power(dstate)
+    if operand == torch.bfloat16:
+        return Tiles(
+            chunk=128, rows=64, heads=4, block_p=min(P, 64), block_n=min(N, 128), state_p=min(P, 64),
+            state_n=min(N, 128), gradient_chunk=64 if N <= 128 else 32, gradient_heads=8, gradient_p=min(P, 64),
+        )  # fmt: skip
+    if operand == torch.float32:
+        return Tiles(
+            chunk=64, rows=64, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64),
+            state_n=min(N, 64), gradient_chunk=32 if N <= 128 else 16, gradient_heads=8, gradient_p=min(P, 32),
+        )  # fmt: skip
+    return Tiles(
+        chunk=32, rows=32, heads=1, block_p=min(P, 32), block_n=min(N, 32), state_p=min(P, 32), state_n=min(N, 32),
+        gradient_chunk=16, gradient_heads=1, gradient_p=min(P, 16), stages=1,
+    )  # fmt: skip
+
+
+def _power(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _divisor(number: int, at_most: int) -> int:
+    return max(d for d in range(1, at_most + 1) if number % d == 0)
+
+
+def _empty(shape, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a result; NaN where LINCONV_POISON=1, so that tests see what a kernel forgets to write."""
+    memory = torch.empty(shape, dtype=dtype, device=like.device)
+    return memory.fill_(float("nan")) if os.environ.get("LINCONV_POISON") == "1" else memory
+
+
+@dataclass
+class Scan:
+    """The arguments of the scan, as those of the operators: see csrc/ssd/scan.h."""
+
+    x: torch.Tensor
+    dt: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor | None
+    dt_bias: torch.Tensor | None
+    dt_softplus: bool
+    dt_min: float
+    dt_max: float
+    initial_states: torch.Tensor | None
+    seq_lens: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    directions: int
+    flip: bool = False  # the one direction is the backward one
+    once: bool = False
+    shifted: bool = False
+    precision: str = ""
+    launch: object = None  # called with (kernel, grid, arguments, num_warps, num_stages), if it is not to be run
+
+    def __post_init__(self):
+        self.batch, self.frames, self.heads, self.headdim = self.x.shape[-4:]
+        self.groups, self.dstate = self.B.shape[-2:]
+        self.summed = self.directions == 2 and self.x.dim() == 4
+        self.math = torch.promote_types(self.x.dtype, torch.float32)
+        types = {t.dtype for t in (self.x, self.B, self.C)}
+        self.operand = torch.bfloat16 if types == {torch.bfloat16} else self.math
+        # Results of fp16 arguments may be beyond its range, but TF32 has its mantissa.
+        self.precision = self.precision or (
+            "tf32" if types <= {torch.float16, torch.bfloat16} else PRECISIONS[torch.get_float32_matmul_precision()]
+        )
+        self.bounds = self.cu_seqlens if self.cu_seqlens is not None else self.seq_lens
+        self.kind = "cu_seqlens" if self.cu_seqlens is not None else "seq_lens" if self.seq_lens is not None else ""
+        self.sequences = self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        on_gpu = self.x.device.type == "cuda"
+        major, minor = torch.cuda.get_device_capability(self.x.device) if on_gpu else (9, 0)
+        self.tiles = choose_tiles(self.operand, self.headdim, self.dstate, 10 * major + minor)
+
+    def slots(self, chunk: int) -> int:
+        if self.cu_seqlens is not None:
+            return self.frames // chunk + self.sequences
+        return self.batch * triton.cdiv(self.frames, chunk)
+
+    def empty(self, *shape, dtype=None):
+        return _empty(shape, self.x, dtype or self.math)
+
+    def run(self, kernel, grid, arguments, num_warps, num_stages):
+        if 0 in grid:
+            return
+        if self.launch is not None:
+            self.launch(kernel, grid, arguments, num_warps, num_stages)
+            return
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+
+    def sizes(self, slots: int) -> dict:
+        return dict(
+            bounds=self.bounds, frames=self.frames, sequences=self.sequences, slots=slots, heads=self.heads,
+            group_heads=self.heads // self.groups, headdim=self.headdim, dstate=self.dstate,
+        )  # fmt: skip
+
+    def options(self, *names) -> dict:
+        options = dict(
+            DIRECTIONS=self.directions, FLIP=self.flip, ONCE=self.once, SHIFTED=self.shifted, SOFTPLUS=self.dt_softplus,
+            LOW=self.dt_min, HIGH=self.dt_max, KIND=self.kind, MATH=MATH[self.math], OPERAND=MATH[self.operand],
+            PRECISION=self.precision,
+        )  # fmt: skip
+        return {name: options[name] for name in names}
+
+
+def _strides(tensor, prefix, letters, dims) -> dict:
+    """Strides by name, the first one that of the axis of directions, 0 where both share the tensor."""
+    if tensor is None:
+        return {f"{prefix}_{letter}": 0 for letter in "d" + letters}
+    strides = (tensor.stride(0) if tensor.dim() > dims else 0, *tensor.stride()[-dims:])
+    return {f"{prefix}_{letter}": stride for letter, stride in zip("d" + letters, strides)}
+
+
+def _x_strides(tensor, prefix):
+    return _strides(tensor, prefix, "bthp", 4)
+
+
+def _B_strides(tensor, prefix):
+    return _strides(tensor, prefix, "btgn", 4)
+
+
+def _dt_strides(scan):
+    return {
+        **_strides(scan.dt, "dt", "bth", 3),
+        **_strides(scan.A, "A", "h", 1),
+        **_strides(scan.dt_bias, "bias", "h", 1),
+    }
+
+
+def _states(scan: Scan, chunk: int, dy=None, dlast=None):
+    """(states that enter each chunk, v, step and total of each, last states, gradient of the first states).
+
+    With dy the gradients of the states that leave each chunk stand behind the states.
+    """
+    slots, tiles = scan.slots(chunk), scan.tiles
+    per_chunk = (scan.directions, scan.heads, slots)
+    kinds = 1 if dy is None else 2
+    states = scan.empty(kinds, *per_chunk, scan.headdim, scan.dstate, dtype=scan.operand)
+    v, step, total = scan.empty(*per_chunk, chunk), scan.empty(*per_chunk, chunk), scan.empty(*per_chunk)
+    p_tiles, n_tiles = triton.cdiv(scan.headdim, tiles.state_p), triton.cdiv(scan.dstate, tiles.state_n)
+    scan.run(
+        kernels.chunk_states,
+        (slots * scan.directions, scan.heads * p_tiles * n_tiles),
+        dict(
+            x=scan.x, dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, B=scan.B, dy=dy, C=None if dy is None else scan.C,
+            states=states, v_of=v, step_of=step, total_of=total, **scan.sizes(slots), **_x_strides(scan.x, "x"),
+            **_dt_strides(scan), **_B_strides(scan.B, "B"), **_x_strides(dy, "dy"),
+            **_B_strides(None if dy is None else scan.C, "C"),
+            **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "SOFTPLUS", "LOW", "HIGH", "KIND", "MATH", "OPERAND", "PRECISION"),
+            GRADIENT=dy is not None, Q=chunk, BLOCK_P=tiles.state_p, BLOCK_N=tiles.state_n,
+        ),
+        tiles.state_warps, tiles.stages,
+    )  # fmt: skip
+    per_sequence = (scan.sequences, scan.heads, scan.headdim, scan.dstate)
+    one_way = scan.directions == 1
+    last = scan.empty(*per_sequence) if one_way and dy is None else None
+    dfirst = scan.empty(*per_sequence) if dy is not None and scan.initial_states is not None else None
+
+    def strides(tensor, prefix):
+        values = (0, 0, 0, 0) if tensor is None else tensor.stride()
+        return {f"{prefix}_{letter}": stride for letter, stride in zip("shpn", values)}
+
+    sizes = scan.sizes(slots)
+    for name in ("sequences", "group_heads"):
+        del sizes[name]
+    block = 1024
+    scan.run(
+        kernels.pass_states,
+        (scan.sequences * triton.cdiv(scan.headdim * scan.dstate, block), scan.heads * scan.directions * kinds),
+        dict(
+            states=states, total_of=total, first=scan.initial_states, last=last, dlast=dlast, dfirst=dfirst, **sizes,
+            **strides(scan.initial_states, "first"), **strides(dlast, "dlast"),
+            **scan.options("DIRECTIONS", "FLIP", "KIND", "MATH"), Q=chunk, BLOCK=block, STAGES=4,
+        ),
+        4, 4,
+    )  # fmt: skip
+    return states, (v, step, total), last, dfirst
+
+
+def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool):
+    """y from x, or with ``gradient`` dx from dy."""
+    slots, tiles = scan.slots(chunk), scan.tiles
+    left, right = (scan.B, scan.C) if gradient else (scan.C, scan.B)
+    heads = _divisor(scan.heads // scan.groups, tiles.heads)
+    p_tiles = triton.cdiv(scan.headdim, tiles.block_p)
+    ways = scan.directions if not scan.summed else 1
+    v, step, total = steps
+    out_strides = _x_strides(out, "out")
+    del out_strides["out_p"]
+    scan.run(
+        kernels.chunk_outputs,
+        (slots * (chunk // rows), p_tiles * (scan.heads // heads) * ways),
+        dict(
+            z=z, rows=left, columns=right, A=scan.A, D=scan.D, states=states, v_of=v, step_of=step, total_of=total,
+            out=out, **scan.sizes(slots), **_x_strides(z, "z"), **_B_strides(left, "r"), **_B_strides(right, "c"),
+            **_strides(scan.A, "A", "h", 1), **_strides(scan.D, "D", "h", 1), **out_strides,
+            **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", "MATH", "OPERAND", "PRECISION"),
+            SUMMED=scan.summed, SUM_D=scan.summed and scan.D is not None and scan.D.dim() == 2, GRADIENT=gradient,
+            Q=chunk, ROWS=rows, HEADS=heads, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
+        ),
+        tiles.warps, tiles.stages,
+    )  # fmt: skip
+
+
+def scan_forward(scan: Scan):
+    """(y as x, contiguous; the last states of the one direction, or None)."""
+    y = scan.empty(*scan.x.shape, dtype=scan.x.dtype)
+    chunk = scan.tiles.chunk
+    states, steps, last, _ = _states(scan, chunk)
+    _outputs(scan, chunk, scan.tiles.rows, scan.x, y, states, steps, gradient=False)
+    return y, last
+
+
+def scan_backward(scan: Scan, dy, dlast=None):
+    """Gradients of x, dt, A, B, C, D, dt_bias, initial_states, each as its argument; of an absent one, (0,)."""
+    tiles = scan.tiles
+    chunk = tiles.gradient_chunk
+    slots, directions, heads = scan.slots(chunk), scan.directions, scan.heads
+    group_heads = heads // scan.groups
+    dx = scan.empty(*scan.x.shape, dtype=scan.x.dtype)
+    states, steps, _, dfirst = _states(scan, chunk, dy, dlast)
+    _outputs(scan, chunk, min(tiles.rows, chunk), dy, dx, states[1:], steps, gradient=True)
+
+    block_heads = _divisor(group_heads, tiles.gradient_heads)
+    blocks = group_heads // block_heads
+    of_batch = (directions, scan.batch, scan.frames)
+    dB_parts = scan.empty(blocks, *of_batch, scan.groups, scan.dstate)
+    dC_parts = scan.empty(blocks, *of_batch, scan.groups, scan.dstate)
+    ddt_parts = scan.empty(*of_batch, heads)
+    per_head = scan.empty(3, directions, heads, slots)
+    scan.run(
+        kernels.chunk_gradients,
+        (slots * directions, scan.groups * blocks),
+        dict(
+            dy=dy, x=scan.x, dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, B=scan.B, C=scan.C, states=states, dB=dB_parts,
+            dC=dC_parts, ddt=ddt_parts, per_head=per_head, **scan.sizes(slots), **_x_strides(dy, "dy"),
+            **_x_strides(scan.x, "x"), **_dt_strides(scan), **_B_strides(scan.B, "B"), **_B_strides(scan.C, "C"),
+            **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "SOFTPLUS", "LOW", "HIGH", "KIND", "MATH", "OPERAND", "PRECISION"),
+            Q=chunk, HEADS=block_heads, BLOCK_P=tiles.gradient_p, BLOCK_N=_power(scan.dstate),
+        ),
+        tiles.gradient_warps, tiles.stages,
+    )  # fmt: skip
+
+    def like(argument):
+        return scan.empty(*argument.shape, dtype=argument.dtype) if argument is not None else scan.empty(0)
+
+    ddt, dA, dB, dC, dD, dbias = map(like, (scan.dt, scan.A, scan.B, scan.C, scan.D, scan.dt_bias))
+
+    def terms(argument, dims):  # directions that share it
+        return 1 if argument is None or argument.dim() > dims else directions
+
+    block = 512
+    programs = sum(triton.cdiv(t.numel(), block) for t in (dB, dC, ddt)) + dA.numel() + dbias.numel() + dD.numel()
+    scan.run(
+        kernels.sum_parts,
+        (programs,),
+        dict(
+            dB_parts=dB_parts, dC_parts=dC_parts, ddt_parts=ddt_parts, per_head=per_head, dB=dB, dC=dC, ddt=ddt, dA=dA,
+            ddt_bias=dbias, dD=dD, B_terms=blocks * terms(scan.B, 4), B_size=dB.numel(),
+            C_terms=blocks * terms(scan.C, 4), C_size=dC.numel(), dt_terms=terms(scan.dt, 3), dt_size=ddt.numel(),
+            A_terms=terms(scan.A, 1), A_size=dA.numel(), bias_terms=terms(scan.dt_bias, 1), bias_size=dbias.numel(),
+            # Directions that share x each have the whole gradient of a skip.
+            D_terms=1 if scan.summed else terms(scan.D, 1), D_size=dD.numel(), heads=heads, slots=slots,
+            directions=directions, BLOCK=block,
+        ),
+        4, 1,
+    )  # fmt: skip
+    return dx, ddt, dA, dB, dC, dD, dbias, dfirst if dfirst is not None else scan.empty(0)
+
+
+def _one_direction(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens, cu_seqlens, reverse):  # noqa: E501
+    return Scan(
+        x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens, cu_seqlens, directions=1,
+        flip=reverse,
+    )  # fmt: skip
+
+
+def ssd(*arguments):
+    """``linconv::ssd_triton``."""
+    return scan_forward(_one_direction(*arguments))
+
+
+def ssd_backward(dy, dfinal_states, *arguments):
+    """``linconv::ssd_backward_triton``."""
+    return scan_backward(_one_direction(*arguments), dy, dfinal_states)

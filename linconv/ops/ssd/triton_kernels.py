@@ -1,0 +1,619 @@
+"""Triton kernels of the scan, for one direction of time or both.
+
+Frames are cut into chunks of Q from each sequence's own first frame on, in both directions, so what a sequence gives
+does not depend on what it is batched with. A *slot* is where a chunk's intermediate results stand; the slots of packed
+sequence s begin at cu_seqlens[s] // Q + s, which leaves room for every sequence's last, partial chunk.
+
+A direction's own order of frames is their order in time, or the reverse of it. In that order v is the inclusive prefix
+sum of A dt in the chunk, and u is v, or the exclusive sum where results are shifted by one step. Result i then takes
+e^{u_i - v_j} dt_j (C_i . B_j) x_j from frame j and e^{u_i} C_i S from the state S that enters the chunk; the state that
+leaves it takes e^{total - v_j} dt_j x_j B_j^T. Shifted, C_i is that of the frame one step before.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _frames(sequence, bounds, frames, KIND: tl.constexpr):
+    """(row of the batch, first frame, frames) of a sequence, within the tensors whatever the bounds say."""
+    if KIND == "cu_seqlens":
+        begin = tl.minimum(tl.maximum(tl.load(bounds + sequence).to(tl.int64), 0), frames)
+        end = tl.minimum(tl.load(bounds + sequence + 1).to(tl.int64), frames)
+        return sequence * 0, begin, tl.maximum(end - begin, 0)
+    elif KIND == "seq_lens":
+        length = tl.minimum(tl.maximum(tl.load(bounds + sequence).to(tl.int64), 0), frames)
+        return sequence, sequence * 0, length
+    else:
+        return sequence, sequence * 0, sequence * 0 + frames
+
+
+@triton.jit
+def _first_slot(sequence, bounds, frames, Q: tl.constexpr, KIND: tl.constexpr):
+    if KIND == "cu_seqlens":
+        start = tl.minimum(tl.maximum(tl.load(bounds + sequence).to(tl.int64), 0), frames)
+        return start // Q + sequence
+    else:
+        return sequence * ((frames + Q - 1) // Q)
+
+
+@triton.jit
+def _sequence_of(slot, bounds, frames, sequences, Q: tl.constexpr, KIND: tl.constexpr):
+    """The sequence that a slot is of: the last one whose slots begin at it or before."""
+    if KIND == "cu_seqlens":
+        low = slot * 0
+        high = slot * 0 + sequences - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            before = _first_slot(middle, bounds, frames, Q, KIND) <= slot
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle - 1)
+        return low
+    else:
+        return slot // ((frames + Q - 1) // Q)
+
+
+@triton.jit
+def _is_reversed(direction, FLIP: tl.constexpr):
+    if FLIP:
+        return direction == 0
+    else:
+        return direction == 1
+
+
+@triton.jit
+def _tile(
+    pointer, direction, row, frame, head, column, valid, columns, s_d, s_b, s_t, s_h, s_c, OPERAND: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Frames of one head: (frames, columns), or (columns, frames) if BY_COLUMN; zero at frames that are not valid."""
+    pointer += direction * s_d + row * s_b + head * s_h
+    frame_offset = frame.to(tl.int64) * s_t
+    column_offset = column.to(tl.int64) * s_c
+    if BY_COLUMN:
+        mask = (column < columns)[:, None] & valid[None, :]
+        return tl.load(pointer + column_offset[:, None] + frame_offset[None, :], mask=mask, other=0).to(OPERAND)
+    else:
+        mask = valid[:, None] & (column < columns)[None, :]
+        return tl.load(pointer + frame_offset[:, None] + column_offset[None, :], mask=mask, other=0).to(OPERAND)
+
+
+@triton.jit
+def _softplus(x, MATH: tl.constexpr):
+    """max(x, 0) + log(1 + e^-|x|), by log(1 + e) = 2 atanh(e / (2 + e)): tl.log is inexact near 1."""
+    e = tl.exp(-tl.abs(x))
+    s = e / (2 + e)
+    square = s * s
+    total = tl.zeros_like(s)
+    TERMS: tl.constexpr = 18 if MATH == tl.float64 else 8
+    for k in tl.static_range(TERMS):
+        total = total * square + 1.0 / (2 * (TERMS - 1 - k) + 1)
+    return tl.maximum(x, 0) + 2 * s * total
+
+
+@triton.jit
+def _decays(
+    dt, A, dt_bias, direction, row, frame, head, valid, reverse, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
+    SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """(dt + bias, softplus of it, clamped: the step; v; total; A) of a chunk of one head."""
+    offset = direction * dt_d + row * dt_b + head * dt_h + frame.to(tl.int64) * dt_t
+    raw = tl.load(dt + offset, mask=valid, other=0).to(MATH)
+    if dt_bias is not None:
+        raw += tl.load(dt_bias + direction * bias_d + head * bias_h).to(MATH)
+    free = raw
+    if SOFTPLUS:
+        free = _softplus(raw, MATH)
+    step = free
+    if LOW != float("-inf"):
+        step = tl.maximum(step, tl.full([], LOW, MATH))
+    if HIGH != float("inf"):
+        step = tl.minimum(step, tl.full([], HIGH, MATH))
+    step = tl.where(valid, step, 0)
+    rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
+    log_decay = step * rate
+    prefix = tl.cumsum(log_decay, 0)
+    total = tl.sum(log_decay, 0)
+    v = tl.where(reverse, total - prefix + log_decay, prefix)
+    return raw, free, step, v, total, rate
+
+
+@triton.jit
+def chunk_states(
+    x, dt, A, dt_bias, B, dy, C, states, v_of, step_of, total_of, bounds,
+    frames, sequences, slots, heads, group_heads, headdim, dstate,
+    x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h, B_d, B_b, B_t, B_g, B_n,
+    dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
+    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What each chunk adds to the state that leaves it and, with GRADIENT, to the gradient of the state that enters it.
+
+    states (1 or 2 with GRADIENT, directions, heads, slots, headdim, dstate); v_of, step_of (directions, heads, slots, Q)
+    and total_of (directions, heads, slots) keep v, dt and the sum of A dt for the kernels that follow.
+    """
+    slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
+    direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
+    p_tiles = (headdim + BLOCK_P - 1) // BLOCK_P
+    n_tiles = (dstate + BLOCK_N - 1) // BLOCK_N
+    head = (tl.program_id(1) // (p_tiles * n_tiles)).to(tl.int64)
+    tile = tl.program_id(1) % (p_tiles * n_tiles)
+    sequence = _sequence_of(slot, bounds, frames, sequences, Q, KIND)
+    row, begin, length = _frames(sequence, bounds, frames, KIND)
+    chunk = slot - _first_slot(sequence, bounds, frames, Q, KIND)
+    if chunk * Q >= length:
+        return
+    reverse = _is_reversed(direction, FLIP)
+    position = tl.arange(0, Q)
+    frame = chunk * Q + position
+    valid = frame < length
+    _, _, step, v, total, _ = _decays(
+        dt, A, dt_bias, direction, row, begin + frame, head, valid, reverse, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d,
+        bias_h, SOFTPLUS, LOW, HIGH, MATH,
+    )  # fmt: skip
+    at = (direction * heads + head) * slots + slot
+    if tile == 0:
+        tl.store(v_of + at * Q + position, v)
+        tl.store(step_of + at * Q + position, step)
+        tl.store(total_of + at, total)
+    p = (tile // n_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = (tile % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = states + at * (headdim * dstate) + p[:, None] * dstate + n[None, :]
+    kept = (p < headdim)[:, None] & (n < dstate)[None, :]
+
+    scale = tl.exp(total - v) * step
+    rows = _tile(x, direction, row, begin + frame, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, MATH, True)
+    factor = _tile(
+        B, direction, row, begin + frame, head // group_heads, n, valid, dstate, B_d, B_b, B_t, B_g, B_n, OPERAND, False
+    )  # fmt: skip
+    added = tl.dot((rows * scale[None, :]).to(OPERAND), factor, input_precision=PRECISION, out_dtype=MATH)
+    tl.store(out, added.to(OPERAND), mask=kept)
+    if GRADIENT:
+        source = frame
+        there = valid
+        if SHIFTED:
+            source = tl.where(reverse, frame + 1, frame - 1)
+            there = valid & (source >= 0) & (source < length)
+            v -= step * tl.load(A + direction * A_d + head * A_h).to(MATH)
+        rows = _tile(
+            dy, direction, row, begin + frame, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, MATH, True
+        )  # fmt: skip
+        factor = _tile(
+            C, direction, row, begin + source, head // group_heads, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND,
+            False,
+        )  # fmt: skip
+        scale = tl.where(valid, tl.exp(v), 0)
+        added = tl.dot((rows * scale[None, :]).to(OPERAND), factor, input_precision=PRECISION, out_dtype=MATH)
+        out += tl.full([], DIRECTIONS, tl.int64) * heads * slots * headdim * dstate
+        tl.store(out, added.to(OPERAND), mask=kept)
+
+
+@triton.jit
+def pass_states(
+    states, total_of, first, last, dlast, dfirst, bounds, frames, slots, heads, headdim, dstate,
+    first_s, first_h, first_p, first_n, dlast_s, dlast_h, dlast_p, dlast_n,
+    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
+    MATH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """From what each chunk adds to the state that enters it, in place; gradients run against a direction's own order.
+
+    first, last (sequences, heads, headdim, dstate): the states before the first and after the last step; dlast, dfirst:
+    their gradients. Each may be None: zero, or not wanted.
+    """
+    size = headdim * dstate
+    tiles = (size + BLOCK - 1) // BLOCK
+    sequence = (tl.program_id(0) // tiles).to(tl.int64)
+    element = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    kept = element < size
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    direction = (tl.program_id(1) // heads % DIRECTIONS).to(tl.int64)
+    gradient = (tl.program_id(1) // heads // DIRECTIONS).to(tl.int64)
+    row, begin, length = _frames(sequence, bounds, frames, KIND)
+    chunks = ((length + Q - 1) // Q).to(tl.int32)
+    slot = (direction * heads + head) * slots + _first_slot(sequence, bounds, frames, Q, KIND)
+    p = (element // dstate).to(tl.int64)
+    n = (element % dstate).to(tl.int64)
+    state = tl.zeros([BLOCK], MATH)
+    if first is not None:
+        pointer = first + sequence * first_s + head * first_h + p * first_p + n * first_n
+        state += tl.load(pointer, mask=kept & (gradient == 0), other=0).to(MATH)
+    if dlast is not None:
+        pointer = dlast + sequence * dlast_s + head * dlast_h + p * dlast_p + n * dlast_n
+        state += tl.load(pointer, mask=kept & (gradient == 1), other=0).to(MATH)
+    against_time = _is_reversed(direction, FLIP) != (gradient == 1)
+    own = states + (gradient * DIRECTIONS * heads * slots + slot) * size + element
+    for c in tl.range(0, chunks, num_stages=STAGES):
+        chunk = tl.where(against_time, chunks - 1 - c, c).to(tl.int64)
+        added = tl.load(own + chunk * size, mask=kept, other=0).to(MATH)
+        decay = tl.exp(tl.load(total_of + slot + chunk))
+        tl.store(own + chunk * size, state.to(states.dtype.element_ty), mask=kept)
+        state = state * decay + added
+    result = (sequence * heads + head) * size + element
+    if last is not None:
+        tl.store(last + result, state, mask=kept & (gradient == 0))
+    if dfirst is not None:
+        tl.store(dfirst + result, state, mask=kept & (gradient == 1))
+
+
+@triton.jit
+def _source(frame, valid, length, reverse, SHIFTED: tl.constexpr):
+    """The frames whose C a chunk's results take, and which there are."""
+    if SHIFTED:
+        source = tl.where(reverse, frame + 1, frame - 1)
+        return source, valid & (source >= 0) & (source < length)
+    else:
+        return frame, valid
+
+
+@triton.jit
+def _scores(
+    rows, columns, direction, row, begin, i, j, valid_i, valid_j, group, dstate,
+    r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
+    BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """rows_i . columns_j over dstate."""
+    scores = tl.zeros([i.shape[0], j.shape[0]], MATH)
+    for start in range(0, dstate, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        left = _tile(
+            rows, direction, row, begin + i, group, n, valid_i, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
+        )
+        right = _tile(
+            columns, direction, row, begin + j, group, n, valid_j, dstate, c_d, c_b, c_t, c_g, c_n, OPERAND, True
+        )
+        scores = tl.dot(left, right, scores, input_precision=PRECISION, out_dtype=MATH)
+    return scores
+
+
+@triton.jit
+def _in_sight(i, j, valid_i, valid_j, reverse, strict):
+    """Whether result i takes from frame j, for i and j that are already spread over rows and columns."""
+    own = tl.where(reverse, j - i, i - j)
+    return (own >= strict) & valid_i & valid_j
+
+
+@triton.jit
+def _direction_terms(
+    scores, rows, A, states, v_of, step_of, total_of, direction, head, slot, slots, heads, row, begin, length, i, j, q,
+    group, headdim, dstate, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n,
+    FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One direction's weights (rows, Q) of a chunk, and what its rows take from the states (rows, columns of headdim)."""
+    reverse = _is_reversed(direction, FLIP)
+    strict = 1 if SHIFTED else ((direction == 1).to(tl.int32) if ONCE else 0)
+    at = (direction * heads + head) * slots + slot
+    valid_i = i < length
+    valid_j = j < length
+    v_i = tl.load(v_of + at * Q + q)
+    step_i = tl.load(step_of + at * Q + q)
+    v_j = tl.load(v_of + at * Q + tl.arange(0, Q))
+    step_j = tl.load(step_of + at * Q + tl.arange(0, Q))
+    rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
+    if GRADIENT:
+        # Rows are frames, columns results: the gradient of x is the scan turned round, with B and C in each other's place.
+        u_j = v_j - step_j * rate if SHIFTED else v_j
+        seen = _in_sight(j[None, :], i[:, None], valid_j[None, :], valid_i[:, None], reverse, strict)
+        exponent = u_j[None, :] - v_i[:, None]
+        weights = tl.exp(tl.where(seen, exponent, float("-inf"))) * scores * step_i[:, None]
+        entered = tl.exp(tl.load(total_of + at) - v_i) * step_i
+        source, there = i, valid_i
+    else:
+        u_i = v_i - step_i * rate if SHIFTED else v_i
+        seen = _in_sight(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], reverse, strict)
+        exponent = u_i[:, None] - v_j[None, :]
+        weights = tl.exp(tl.where(seen, exponent, float("-inf"))) * scores * step_j[None, :]
+        entered = tl.where(valid_i, tl.exp(u_i), 0)
+        source, there = _source(i, valid_i, length, reverse, SHIFTED)
+    from_state = tl.zeros([i.shape[0], p.shape[0]], MATH)
+    for start in range(0, dstate, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        left = _tile(
+            rows, direction, row, begin + source, group, n, there, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
+        )
+        state = tl.load(
+            states + at * (headdim * dstate) + p[None, :] * dstate + n[:, None],
+            mask=(p < headdim)[None, :] & (n < dstate)[:, None],
+            other=0,
+        )
+        from_state = tl.dot(left, state, from_state, input_precision=PRECISION, out_dtype=MATH)
+    return weights, from_state * entered[:, None]
+
+
+@triton.jit
+def chunk_outputs(
+    z, rows, columns, A, D, states, v_of, step_of, total_of, out, bounds,
+    frames, sequences, slots, heads, group_heads, headdim, dstate,
+    z_d, z_b, z_t, z_h, z_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, A_d, A_h, D_d, D_h,
+    out_d, out_b, out_t, out_h,
+    DIRECTIONS: tl.constexpr, SUMMED: tl.constexpr, SUM_D: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr,
+    SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y from x, with rows = C and columns = B; with GRADIENT dx from dy, with rows = B and columns = C.
+
+    SUMMED: both directions' weights are added up and multiply z as one product. A program takes ROWS frames of a chunk,
+    BLOCK_P columns of headdim and HEADS heads of a group, which share the products of rows and columns.
+    """
+    BLOCKS: tl.constexpr = Q // ROWS
+    slot = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    block = tl.program_id(0) % BLOCKS
+    p_tiles = (headdim + BLOCK_P - 1) // BLOCK_P
+    head_blocks = heads // HEADS
+    p = (tl.program_id(1) % p_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    first_head = (tl.program_id(1) // p_tiles % head_blocks).to(tl.int64) * HEADS
+    direction = (tl.program_id(1) // p_tiles // head_blocks).to(tl.int64)
+    group = first_head // group_heads
+    sequence = _sequence_of(slot, bounds, frames, sequences, Q, KIND)
+    row, begin, length = _frames(sequence, bounds, frames, KIND)
+    chunk = slot - _first_slot(sequence, bounds, frames, Q, KIND)
+    q = block * ROWS + tl.arange(0, ROWS)
+    i = (chunk * Q).to(tl.int32) + q
+    j = (chunk * Q).to(tl.int32) + tl.arange(0, Q)
+    valid_i = i < length
+    valid_j = j < length
+    if KIND == "cu_seqlens":
+        stored = valid_i
+    else:
+        stored = i < frames
+    kept = stored[:, None] & (p < headdim)[None, :]
+    out += direction * out_d + row * out_b
+    out_offset = (begin + i).to(tl.int64)[:, None] * out_t + p[None, :]
+    if chunk * Q + block * ROWS >= length:
+        for h in range(HEADS):
+            zeros = tl.zeros([ROWS, BLOCK_P], out.dtype.element_ty)
+            tl.store(out + (first_head + h) * out_h + out_offset, zeros, mask=kept)
+        return
+
+    SHIFTED_ROWS: tl.constexpr = SHIFTED and not GRADIENT
+    SHIFTED_COLUMNS: tl.constexpr = SHIFTED and GRADIENT
+    reverse = _is_reversed(direction, FLIP)
+    source_i, there_i = _source(i, valid_i, length, reverse, SHIFTED_ROWS)
+    source_j, there_j = _source(j, valid_j, length, reverse, SHIFTED_COLUMNS)
+    scores = _scores(
+        rows, columns, direction, row, begin, source_i, source_j, there_i, there_j, group, dstate,
+        r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, BLOCK_N, MATH, OPERAND, PRECISION,
+    )  # fmt: skip
+    if SUMMED:
+        source_i, there_i = _source(i, valid_i, length, True, SHIFTED_ROWS)
+        source_j, there_j = _source(j, valid_j, length, True, SHIFTED_COLUMNS)
+        other_scores = _scores(
+            rows, columns, direction + 1, row, begin, source_i, source_j, there_i, there_j, group, dstate,
+            r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, BLOCK_N, MATH, OPERAND, PRECISION,
+        )  # fmt: skip
+    for h in range(HEADS):
+        head = first_head + h
+        weights, result = _direction_terms(
+            scores, rows, A, states, v_of, step_of, total_of, direction, head, slot, slots, heads, row, begin, length, i,
+            j, q, group, headdim, dstate, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n,
+            FLIP, ONCE, SHIFTED, GRADIENT, Q, BLOCK_N, MATH, OPERAND, PRECISION,
+        )  # fmt: skip
+        if SUMMED:
+            other_weights, other_result = _direction_terms(
+                other_scores, rows, A, states, v_of, step_of, total_of, direction + 1, head, slot, slots, heads, row,
+                begin, length, i, j, q, group, headdim, dstate, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n,
+                FLIP, ONCE, SHIFTED, GRADIENT, Q, BLOCK_N, MATH, OPERAND, PRECISION,
+            )  # fmt: skip
+            weights += other_weights
+            result += other_result
+        values = _tile(
+            z, direction, row, begin + j, head, p, valid_j, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND, False
+        )
+        result = tl.dot(weights.to(OPERAND), values, result, input_precision=PRECISION, out_dtype=MATH)
+        if D is not None:
+            skip = tl.load(D + direction * D_d + head * D_h).to(MATH)
+            if SUM_D:
+                skip += tl.load(D + D_d + head * D_h).to(MATH)
+            result += skip * _tile(
+                z, direction, row, begin + i, head, p, valid_i, headdim, z_d, z_b, z_t, z_h, z_p, MATH, False
+            )
+        result = tl.where(valid_i[:, None], result, 0)
+        tl.store(out + head * out_h + out_offset, result.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def chunk_gradients(
+    dy, x, dt, A, dt_bias, B, C, states, dB, dC, ddt, per_head, bounds,
+    frames, sequences, slots, heads, group_heads, headdim, dstate,
+    dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
+    B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n,
+    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of B, C, dt and, chunk by chunk, of what heads have one of, for one direction of a chunk.
+
+    dB, dC (heads / HEADS of a group, directions, batch, L, groups, dstate) and ddt (directions, batch, L, heads) are
+    parts of sums, as is per_head (3: of A, dt_bias, D; directions, heads, slots). BLOCK_N covers dstate.
+    """
+    slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
+    direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
+    groups = heads // group_heads
+    group = (tl.program_id(1) % groups).to(tl.int64)
+    head_block = (tl.program_id(1) // groups).to(tl.int64)
+    sequence = _sequence_of(slot, bounds, frames, sequences, Q, KIND)
+    row, begin, length = _frames(sequence, bounds, frames, KIND)
+    chunk = slot - _first_slot(sequence, bounds, frames, Q, KIND)
+    reverse = _is_reversed(direction, FLIP)
+    strict = 1 if SHIFTED else ((direction == 1).to(tl.int32) if ONCE else 0)
+    i = (chunk * Q).to(tl.int32) + tl.arange(0, Q)
+    n = tl.arange(0, BLOCK_N)
+    valid = i < length
+    if KIND == "cu_seqlens":
+        batch = 1
+        stored = valid
+    else:
+        batch = sequences
+        stored = i < frames
+    # The tensors of a batch, as (batch, L, heads or groups): contiguous.
+    line = row * frames + begin
+    dt_line = direction * batch * frames + line
+    part_line = (head_block * DIRECTIONS + direction) * batch * frames + line
+    ddt_offset = (dt_line + i) * heads
+    dB_offset = ((part_line + i) * groups + group)[:, None] * dstate + n[None, :]
+    kept = stored[:, None] & (n < dstate)[None, :]
+    sums = per_head + direction * heads * slots + slot
+    sums_size = tl.full([], DIRECTIONS, tl.int64) * heads * slots
+    first_head = group * group_heads + head_block * HEADS
+    if chunk * Q >= length:
+        zeros = tl.zeros([Q, BLOCK_N], MATH)
+        tl.store(dB + dB_offset, zeros, mask=kept)
+        tl.store(dC + dB_offset, zeros, mask=kept)
+        for h in range(HEADS):
+            tl.store(ddt + ddt_offset + first_head + h, tl.zeros([Q], MATH), mask=stored)
+            for which in tl.static_range(3):
+                zero = tl.zeros([1], MATH)
+                tl.store(sums + which * sums_size + (first_head + h) * slots + tl.arange(0, 1), zero)
+        return
+
+    source, there = _source(i, valid, length, reverse, SHIFTED)
+    B_tile = _tile(B, direction, row, begin + i, group, n, valid, dstate, B_d, B_b, B_t, B_g, B_n, OPERAND, False)
+    C_tile = _tile(C, direction, row, begin + source, group, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND, False)
+    scores = tl.dot(C_tile, tl.trans(B_tile), input_precision=PRECISION, out_dtype=MATH)
+    dscores = tl.zeros([Q, Q], MATH)
+    dB_sum = tl.zeros([Q, BLOCK_N], MATH)
+    dC_sum = tl.zeros([Q, BLOCK_N], MATH)
+    seen = _in_sight(i[:, None], i[None, :], valid[:, None], valid[None, :], reverse, strict)
+    for h in range(HEADS):
+        head = first_head + h
+        raw, free, step, v, total, rate = _decays(
+            dt, A, dt_bias, direction, row, begin + i, head, valid, reverse, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d,
+            bias_h, SOFTPLUS, LOW, HIGH, MATH,
+        )  # fmt: skip
+        u = v - step * rate if SHIFTED else v
+        at = (direction * heads + head) * slots + slot
+        gradient_at = at + tl.full([], DIRECTIONS, tl.int64) * heads * slots
+
+        dweights = tl.zeros([Q, Q], MATH)
+        from_C = tl.zeros([Q, BLOCK_N], MATH)
+        skip = tl.zeros([Q], MATH)
+        for start in range(0, headdim, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            dy_tile = _tile(
+                dy, direction, row, begin + i, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, OPERAND, False
+            )  # fmt: skip
+            x_tile = _tile(
+                x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, OPERAND, False
+            )
+            dweights = tl.dot(dy_tile, tl.trans(x_tile), dweights, input_precision=PRECISION, out_dtype=MATH)
+            state_offset = p[:, None] * dstate + n[None, :]
+            state_kept = (p < headdim)[:, None] & (n < dstate)[None, :]
+            state = tl.load(states + at * (headdim * dstate) + state_offset, mask=state_kept, other=0)
+            from_C = tl.dot(dy_tile, state, from_C, input_precision=PRECISION, out_dtype=MATH)
+            skip += tl.sum(dy_tile.to(MATH) * x_tile.to(MATH), 1)
+        entered = tl.where(valid, tl.exp(u), 0)
+        from_C *= entered[:, None]
+        gained = tl.sum(from_C * C_tile.to(MATH), 1)
+        dC_sum += from_C
+
+        from_B = tl.zeros([Q, BLOCK_N], MATH)
+        carried = tl.zeros([BLOCK_N], MATH)
+        for start in range(0, headdim, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            x_tile = _tile(
+                x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, OPERAND, False
+            )
+            state_offset = p[:, None] * dstate + n[None, :]
+            state_kept = (p < headdim)[:, None] & (n < dstate)[None, :]
+            state = tl.load(states + at * (headdim * dstate) + state_offset, mask=state_kept, other=0)
+            dstate_tile = tl.load(states + gradient_at * (headdim * dstate) + state_offset, mask=state_kept, other=0)
+            from_B = tl.dot(x_tile, dstate_tile, from_B, input_precision=PRECISION, out_dtype=MATH)
+            carried += tl.sum(state.to(MATH) * dstate_tile.to(MATH), 0)
+        left = tl.exp(total - v)
+        from_B *= left[:, None]
+        gave = tl.sum(from_B * B_tile.to(MATH), 1)
+        dB_sum += from_B * step[:, None]
+        total_gradient = tl.sum(step * gave, 0) + tl.exp(total) * tl.sum(carried, 0)
+
+        flow = tl.exp(tl.where(seen, u[:, None] - v[None, :], float("-inf"))) * dweights
+        dscores += flow * step[None, :]
+        through = flow * scores
+        gained += tl.sum(through * step[None, :], 1)
+        gave += tl.sum(through, 0)
+
+        # The gradient of the log decay a_k = dt_k A is that of every u and v it is part of, and of the total.
+        given = -step * gave
+        change = gained + given
+        prefix = tl.cumsum(change, 0)
+        suffix = tl.sum(change, 0) - prefix + change
+        log_decay = tl.where(reverse, prefix, suffix) + total_gradient
+        if SHIFTED:
+            log_decay -= gained
+        step_gradient = gave + rate * log_decay
+        step_gradient = tl.where(free == step, step_gradient, 0)  # clamped
+        if SOFTPLUS:
+            step_gradient *= 1 / (1 + tl.exp(-raw))
+        step_gradient = tl.where(valid, step_gradient, 0)
+        tl.store(ddt + ddt_offset + head, step_gradient, mask=stored)
+        own = sums + head * slots
+        tl.store(own, tl.sum(tl.where(valid, step * log_decay, 0), 0))
+        tl.store(own + sums_size, tl.sum(step_gradient, 0))
+        tl.store(own + 2 * sums_size, tl.sum(skip, 0))
+
+    dscores = dscores.to(OPERAND)
+    dC_sum = tl.dot(dscores, B_tile, dC_sum, input_precision=PRECISION, out_dtype=MATH)
+    dB_sum = tl.dot(tl.trans(dscores), C_tile, dB_sum, input_precision=PRECISION, out_dtype=MATH)
+    tl.store(dB + dB_offset, tl.where(valid[:, None], dB_sum, 0), mask=kept)
+    if SHIFTED:
+        # The first step's result has no C. Its row zeroes that of the last frame, which no result takes.
+        frame = tl.where(valid & (there == 0), tl.where(reverse, 0, length - 1), source)
+        frame = tl.where(valid, frame, i)
+        dB_offset = ((part_line + frame) * groups + group)[:, None] * dstate + n[None, :]
+    tl.store(dC + dB_offset, tl.where(there[:, None], dC_sum, 0), mask=kept)
+
+
+@triton.jit
+def _sum_terms(parts, out, terms, size, program, BLOCK: tl.constexpr):
+    """out[i] = the sum of parts[term, i] over terms, in order."""
+    offset = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kept = offset < size
+    total = tl.zeros([BLOCK], parts.dtype.element_ty)
+    for term in range(terms):
+        total += tl.load(parts + offset, mask=kept, other=0)
+        parts += size
+    tl.store(out + offset, total.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _sum_slots(parts, out, directions, heads, slots, program, BLOCK: tl.constexpr):
+    """out[program] = the sum of parts[program + directions heads, slot] over directions and slots."""
+    total = tl.zeros([BLOCK], parts.dtype.element_ty)
+    for direction in range(directions):
+        own = parts + (direction * heads + program).to(tl.int64) * slots
+        for start in range(0, slots, BLOCK):
+            offset = start + tl.arange(0, BLOCK)
+            total += tl.load(own + offset, mask=offset < slots, other=0)
+    tl.store(out + program, tl.sum(total, 0).to(out.dtype.element_ty))
+
+
+@triton.jit
+def sum_parts(
+    dB_parts, dC_parts, ddt_parts, per_head, dB, dC, ddt, dA, ddt_bias, dD,
+    B_terms, B_size, C_terms, C_size, dt_terms, dt_size, A_terms, A_size, bias_terms, bias_size, D_terms, D_size,
+    heads, slots, directions, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds up the parts of every gradient that is shared by heads, directions, chunks or sequences, in a fixed order."""
+    program = tl.program_id(0)
+    B_programs = (B_size + BLOCK - 1) // BLOCK
+    C_programs = (C_size + BLOCK - 1) // BLOCK
+    dt_programs = (dt_size + BLOCK - 1) // BLOCK
+    C_first = B_programs
+    dt_first = C_first + C_programs
+    A_first = dt_first + dt_programs
+    bias_first = A_first + A_size
+    D_first = bias_first + bias_size
+    kind = tl.full([], 1, tl.int64) * directions * heads * slots
+    if program < C_first:
+        _sum_terms(dB_parts, dB, B_terms, B_size, program, BLOCK)
+    elif program < dt_first:
+        _sum_terms(dC_parts, dC, C_terms, C_size, program - C_first, BLOCK)
+    elif program < A_first:
+        _sum_terms(ddt_parts, ddt, dt_terms, dt_size, program - dt_first, BLOCK)
+    elif program < bias_first:
+        _sum_slots(per_head, dA, A_terms, heads, slots, program - A_first, BLOCK)
+    elif program < D_first:
+        _sum_slots(per_head + kind, ddt_bias, bias_terms, heads, slots, program - bias_first, BLOCK)
+    elif program < D_first + D_size:
+        _sum_slots(per_head + 2 * kind, dD, D_terms, heads, slots, program - D_first, BLOCK)

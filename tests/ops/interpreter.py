@@ -1,0 +1,60 @@
+"""Where tests of Triton kernels run: on a GPU, or in Triton's interpreter, which takes CPU tensors.
+
+Tests of the Triton kernels of an operator stand in ``tests/ops/triton_<op>.py``, which begins with ``import
+interpreter`` and makes its tensors on ``interpreter.DEVICE``. ``test_triton.py`` runs each such file in a process of
+its own, since Triton reads TRITON_INTERPRET when it is imported: with the variable set, and where there is a GPU
+without it too. By hand: ``TRITON_INTERPRET=1 python -m pytest tests/ops/triton_<op>.py``.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETING else "cuda")
+
+if not INTERPRETING and not torch.cuda.is_available():
+    pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)
+pytest.importorskip("triton")
+
+
+def _mend_interpreter():
+    """What Triton 3.6's interpreter cannot do itself."""
+    from triton.runtime import interpreter
+
+    patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        # NumPy 2.4 turns arrays of one element into integers no longer.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def create_dot(self, a, b, *rest):  # it would multiply the bits of bfloat16 as integers
+        return dot(self, _float_of_bfloat16(a), _float_of_bfloat16(b), *rest)
+
+    def _float_of_bfloat16(handle):
+        if handle.dtype.scalar != interpreter.tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
+
+    interpreter._patch_lang_tensor = patch
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+if INTERPRETING:
+    _mend_interpreter()
+
+
+def small_scan_tiles(monkeypatch):
+    """In the interpreter, which is slow, the scans work on chunks of 16 frames; a GPU runs the tiles that are shipped."""
+    if INTERPRETING:
+        from linconv.ops.ssd import triton as scan
+
+        tiles = scan.Tiles(
+            chunk=32, rows=16, heads=2, block_p=16, block_n=16, state_p=16, state_n=16, gradient_chunk=16,
+            gradient_heads=2, gradient_p=16,
+        )  # fmt: skip
+        monkeypatch.setattr(scan, "choose_tiles", lambda *_: tiles)
