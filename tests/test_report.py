@@ -2,6 +2,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from linconv import report
 from linconv.cli import main
@@ -67,6 +69,32 @@ def test_error_rates_count_words_and_the_lowest_is_best(tmp_path):
     rows = report.build(folders)["rows"]
     assert [row["mode"] for row in rows] == ["teacher", "unguided", "target-guided"]
     assert rows[2]["retained"] == pytest.approx(0.5 / 0.75)
+
+
+def test_trajectories_share_one_projection_and_the_shift_is_a_cosine_distance(tmp_path):
+    teacher, student = run_folder(tmp_path, "teacher", 4), run_folder(tmp_path, "guided", 8)
+    # Two clips, one layer, in a plane of a space of five dimensions.
+    plane = torch.linalg.qr(torch.randn(5, 2))[0]
+
+    def at(x, y):
+        return (plane @ torch.tensor([float(x), float(y)])).expand(2, 1, 5).contiguous()
+
+    save_file({"student/0": at(1, 0), "student/10": at(1, 1)}, teacher / "probe.safetensors")
+    probe = {"student/0": at(4, 4), "student/9": at(2, 2), "student/10": at(1, 1), "teacher/0": at(1, 1)}
+    save_file(probe, student / "probe.safetensors")
+    made = report.build([teacher, student])
+    paths = {path["name"]: path for path in made["trajectories"]}
+    assert list(paths) == ["teacher", "target-guided", "teacher of target-guided"]
+    assert paths["target-guided"]["steps"] == [0, 9, 10]
+    assert paths["teacher"]["variance_shown"] == pytest.approx(1.0, abs=1e-6)
+    ends = [np.asarray(path["points"][-1]) for path in paths.values()]
+    assert np.allclose(ends[0], ends[1], atol=1e-5) and np.allclose(ends[1], ends[2], atol=1e-5)
+    way = np.linalg.norm(np.diff(paths["target-guided"]["points"], axis=0), axis=1)
+    assert way == pytest.approx([8**0.5, 2**0.5], rel=1e-4)
+    (shift,) = made["feature_shift"]
+    assert shift["layers"] == pytest.approx([1 - 0.5**0.5], rel=1e-4)
+    assert "below 0.3" in shift["advice"] and "try the target" in shift["advice"]
+    assert report.write(made, tmp_path / "out").read_text().count("data:image/png;base64,") == 3
 
 
 def test_command_writes_three_files(tmp_path, capsys):
