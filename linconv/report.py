@@ -101,8 +101,8 @@ def _mode_of(guide: dict) -> str:
 def build(folders: list[str | Path]) -> dict:
     """The report's content: runs, a row for each mode, and what the teachers' features advise.
 
-    Intervals are paired bootstraps: clips are drawn with replacement, the same ones for a student and for its teacher,
-    RESAMPLES times, and the seeds' runs are drawn each on its own.
+    Intervals are paired bootstraps: clips are drawn with replacement, RESAMPLES times, the same ones for a student, for
+    its teacher and for the other seeds, whose errors on one clip are not independent.
     """
     runs = [read_run(folder) for folder in folders]
     if len({run.score for run in runs}) > 1:
@@ -141,11 +141,11 @@ def _score(clips: np.ndarray, lower: bool) -> np.ndarray:
 
 
 def _row(mode: str, runs: list[RunFolder], teachers: dict) -> dict:
-    lower, draw = runs[0].lower_is_better, np.random.default_rng(0)
+    lower = runs[0].lower_is_better
     scores, differences, retained = [], [], []
     paired = mode != "teacher" and all((run.teacher, run.seed) in teachers for run in runs)
     for run in runs:
-        chosen = draw.integers(0, len(run.clips), (RESAMPLES, len(run.clips)))
+        chosen = np.random.default_rng(0).integers(0, len(run.clips), (RESAMPLES, len(run.clips)))
         mine = _score(run.clips[chosen], lower)
         scores.append(mine)
         if paired:
