@@ -25,6 +25,7 @@ from linconv.distillation import (
     WaypointGuided,
     make_mode,
 )
+from linconv.distillation.probe import Probe
 from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
 from linconv.progress import Progress
 from linconv.recipe import Recipe
@@ -32,6 +33,7 @@ from linconv.recipe import Recipe
 __all__ = ["Run", "distill", "evaluate", "finetune", "load_config", "load_model", "make_student", "save_preprocessing"]
 
 RESULTS_FILE = "results.json"
+PROBE_CLIPS = 8
 WAYPOINTS_FOLDER = "waypoints"  # in the teacher's
 
 _AUTO_CLASS = {
@@ -433,6 +435,10 @@ def _trainer(
         raise UserError(str(error)) from error
     # One of the two is there, by disable_tqdm.
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    if splits.test is not None and splits.test.targets is not None and splits.train is not None:
+        count = min(PROBE_CLIPS, len(splits.test))
+        clips = [splits.test[i * len(splits.test) // count] for i in range(count)]
+        trainer.add_callback(Probe(trainer, preprocessing.collator(clips)))
     if trainer.pop_callback(transformers.trainer_callback.ProgressCallback) is not None:
         trainer.add_callback(Progress())
     return trainer

@@ -16,7 +16,9 @@ from linconv.errors import UserError
 
 __all__ = ["RunFolder", "build", "read_run", "table", "write"]
 
-RESULTS_FILE, METRICS_FILE = "results.json", "metrics.jsonl"
+RESULTS_FILE, METRICS_FILE, PROBE_FILE = "results.json", "metrics.jsonl", "probe.safetensors"
+# A rule of thumb, not a measured threshold: from this mean cosine distance on, the fine-tuned model is called far away.
+FAR = 0.3
 RESAMPLES, LEVEL = 10_000, 0.95
 
 
@@ -34,6 +36,7 @@ class RunFolder:
     parameters: int
     records: list[dict]  # the training's log
     recipe: dict
+    probe: dict[str, np.ndarray]  # "student/STEP", "teacher/STEP": (clips, layers, d); empty where there is none
 
     @property
     def lower_is_better(self) -> bool:
@@ -72,7 +75,16 @@ def read_run(folder: str | Path) -> RunFolder:
         parameters=results["parameters"],
         records=[record for record in records if "loss" in record],
         recipe=recipe,
+        probe=_read_probe(path / PROBE_FILE),
     )
+
+
+def _read_probe(file: Path) -> dict[str, np.ndarray]:
+    if not file.is_file():
+        return {}
+    from safetensors.torch import load_file
+
+    return {name: value.float().numpy() for name, value in load_file(file).items()}
 
 
 def _mode_of(guide: dict) -> str:
@@ -89,8 +101,8 @@ def _mode_of(guide: dict) -> str:
 def build(folders: list[str | Path]) -> dict:
     """The report's content: runs, a row for each mode, and what the teachers' features advise.
 
-    Intervals are paired bootstraps: clips are drawn with replacement, the same ones for a student and for its teacher,
-    RESAMPLES times, and the seeds' runs are drawn each on its own.
+    Intervals are paired bootstraps: clips are drawn with replacement, RESAMPLES times, the same ones for a student, for
+    its teacher and for the other seeds, whose errors on one clip are not independent.
     """
     runs = [read_run(folder) for folder in folders]
     if len({run.score for run in runs}) > 1:
@@ -111,6 +123,8 @@ def build(folders: list[str | Path]) -> dict:
         "level": LEVEL,
         "rows": rows,
         "curves": [_curve(run) for run in runs if any("layer_mse" in record for record in run.records)],
+        "trajectories": _trajectories(runs),
+        "feature_shift": [_feature_shift(run) for run in runs if run.mode == "teacher" and run.probe],
         "runs": [
             {"path": str(r.path), "mode": r.mode, "seed": r.seed, "score": r.value, "parameters": r.parameters}
             for r in runs
@@ -127,11 +141,11 @@ def _score(clips: np.ndarray, lower: bool) -> np.ndarray:
 
 
 def _row(mode: str, runs: list[RunFolder], teachers: dict) -> dict:
-    lower, draw = runs[0].lower_is_better, np.random.default_rng(0)
+    lower = runs[0].lower_is_better
     scores, differences, retained = [], [], []
     paired = mode != "teacher" and all((run.teacher, run.seed) in teachers for run in runs)
     for run in runs:
-        chosen = draw.integers(0, len(run.clips), (RESAMPLES, len(run.clips)))
+        chosen = np.random.default_rng(0).integers(0, len(run.clips), (RESAMPLES, len(run.clips)))
         mine = _score(run.clips[chosen], lower)
         scores.append(mine)
         if paired:
@@ -178,6 +192,64 @@ def _curve(run: RunFolder) -> dict:
         "steps": [record["step"] for record in records],
         "layer_mse": [record["layer_mse"] for record in records],  # (records, layers)
         "layer_cosine": [record["layer_cosine"] for record in records],
+    }
+
+
+def _steps(probe: dict[str, np.ndarray], side: str) -> list[tuple[int, np.ndarray]]:
+    found = [(int(name.partition("/")[2]), value) for name, value in probe.items() if name.startswith(f"{side}/")]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _trajectories(runs: list[RunFolder]) -> list[dict]:
+    """Paths of the probe's mean hidden state, all layers side by side, on the two principal axes of them all.
+
+    Of the first seed's runs; a teacher that does not move is a point.
+    """
+    first = min((run.seed for run in runs if run.probe), default=None)
+    paths = []
+    for run in runs:
+        for side in ("student", "teacher"):
+            steps = _steps(run.probe, side) if run.seed == first else []
+            if steps:
+                points = np.stack([value.mean(0).ravel() for _, value in steps])  # (steps, layers * d)
+                name = run.mode if side == "student" else f"teacher of {run.mode}"
+                paths.append({"name": name, "side": side, "steps": [step for step, _ in steps], "points": points})
+    paths = [path for path in paths if path["points"].shape[1] == paths[0]["points"].shape[1]]
+    if not paths:
+        return []
+    everything = np.concatenate([path["points"] for path in paths])
+    center = everything.mean(0)
+    _, values, axes = np.linalg.svd(everything - center, full_matrices=False)
+    shares = values**2 / max((values**2).sum(), 1e-30)
+    return [
+        {
+            **{key: path[key] for key in ("name", "side", "steps")},
+            "points": ((path["points"] - center) @ axes[:2].T).tolist(),
+            "variance_shown": float(shares[:2].sum()),
+        }
+        for path in paths
+    ]
+
+
+def _feature_shift(run: RunFolder) -> dict:
+    """How far fine-tuning moved each layer: the mean over clips of 1 - cosine of first and last hidden state."""
+    steps = _steps(run.probe, "student")
+    first, last = steps[0][1], steps[-1][1]  # (clips, layers, d)
+    norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(last, axis=-1)
+    distance = (1 - (first * last).sum(-1) / np.maximum(norms, 1e-9)).mean(0)
+    mean = float(distance.mean())
+    far = mean >= FAR
+    return {
+        "seed": run.seed,
+        "layers": distance.tolist(),
+        "mean": mean,
+        "advice": f"mean cosine distance {mean:.2f}, {'at least' if far else 'below'} {FAR}: fine-tuning "
+        + (
+            "moved the features far; try trajectory or waypoint guidance"
+            if far
+            else "kept the features; try the target"
+        )
+        + " first (a rule of thumb)",
     }
 
 
@@ -264,6 +336,9 @@ def _markdown(report: dict) -> str:
     parts = [f"# {report['title']}", text, _note()]
     if report["curves"]:
         parts += ["## Hidden states at the last record", "\n".join(f"- {line}" for line in _last_values(report))]
+    if report["feature_shift"]:
+        shifts = [f"- seed {shift['seed']}: {shift['advice']}" for shift in report["feature_shift"]]
+        parts += ["## Feature shift of the fine-tuning", "\n".join(shifts)]
     parts += ["## Provenance", _provenance(report) + f"; written {report['made']}"]
     return "\n\n".join(parts) + "\n"
 
@@ -284,10 +359,17 @@ def _page(report: dict) -> str:
     body = [f"<h1>{html.escape(report['title'])}</h1>"]
     body.append("<table>" + cells(header, "th") + "".join(cells(row, "td") for row in rows) + "</table>")
     body.append(f'<p class="small">{html.escape(_note())}</p>')
-    for title, figure in (("Scores", _score_figure(report)), ("Hidden states against step", _curve_figure(report))):
+    figures = (
+        ("Scores", _score_figure(report)),
+        ("Hidden states against step", _curve_figure(report)),
+        ("Trajectories of the hidden states", _trajectory_figure(report)),
+        ("Feature shift of the fine-tuning", _shift_figure(report)),
+    )
+    for title, figure in figures:
         if figure is not None:
             image = base64.b64encode(figure).decode()
             body.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}">')
+    body += [f"<p>Seed {shift['seed']}: {html.escape(shift['advice'])}</p>" for shift in report["feature_shift"]]
     card = html.escape(json.dumps(report["model_card"], indent=1))
     body.append(f"<h2>Model card metadata</h2><details><summary>JSON</summary><pre>{card}</pre></details>")
     body.append(f'<p class="small">{html.escape(_provenance(report))}; written {report["made"]}</p>')
@@ -350,4 +432,40 @@ def _curve_figure(report: dict) -> bytes | None:
     axes[0, 0].set_ylabel("MSE to the teacher")
     axes[1, 0].set_ylabel("cosine to the teacher")
     axes[0, -1].legend(fontsize=7)
+    return _png(figure)
+
+
+def _trajectory_figure(report: dict) -> bytes | None:
+    """Students' paths, and their teachers', from a ring at the first step to a square at the last."""
+    paths = report["trajectories"]
+    if not paths:
+        return None
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    for path in paths:
+        x, y = np.asarray(path["points"]).T
+        style = "-" if path["side"] == "student" else ":"
+        [line] = axis.plot(x, y, style, marker=".", markersize=4, label=path["name"])
+        axis.plot(x[0], y[0], "o", color=line.get_color(), markerfacecolor="white")
+        axis.plot(x[-1], y[-1], "s", color=line.get_color())
+    shown = paths[0]["variance_shown"]
+    axis.set(xlabel="first principal axis", ylabel="second principal axis", title=f"{shown:.0%} of the variance")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _png(figure)
+
+
+def _shift_figure(report: dict) -> bytes | None:
+    """Cosine distance of the pretrained to the fine-tuned hidden states, layer by layer."""
+    if not report["feature_shift"]:
+        return None
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
+    for shift in report["feature_shift"]:
+        layers = range(1, len(shift["layers"]) + 1)
+        axis.plot(layers, shift["layers"], marker="o", label=f"seed {shift['seed']}")
+    axis.axhline(FAR, color="grey", linestyle=":")
+    axis.set(xlabel="layer", ylabel="cosine distance", xticks=list(layers))
+    axis.grid(alpha=0.3)
+    axis.legend()
     return _png(figure)

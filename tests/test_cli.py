@@ -89,6 +89,30 @@ def test_finetune_and_distill_leave_models_scores_and_metrics(trained):
     assert [len(r["layer_mse"]) for r in lines if "layer_mse" in r] == [2, 2]
 
 
+def test_every_mode_by_its_name_and_a_report_of_them(tmp_path, data, capsys):
+    folder = tmp_path
+    path = recipe(folder, data)
+    linconv("finetune", path, "--set", "model.waypoints=2")
+    teacher = folder / "teacher"
+    steps = [int(p.name.rpartition("-")[2]) for p in sorted((teacher / "waypoints").iterdir())]
+    assert len(steps) == 2 and (teacher / "waypoints" / f"checkpoint-{steps[0]}" / "model.safetensors").is_file()
+    runs = [teacher]
+    for mode, options in (
+        ("trajectory_guided", ["--set", "guide.update_every=1"]),
+        ("waypoint_guided", []),
+        ("hybrid", ["--set", "guide.mode=waypoint_guided", "--set", "guide.drop_layer_loss_at=1"]),
+    ):
+        runs.append(folder / mode)
+        linconv("distill", path, "--mode", mode, "--output", runs[-1], *options)
+    capsys.readouterr()
+    linconv("report", *runs, "--output", folder / "report")
+    printed = capsys.readouterr().out
+    for name in ("teacher", "trajectory-guided (update_every 1)", "waypoint-guided", "hybrid of waypoint-guided"):
+        assert name in printed
+    made = json.loads((folder / "report" / "report.json").read_text())
+    assert len(made["trajectories"]) == 1 + 3 * 2 and len(made["feature_shift"]) == 1
+
+
 def test_eval_gives_the_scores_of_the_run_again(trained, capsys):
     folder, path = trained
     for name in ("teacher", "student"):
