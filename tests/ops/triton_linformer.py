@@ -109,6 +109,7 @@ def test_self_attention():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(interpreter.INTERPRETING, reason="builds are of compiled kernels")
 def test_every_shipped_build_is_listed():
     names = {build.name for build in module.shipped()}
     assert names == {
