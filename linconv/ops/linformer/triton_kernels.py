@@ -79,7 +79,9 @@ def project(
     PRECISION: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """proj^T x over one split: a tile of ranks and columns."""
-    tile, split, row_and_head = (tl.program_id(i).to(tl.int64) for i in tl.static_range(3))
+    tile = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    row_and_head = tl.program_id(2).to(tl.int64)
     row, head = row_and_head // heads, row_and_head % heads
     length = _length(row, bounds, frames)
     size = _split_frames(length, LEAST, MOST, MULTIPLE)
@@ -273,7 +275,9 @@ def attend_keys(
     PRECISION: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """What the queries of one split add to the gradients of a tile of projected keys and values."""
-    tile, split, row_and_head = (tl.program_id(i).to(tl.int64) for i in tl.static_range(3))
+    tile = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    row_and_head = tl.program_id(2).to(tl.int64)
     row, head = row_and_head // heads, row_and_head % heads
     length = _length(row, bounds, frames)
     size = _split_frames(length, LEAST, MOST, MULTIPLE)
