@@ -11,6 +11,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 JOBS ?= 2
+# One GPU architecture here, for a short build where nvcc is installed; a build without this variable has all of them.
+export LINCONV_CUDA_ARCHS ?= 90a
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check

@@ -12,9 +12,10 @@ list(APPEND CMAKE_CUDA_ARCHITECTURES "${newest}-real" "${newest}-virtual")
 enable_language(CUDA)
 message(STATUS "CUDA library: nvcc ${CMAKE_CUDA_COMPILER_VERSION}, ${CMAKE_CUDA_ARCHITECTURES}")
 
-add_library(linconv_cuda MODULE ${LINCONV_CUDA_SOURCES})
+add_library(linconv_cuda MODULE ${LINCONV_CUDA_SOURCES} csrc/common/tensor.cpp)
 target_link_libraries(linconv_cuda PRIVATE linconv_flags linconv_torch)
-target_compile_definitions(linconv_cuda PRIVATE USE_CUDA)  # the CUDA part of torch's stable headers
+# LINCONV_CUDA: tensors of csrc/common/tensor.cpp are on the GPU. USE_CUDA: the CUDA part of torch's stable headers.
+target_compile_definitions(linconv_cuda PRIVATE LINCONV_CUDA USE_CUDA)
 target_compile_options(linconv_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xcompiler=-Wall,-Wextra,-Werror;-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=>)
 set_target_properties(linconv_cuda PROPERTIES PREFIX "lib" SUFFIX ".so" CUDA_VISIBILITY_PRESET hidden)

@@ -1,4 +1,4 @@
-"""The command line: ``linconv inspect | convert | finetune | distill | eval | demo | env``."""
+"""The command line: ``linconv inspect | convert | finetune | distill | eval | report | bench | demo | env``."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ _RECIPE_FLAGS = (
     ("--teacher", "model.teacher", str, "fine-tuned checkpoint: written by finetune, read by distill"),
     ("--output", "output", str, "folder for the student"),
     ("--mixer", "conversion.mixer", str, "what takes attention's place"),
-    ("--mode", "guide.name", str, "unguided, target_guided or hybrid"),
+    ("--mode", "guide.name", str, "unguided, target_guided, trajectory_guided, waypoint_guided or hybrid"),
     ("--seed", "seed", int, "seed of every random draw"),
 )
 
@@ -60,11 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command is None:
             parser.print_help()
             return 0
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except UserError as error:
         print(f"linconv: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _build_parser() -> _Parser:
@@ -105,6 +104,13 @@ def _build_parser() -> _Parser:
     sub.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default test)")
     sub.add_argument("--json", action="store_true", help="print the scores as JSON")
 
+    sub = command("report", _report, "Finished runs side by side: report.json, report.md and report.html.")
+    sub.add_argument("runs", metavar="RUN", nargs="+", help="output folder of a finished finetune or distill")
+    sub.add_argument("--output", default="report", help="folder for the report (default report)")
+
+    from linconv.benchmarking.command import add_arguments
+
+    add_arguments(command("bench", _bench, "Latency, memory and crossover, measured, reported and compared."))
     command(
         "demo", None, "The whole way on recorded speech: teacher, students, scores, speed. See `linconv demo --help`."
     )
@@ -218,6 +224,22 @@ def _eval(arguments) -> None:
         print(json.dumps(scores))
     else:
         _print_table([(k, f"{v:.4f}" if isinstance(v, float) else str(v)) for k, v in scores.items()])
+
+
+def _report(arguments) -> None:
+    from linconv import report
+
+    made = report.build(arguments.runs)
+    page = report.write(made, arguments.output)
+    header, rows = report.table(made)
+    _print_table([(row[0], "  ".join(filter(None, row[1:]))) for row in [header, *rows]])
+    print(f"written to {page}")
+
+
+def _bench(arguments) -> int:
+    from linconv.benchmarking.command import main
+
+    return main(arguments)
 
 
 def _env(arguments) -> None:

@@ -1,5 +1,6 @@
 """What the command line does, as functions: fine-tune a teacher, distil a student, score a checkpoint."""
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,14 @@ from linconv.conversion import ConvertedModel, convert
 from linconv.conversion.families import FAMILIES, Family
 from linconv.data import Collator, SentenceCollator, Splits, build_tokenizer, load_splits
 from linconv.data.metrics import Metrics
-from linconv.distillation import DistillationArguments, DistillationTrainer, Unguided, make_mode
+from linconv.distillation import (
+    DistillationArguments,
+    DistillationTrainer,
+    TrajectoryGuided,
+    Unguided,
+    WaypointGuided,
+    make_mode,
+)
 from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
 from linconv.progress import Progress
 from linconv.recipe import Recipe
@@ -24,6 +32,7 @@ from linconv.recipe import Recipe
 __all__ = ["Run", "distill", "evaluate", "finetune", "load_config", "load_model", "make_student", "save_preprocessing"]
 
 RESULTS_FILE = "results.json"
+WAYPOINTS_FOLDER = "waypoints"  # in the teacher's
 
 _AUTO_CLASS = {
     "classification": "AutoModelForAudioClassification",
@@ -276,11 +285,24 @@ class Run:
         if self.trainer.is_world_process_zero():
             results = {
                 "scores": scores,
+                "clips": self.trainer.compute_metrics.clips if scores else [],
                 "parameters": self.trainer.model.num_parameters(),
                 "recipe": asdict(self.recipe),
             }
             (self.output / RESULTS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         return scores
+
+
+class KeepWaypoints(transformers.TrainerCallback):
+    """Saves ``count`` snapshots of the model, evenly spaced and the end among them: its weights and nothing else."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        step, steps = state.global_step, state.max_steps
+        if step * self.count // steps > (step - 1) * self.count // steps and state.is_world_process_zero:
+            model.save_pretrained(self.folder / f"checkpoint-{step}")
 
 
 def finetune(recipe: Recipe, folder: str | None = None) -> Run:
@@ -308,6 +330,10 @@ def finetune(recipe: Recipe, folder: str | None = None) -> Run:
     extractor = _feature_extractor(recipe.model.source, config, recipe)
     preprocessing = _preprocessing(recipe, config, extractor, tokenizer)
     trainer = _trainer(recipe, recipe.finetune, folder or output, model, splits, preprocessing, mode=Unguided())
+    if recipe.model.waypoints < 0:
+        raise UserError(f"model.waypoints: got {recipe.model.waypoints}; want a number from 0 up")
+    if recipe.model.waypoints:
+        trainer.add_callback(KeepWaypoints(Path(folder or output) / WAYPOINTS_FOLDER, recipe.model.waypoints))
     return Run(recipe, trainer, splits, Path(output), f"fine-tune {recipe.model.source or 'a new model'}")
 
 
@@ -318,8 +344,11 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
     """
     path = _required(recipe.model.teacher, "model.teacher", "the checkpoint of a fine-tuned model")
     output = _required(recipe.output, "output", "a folder for the student")
+    options = recipe.guide.options()
+    if "waypoint_guided" in (recipe.guide.name, recipe.guide.mode) and "checkpoints" not in options:
+        options["checkpoints"] = str(Path(path) / WAYPOINTS_FOLDER)
     try:
-        mode = make_mode(recipe.guide.name, **recipe.guide.options())
+        mode = make_mode(recipe.guide.name, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"guide.{error}") from error
     teacher = _any_length(load_model(path, "model.teacher"))
@@ -338,6 +367,10 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
             )
         base = _base_model(recipe, _task_config(recipe, splits, tokenizer))
     student = make_student(base, recipe)
+    if isinstance(mode.guide, TrajectoryGuided):
+        teacher = copy.deepcopy(base)  # the head too: both start from the same place
+    elif isinstance(mode.guide, WaypointGuided):
+        teacher = _any_length(load_model(mode.guide.waypoint(0), "guide.checkpoints"))
     if recipe.model.freeze_feature_encoder:
         student.freeze_feature_encoder()
     preprocessing = _preprocessing(recipe, teacher.config, extractor, tokenizer)

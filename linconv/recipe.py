@@ -52,7 +52,8 @@ class Model:
 
     ``source`` is the pretrained model; or ``config`` describes one to be trained from scratch. ``teacher`` is the
     fine-tuned one: ``finetune`` writes it and ``distill`` reads it. ``overrides`` go into the config of what is
-    fine-tuned.
+    fine-tuned. ``waypoints`` is how many snapshots of the fine-tuning ``finetune`` keeps in ``waypoints`` below the
+    teacher's folder, evenly spaced, for the mode waypoint_guided.
     """
 
     source: str | None = None
@@ -60,6 +61,7 @@ class Model:
     config: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     freeze_feature_encoder: bool = False
+    waypoints: int = 0
 
 
 @dataclass
@@ -75,9 +77,11 @@ class Conversion:
 class Guide:
     """How the teacher guides. See linconv.distillation.schedules for what the options mean."""
 
-    name: Literal["unguided", "target_guided", "hybrid"] = "target_guided"
+    name: Literal["unguided", "target_guided", "trajectory_guided", "waypoint_guided", "hybrid"] = "target_guided"
     init: Literal["target", "source"] | None = None
-    mode: Literal["unguided", "target_guided"] | None = None
+    update_every: int | None = None
+    checkpoints: list[str] | None = None
+    mode: Literal["unguided", "target_guided", "trajectory_guided", "waypoint_guided"] | None = None
     drop_layer_loss_at: int | None = None
     drop_kd_at: int | None = None
 

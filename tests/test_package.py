@@ -185,6 +185,51 @@ class TestBinary:
             assert "std::" not in undefined and "torch" not in undefined, file.name
 
 
+CUDA_LIBRARY = dispatch.LIBRARIES / "liblinconv_cuda.so"
+
+
+@pytest.mark.skipif(not CUDA_LIBRARY.exists() or shutil.which("readelf") is None, reason="needs the CUDA library")
+class TestCudaBinary:
+    def test_needs_torch_by_name_and_no_cuda_runtime(self):
+        dynamic = subprocess.run(["readelf", "-dW", CUDA_LIBRARY], capture_output=True, text=True, check=True).stdout
+        needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\]", dynamic))
+        assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= needed
+        assert not {name for name in needed if name.startswith(("libcuda", "libc10", "libpython"))}
+        assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
+
+    def test_every_symbol_it_needs_is_torchs_interface_or_the_systems(self):
+        listed = subprocess.run(["nm", "-D", "-u", CUDA_LIBRARY], capture_output=True, text=True, check=True).stdout
+        names = {line.split()[-1] for line in listed.splitlines()}
+        weak = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
+        others = {n for n in names - weak if "@" not in n and not n.startswith(("aoti_torch_", "torch_"))}
+        assert not others
+
+    def test_it_loads_beside_stand_ins_and_registers_its_operators(self, tmp_path):
+        """Without a GPU's torch: an empty libtorch_cuda.so with the few functions that it calls."""
+        compiler = shutil.which("cc") or shutil.which("gcc")
+        if compiler is None or torch.cuda.is_available():
+            pytest.skip("needs a C compiler and a CPU-only torch")
+        listed = subprocess.run(["nm", "-D", "-u", CUDA_LIBRARY], capture_output=True, text=True, check=True).stdout
+        cuda_only = [n for n in listed.split() if n.startswith(("aoti_torch_get_current_cuda", "torch_c10_cuda"))]
+        (tmp_path / "stand_in.c").write_text("".join(f"int {name}(void) {{ return 1; }}\n" for name in cuda_only))
+        stand_in = tmp_path / "libtorch_cuda.so"
+        flags = ["-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
+        subprocess.run([compiler, *flags, tmp_path / "stand_in.c", "-o", stand_in], check=True)
+        code = f"""
+import ctypes, torch, linconv
+ctypes.CDLL({str(stand_in)!r}, mode=ctypes.RTLD_GLOBAL)
+torch.ops.load_library({str(CUDA_LIBRARY)!r})
+print(*sorted(torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")))
+"""
+        registered = python(code).stdout
+        for op in ("short_conv", "short_conv_backward", "gated_rms_norm", "gated_rms_norm_backward", "ssd"):
+            assert f"linconv::{op}" in registered.split()
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_without_a_gpu_it_is_not_loaded_and_the_reason_given(self):
+        assert linconv.ops.backends()["cuda"] == "torch sees no CUDA device"
+
+
 def test_wheel_serves_every_python():
     # The source tree's egg-info may stand before the installed distribution.
     installed = [found.read_text("WHEEL") for found in importlib.metadata.distributions(name="linconv")]

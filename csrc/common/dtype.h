@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// Of functions that CUDA kernels call too.
+#if defined(__CUDACC__)
+#define LINCONV_HOST_DEVICE __host__ __device__
+#else
+#define LINCONV_HOST_DEVICE
+#endif
+
 namespace linconv {
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -16,15 +23,15 @@ struct Float16 {
 
 // Functions in headers that kernel.cpp includes are static: an inline one could be merged by the linker across ISAs.
 
-static inline int64_t element_size(DType dtype) {
+LINCONV_HOST_DEVICE static inline int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
 // The address of an element, counted from `data` in elements.
-static inline void* offset(void* data, DType dtype, int64_t elements) {
+LINCONV_HOST_DEVICE static inline void* offset(void* data, DType dtype, int64_t elements) {
   return static_cast<char*>(data) + elements * element_size(dtype);
 }
-static inline const void* offset(const void* data, DType dtype, int64_t elements) {
+LINCONV_HOST_DEVICE static inline const void* offset(const void* data, DType dtype, int64_t elements) {
   return static_cast<const char*>(data) + elements * element_size(dtype);
 }
 
@@ -35,7 +42,7 @@ struct Type {
 
 // Calls f with Type<S>{} for the storage type S behind the tag.
 template <class F>
-static inline void with_storage(DType dtype, F&& f) {
+LINCONV_HOST_DEVICE static inline void with_storage(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kFloat32: return f(Type<float>{});
     case DType::kFloat64: return f(Type<double>{});

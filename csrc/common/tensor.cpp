@@ -33,7 +33,11 @@ ScalarType scalar_type(DType dtype) {
 }
 
 void require_strided(const Tensor& tensor, int64_t dims, const char* name) {
+#if defined(LINCONV_CUDA)
+  require(tensor.is_cuda(), name, " is not on a CUDA device");
+#else
   require(tensor.is_cpu(), name, " is not on the CPU");
+#endif
   require(tensor.layout() == torch::headeronly::Layout::Strided, name, " is not a strided tensor");
   require(tensor.dim() == dims, name, " has ", tensor.dim(), " dimensions, wanted ", dims);
 }
@@ -96,8 +100,13 @@ static bool poison() {
 }
 
 static Tensor empty(const int64_t* sizes, size_t dims, DType dtype) {
+#if defined(LINCONV_CUDA)
+  const torch::stable::Device device(torch::headeronly::DeviceType::CUDA);
+  Tensor out = torch::stable::empty({sizes, dims}, scalar_type(dtype), std::nullopt, device);
+#else
   Tensor out = torch::stable::empty({sizes, dims}, scalar_type(dtype));
   prefer_large_pages(out.data_ptr(), out.numel() * element_size(dtype));
+#endif
   static const bool poisoned = poison();
   if (poisoned) torch::stable::fill_(out, std::numeric_limits<double>::quiet_NaN());
   return out;

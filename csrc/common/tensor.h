@@ -1,4 +1,6 @@
-// Between torch's tensors and what kernels see of them. For cpu.cpp only: kernel.cpp includes no torch header.
+// Between torch's tensors and what kernels see of them. For cpu.cpp and cuda.cu: kernel.cpp includes no torch header.
+//
+// Compiled into each library for its own device: with LINCONV_CUDA tensors are in CUDA memory, without in CPU memory.
 //
 // The Python side has already raised a ValueError or TypeError on bad arguments; what is checked here, again, is what is
 // dereferenced, for callers of torch.ops.linconv.* itself.
@@ -35,7 +37,7 @@ ScalarType scalar_type(DType dtype);
 // The dtype that kernels compute in: float64 for float64, else float32.
 inline DType math_type(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
-// Throws unless the tensor is in CPU memory, strided, and of N dimensions.
+// Throws unless the tensor is in memory of the library's device, strided, and of N dimensions.
 void require_strided(const Tensor& tensor, int64_t dims, const char* name);
 
 template <int N>
@@ -73,7 +75,7 @@ std::vector<Span> sequence_spans(const std::optional<Tensor>& seq_lens, const st
 // sequence's own first: how a sequence is cut does not depend on what else is in the batch.
 std::vector<Block> cut_into_blocks(const std::vector<Span>& spans, int64_t frames, int64_t frames_per_block);
 
-// A new contiguous CPU tensor, not initialised; filled with NaN where the environment has LINCONV_POISON=1, by which tests
+// A new contiguous tensor on the library's (current) device, not initialised; filled with NaN where the environment has LINCONV_POISON=1, by which tests
 // see that every element of a result is written.
 Tensor empty(std::initializer_list<int64_t> sizes, DType dtype);
 Tensor empty_as(const Tensor& other, DType dtype);  // with the sizes of another

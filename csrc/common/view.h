@@ -1,4 +1,4 @@
-// What a kernel sees of a tensor and of the sequences in a batch: plain structs, filled by cpu.cpp (common/tensor.h).
+// What a kernel sees of a tensor and of the sequences in a batch: plain structs, filled by cpu.cpp or cuda.cu (common/tensor.h).
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct View {
 
 // The address of the element with the given leading indices; the rest are 0.
 template <int N, class... Index>
-static inline void* at(const View<N>& view, Index... index) {
+LINCONV_HOST_DEVICE static inline void* at(const View<N>& view, Index... index) {
   int64_t elements = 0;
   int dim = 0;
   ((elements += index * view.stride[dim++]), ...);

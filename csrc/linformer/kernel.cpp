@@ -341,7 +341,7 @@ void attend(const LinformerAttendArgs& args, int64_t begin, int64_t end) {
           reciprocals[i] *= static_cast<T>(args.dropout.keep_scale);
         }
       gemm<T, Update::kScaleRows, Triangle::kNone>(tiled, round_up(keys.headdim, kWidth<T>), keys.rank, {scores, lds, 1},
-                                                   keys.v, ldx, y, ldx, {}, {nullptr, 0, reciprocals});
+                                                   keys.v, ldx, y, ldx, {}, {.rows = reciprocals});
       store_rows(args.out, row, h, t, count, y, ldx);
     }
     clear_rows<T>(args.out, row, h, max(first, valid), last);

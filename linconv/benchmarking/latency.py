@@ -10,16 +10,36 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds one call took: the median over ``repeats`` calls, and the fastest and slowest of them."""
+    """Seconds one call took: the median over ``repeats`` calls, the fastest and slowest of them, and all in order."""
 
     median: float
     fastest: float
     slowest: float
     repeats: int
+    samples: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, seconds: list[float]) -> Latency:
-        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds), tuple(seconds))
+
+
+def wall_clock(work: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def cuda_events(work: Callable[[], object]) -> float:
+    """Seconds that one call keeps the current CUDA stream busy."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def measure(work: Callable[[], object], **limits) -> Latency:
@@ -35,6 +55,7 @@ def compare(
     max_repeats: int = 50,
     min_seconds: float = 0.5,
     synchronize: Callable[[], object] = lambda: None,
+    clock: Callable[[Callable[[], object]], float] = wall_clock,
 ) -> dict[str, Latency]:
     """Times several pieces of work in turn, one call of each per round, so that drift of the machine meets all alike.
 
@@ -44,7 +65,8 @@ def compare(
     Args:
         works: name to a callable without arguments.
         warmup: calls of each before the first timed one.
-        synchronize: waits for the device, e.g. ``torch.cuda.synchronize``; called before each reading of the clock.
+        synchronize: waits for the device, e.g. ``torch.cuda.synchronize``; called before each call and within its time.
+        clock: gives the seconds of one call: :func:`wall_clock`, or :func:`cuda_events` for work on a CUDA device.
     """
     if min_repeats < 1 or max_repeats < min_repeats:
         raise ValueError(f"1 <= min_repeats <= max_repeats is wanted, got {min_repeats} and {max_repeats}")
@@ -60,8 +82,5 @@ def compare(
         for name, work in works.items():
             if unfinished(seconds[name]):
                 synchronize()
-                start = time.perf_counter()
-                work()
-                synchronize()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock(lambda work=work: (work(), synchronize())))
     return {name: Latency.of(taken) for name, taken in seconds.items()}

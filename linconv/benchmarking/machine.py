@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -11,10 +13,10 @@ from pathlib import Path
 import torch
 
 import linconv
-from linconv.benchmarking.latency import measure
+from linconv.benchmarking.latency import cuda_events, measure, wall_clock
 from linconv.ops import dispatch
 
-__all__ = ["copy_bandwidth", "matmul_rate", "matmul_work", "provenance"]
+__all__ = ["matmul_work", "memory_bytes", "provenance", "rates"]
 
 _SIZE = 2048
 
@@ -25,28 +27,43 @@ def matmul_work(size: int = _SIZE):
     return lambda: a @ b, 2 * size**3
 
 
-def matmul_rate(size: int = _SIZE) -> float:
-    """Floating-point operations a second of a large fp32 ``torch.mm``, the floor of everything made of products."""
-    work, flops = matmul_work(size)
-    return flops / measure(work, warmup=3, min_repeats=9).median
-
-
-def copy_bandwidth(mebibytes: int = 512) -> float:
-    """Bytes a second of copying a large tensor to another: read and written bytes both count."""
-    source = torch.ones(mebibytes << 18)
+def rates(device: str = "cpu", dtypes: tuple[str, ...] = ("float32",)) -> dict:
+    """What floors are made of, measured now: ``matmul``, operations a second by dtype, and ``copy``, bytes a second."""
+    clock, size, mebibytes = (cuda_events, 8192, 2048) if device == "cuda" else (wall_clock, _SIZE, 256)
+    matmul = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        taken = measure(functools.partial(torch.mm, a, b), warmup=3, min_repeats=7, clock=clock)
+        matmul[dtype] = 2 * size**3 / taken.median
+    source = torch.ones(mebibytes << 18, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / measure(lambda: target.copy_(source), min_repeats=5).median
+    copied = measure(functools.partial(target.copy_, source), min_repeats=5, clock=clock)
+    return {"matmul": matmul, "copy": 2 * source.nbytes / copied.median}
+
+
+def memory_bytes(device: str = "cpu") -> int:
+    """What is free to be used now."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def provenance() -> dict:
     """Everything needed to tell whether two results may be compared."""
-    commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    # Results being written beside the code do not make the code another.
+    commit = _git("rev-parse", "HEAD")
+    dirty = _git("status", "--porcelain", ":(top)", ":(top,exclude)benchmarks/results")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "linconv": linconv.__version__,
         "commit": commit,
         "dirty": None if dirty is None else bool(dirty),
         "torch": torch.__version__,
+        **{name: _version(name) for name in ("transformers", "triton")},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
@@ -54,7 +71,15 @@ def provenance() -> dict:
         "isa": dispatch.build_info().get("isa"),
         "compiler": dispatch.build_info().get("compiler"),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:

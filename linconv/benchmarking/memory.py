@@ -50,6 +50,19 @@ def _measure(make: Callable[..., Callable[[], object]], args: tuple) -> int:
     return peak_resident_bytes() - before
 
 
+def peak_extra_cuda_bytes(work: Callable[[], object]) -> int:
+    """Bytes that torch allocated on the current CUDA device at its highest while ``work()`` ran, above what it held."""
+    import torch
+
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def peak_resident_bytes() -> int:
     """The highest resident size of this process so far (on Linux: since the last reset)."""
     if _STATUS.exists():

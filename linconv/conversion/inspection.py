@@ -5,10 +5,12 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedModel
 
 from linconv import mixers
 from linconv.conversion.convert import convertible_family, layer_indices
+from linconv.conversion.crossover import MeasuredCrossover, measured_crossover
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Inspection:
 
     flops: by number of frames, (attention, mixer) floating-point operations of the forward pass through all layers
     to be converted, projections included, a multiply-add counting as two. crossover_frames: the shortest sequence for
-    which the mixer takes fewer; it predicts where time crosses as far as both run at the same rate.
+    which the mixer takes fewer; it predicts where time crosses as far as both run at the same rate. measured_crossover:
+    the same by time, from layers that were measured; None where none with this mixer was.
     """
 
     model: str
@@ -32,6 +35,7 @@ class Inspection:
     flops: dict[int, tuple[int, int]]
     crossover_frames: int
     frames_per_second: float | None
+    measured_crossover: MeasuredCrossover | None = None
 
     def __str__(self):
         change = self.parameters_after - self.parameters
@@ -46,12 +50,22 @@ class Inspection:
             ratio = before / after if after else float("nan")
             seconds = self._seconds(length)
             lines.append(f"  {length:>8} {seconds:>8} {before / 1e9:>26.3f} {after / 1e9:>24.3f} {ratio:>7.2f}")
-        seconds = f" ({self._seconds(self.crossover_frames)} s)" if self.frames_per_second else ""
-        lines += ["", f"  predicted crossover, by operations: {self.crossover_frames} frames{seconds}"]
+        lines += ["", f"  predicted crossover, by operations: {self._duration(self.crossover_frames)}"]
+        measured = self.measured_crossover
+        if measured is None:
+            lines.append(f"  predicted crossover, by time: no layer with {self.mixer} has been measured")
+        else:
+            at = "never, by these fits" if measured.frames is None else self._duration(measured.frames)
+            beyond = measured.frames is not None and measured.frames > measured.longest
+            lines.append(f"  predicted crossover, by time: {at}" + (" (extrapolated)" if beyond else ""))
+            lines.append(f"    from {measured.basis}, up to {measured.longest:,} frames")
         return "\n".join(lines)
 
     def _seconds(self, frames: int) -> str:
         return f"{frames / self.frames_per_second:.1f}" if self.frames_per_second else ""
+
+    def _duration(self, frames: int) -> str:
+        return f"{frames} frames" + (f" ({self._seconds(frames)} s)" if self.frames_per_second else "")
 
 
 def inspect(
@@ -88,6 +102,8 @@ def inspect(
 
     # The difference only grows with the length: attention's operations do so faster.
     crossover = bisect.bisect_left(range(1, 1 << 24), True, key=lambda n: new.flops(n) < attention_flops(n)) + 1
+    with torch.device("meta"):
+        default = mixer_class(width)
     parameters = sum(p.numel() for p in teacher.parameters())
     replaced = {
         p: p.numel() for i in indices for m in (attentions[i], family.self_attention(blocks[i])) for p in m.parameters()
@@ -108,4 +124,5 @@ def inspect(
         },
         crossover_frames=crossover,
         frames_per_second=family.frames_per_second,
+        measured_crossover=measured_crossover(mixer, width, new.flops(1) / default.flops(1)),
     )

@@ -14,6 +14,8 @@ class Metrics:
 
     def __init__(self, tokenizer=None):
         self.tokenizer = tokenizer
+        # Of each clip scored last, in order: [mistakes, of how many], classes or words.
+        self.clips: list[list[int]] = []
 
     @staticmethod
     def answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -24,6 +26,7 @@ class Metrics:
     def __call__(self, prediction) -> dict[str, float]:
         answers, labels = prediction.predictions, prediction.label_ids
         if self.tokenizer is None:
+            self.clips = [[int(wrong), 1] for wrong in answers != labels]
             return {"accuracy": float(np.mean(answers == labels))}
         import jiwer
 
@@ -34,4 +37,15 @@ class Metrics:
         if not pairs:
             raise ValueError("labels: got only empty transcripts")
         said, heard = map(list, zip(*pairs))
+        self.clips = [_word_errors(s, h) for s, h in pairs]
         return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)}
+
+
+def _word_errors(said: str, heard: str) -> list[int]:
+    import jiwer
+
+    found = jiwer.process_words(said, heard)
+    return [
+        found.substitutions + found.deletions + found.insertions,
+        found.hits + found.substitutions + found.deletions,
+    ]

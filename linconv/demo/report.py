@@ -101,7 +101,7 @@ def speed_text(results: Results) -> str:
         text += " Values marked ~ are predicted from a + b·length + c·length², fitted to the measured ones."
     return (
         text + " One clip, no padding. Peak memory is what resident memory rises by during the forward pass, in a "
-        "process of its own; here the convolutional front end, which both models share, sets it."
+        "process of its own; where the two are alike, the convolutional front end, which both models share, sets it."
     )
 
 
@@ -136,6 +136,7 @@ def plot(results: Results, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     panels = (
@@ -148,7 +149,13 @@ def plot(results: Results, path: Path) -> None:
             [line] = axis.plot(curve.lengths, values, label=name)
             faces = ["white" if predicted else line.get_color() for predicted in curve.predicted]
             axis.scatter(curve.lengths, values, c=faces, edgecolors=line.get_color(), zorder=3)
-        axis.set(xscale="log", yscale="log", xlabel="seconds of audio", ylabel=label, title=title)
+        axis.set(xscale="log", yscale="log", xlabel="audio", ylabel=label, title=title)
+        lengths = next(iter(curves.values())).lengths
+        axis.set_xticks(lengths, map(_duration, lengths))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         axis.legend()
     if results.crossover is not None and results.crossover > results.latency["teacher"].lengths[0]:

@@ -2,7 +2,15 @@
 
 from linconv.distillation.arguments import DistillationArguments
 from linconv.distillation.hooks import LayerStates
-from linconv.distillation.schedules import Hybrid, Mode, TargetGuided, Unguided, make_mode
+from linconv.distillation.schedules import (
+    Hybrid,
+    Mode,
+    TargetGuided,
+    TrajectoryGuided,
+    Unguided,
+    WaypointGuided,
+    make_mode,
+)
 from linconv.distillation.trainer import DistillationTrainer
 from linconv.ops.distillation_loss import distillation_loss, kd_loss, layerwise_mse
 
@@ -13,7 +21,9 @@ __all__ = [
     "LayerStates",
     "Mode",
     "TargetGuided",
+    "TrajectoryGuided",
     "Unguided",
+    "WaypointGuided",
     "distillation_loss",
     "kd_loss",
     "layerwise_mse",

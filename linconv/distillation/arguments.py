@@ -26,6 +26,9 @@ class DistillationArguments(TrainingArguments):
     include_embeddings: bool = field(
         default=False, metadata={"help": "Count what the first layer is given as one more hidden state."}
     )
+    teacher_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of a teacher that is trained beside the student; None: as the student's."}
+    )
     exponential_decay_to: float | None = field(
         default=None,
         metadata={
@@ -43,6 +46,8 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"temperature: got {self.temperature}; want a number above 0")
         if self.layer_reduction not in ("mean", "sum"):
             raise ValueError(f"layer_reduction: got {self.layer_reduction!r}; want mean or sum")
+        if self.teacher_learning_rate is not None and not self.teacher_learning_rate > 0:
+            raise ValueError(f"teacher_learning_rate: got {self.teacher_learning_rate}; want a number above 0, or None")
         if self.exponential_decay_to is not None and not 0 < self.exponential_decay_to <= 1:
             raise ValueError(f"exponential_decay_to: got {self.exponential_decay_to}; want a share in (0, 1]")
         if self.gradient_checkpointing:

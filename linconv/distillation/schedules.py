@@ -3,10 +3,23 @@
 A mode is a function of the optimizer step alone, so a resumed run needs nothing but its step to go on as before.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from pathlib import Path
 
-__all__ = ["MODES", "Hybrid", "Lessons", "Mode", "TargetGuided", "Unguided", "make_mode"]
+__all__ = [
+    "MODES",
+    "Hybrid",
+    "Lessons",
+    "Mode",
+    "TargetGuided",
+    "TrajectoryGuided",
+    "Unguided",
+    "WaypointGuided",
+    "make_mode",
+]
 
 ORIGINS = ("target", "source")
 
@@ -31,6 +44,11 @@ class Mode:
     """
 
     origin: str
+
+    @property
+    def guide(self) -> "Mode":
+        """The mode that says what the teacher is: this one, or the one it wraps."""
+        return self
 
     def lessons(self, step: int) -> Lessons:
         """What the teacher teaches at optimizer step ``step``, counted from 0."""
@@ -70,6 +88,65 @@ class TargetGuided(Mode):
 
 
 @dataclass(frozen=True)
+class TrajectoryGuided(Mode):
+    """A teacher that starts as the student does, from the pretrained model, and is fine-tuned beside it.
+
+    Args:
+        update_every: how many optimizer steps of the student go by for one of the teacher. The teacher's optimizer and
+            learning rate are as the student's, the schedule squeezed into the updates that there will be.
+    """
+
+    update_every: int = 1
+    origin = "source"
+
+    def __post_init__(self):
+        if type(self.update_every) is not int or self.update_every < 1:
+            raise ValueError(f"update_every: got {self.update_every!r}; want an integer from 1 up")
+
+    def lessons(self, step: int) -> Lessons:
+        return Lessons(layers=True, kd=True)
+
+
+@dataclass(frozen=True)
+class WaypointGuided(Mode):
+    """Teachers are the snapshots of a finished fine-tuning: at each step the first one after it, then the last.
+
+    Args:
+        checkpoints: the snapshots' folders, each named after its step, such as ``checkpoint-300``; or one folder that
+            holds them. ``linconv finetune`` keeps such folders with ``model.waypoints``.
+    """
+
+    checkpoints: Sequence[str | Path]
+    origin = "source"
+
+    def __post_init__(self):
+        given = self.checkpoints
+        found = list(Path(given).glob("checkpoint-*")) if isinstance(given, str | Path) else [Path(f) for f in given]
+        if not found:
+            raise ValueError(f"checkpoints: got {given!r}, no snapshot; want folders such as checkpoint-300")
+        for folder in found:
+            if not re.search(r"-\d+$", folder.name):
+                raise ValueError(f"checkpoints: got {folder}; want a name that ends in -STEP, such as checkpoint-300")
+            if not (folder / "model.safetensors").is_file():
+                raise ValueError(f"checkpoints: no model.safetensors in {folder}")
+        steps = [self._step(folder) for folder in found]
+        if len(set(steps)) < len(steps):
+            raise ValueError(f"checkpoints: two of the same step among {sorted(steps)}")
+        object.__setattr__(self, "checkpoints", tuple(sorted((str(f) for f in found), key=self._step)))
+
+    @staticmethod
+    def _step(folder: str | Path) -> int:
+        return int(str(folder).rpartition("-")[2])
+
+    def waypoint(self, step: int) -> str:
+        """The folder of the teacher at optimizer step ``step``, counted from 0."""
+        return next((c for c in self.checkpoints if self._step(c) > step), self.checkpoints[-1])
+
+    def lessons(self, step: int) -> Lessons:
+        return Lessons(layers=True, kd=True)
+
+
+@dataclass(frozen=True)
 class Hybrid(Mode):
     """Guided by ``mode`` at first, then left to the task.
 
@@ -97,6 +174,10 @@ class Hybrid(Mode):
     def origin(self) -> str:
         return self.mode.origin
 
+    @property
+    def guide(self) -> Mode:
+        return self.mode.guide
+
     def lessons(self, step: int) -> Lessons:
         lessons = self.mode.lessons(step)
         return Lessons(
@@ -105,7 +186,13 @@ class Hybrid(Mode):
         )
 
 
-MODES: dict[str, type[Mode]] = {"unguided": Unguided, "target_guided": TargetGuided, "hybrid": Hybrid}
+MODES: dict[str, type[Mode]] = {
+    "unguided": Unguided,
+    "target_guided": TargetGuided,
+    "trajectory_guided": TrajectoryGuided,
+    "waypoint_guided": WaypointGuided,
+    "hybrid": Hybrid,
+}
 
 
 def make_mode(name: str, **options) -> Mode:

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +13,9 @@ from linconv.distillation.arguments import DistillationArguments
 from linconv.distillation.augmentation import SharedSpecAugment
 from linconv.distillation.heads import Head
 from linconv.distillation.hooks import LayerStates
-from linconv.distillation.schedules import Mode, TargetGuided, Unguided
+from linconv.distillation.learning_rate import exponential_decay
+from linconv.distillation.schedules import Mode, TargetGuided, TrajectoryGuided, Unguided
+from linconv.distillation.teachers import FixedTeacher, make_teacher
 from linconv.ops.distillation_loss import distillation_terms
 
 __all__ = ["METRICS_FILE", "DistillationTrainer"]
@@ -31,9 +32,10 @@ class DistillationTrainer(Trainer):
     devices, bf16, streaming data sets, gradient checkpointing, logging. Beside that:
 
     - The three losses are means over all that goes into one optimizer step (see :class:`DistillationArguments`).
-    - The teacher is in evaluation mode, frozen, not an optimizer parameter and not in the student's checkpoints. It is
-      given the student's batch with the student's SpecAugment mask. Layer drop is turned off in the student, each of
-      whose layers has its counterpart to follow.
+    - The teacher is in evaluation mode while it teaches, and not an optimizer parameter. Where the mode moves it, it
+      does so between steps, and what it takes to go on is in the student's checkpoints (linconv.distillation.teachers).
+      It is given the student's batch with the student's SpecAugment mask. Layer drop is turned off in the student, each
+      of whose layers has its counterpart to follow.
     - Each log record holds the parts of the loss, and per layer the MSE and the cosine between student and teacher
       (``layer_mse/1``, ...), over the optimizer step that was logged. All records also go to ``metrics.jsonl`` in
       ``output_dir``.
@@ -43,7 +45,8 @@ class DistillationTrainer(Trainer):
         model: the student.
         args: :class:`DistillationArguments`.
         teacher: a model with as many transformer layers as the student, and of the same widths. It may be None when
-            ``mode`` is Unguided; if given then, it is only measured against.
+            ``mode`` is Unguided; if given then, it is only measured against. For TrajectoryGuided the pretrained model,
+            with a head for the task; for WaypointGuided any of the snapshots.
         mode: None is ``TargetGuided()`` with a teacher, ``Unguided()`` without.
         **kwargs: as for transformers' Trainer.
     """
@@ -74,11 +77,19 @@ class DistillationTrainer(Trainer):
         self.mode = mode
         self.head = Head.of(model)
         self.student_layers = encoder_layers(model)
-        self.teacher = None if teacher is None else self._prepare_teacher(teacher)
+        self.guide: FixedTeacher | None = None
+        if teacher is not None:
+            self._check_teacher(teacher)
+            self.guide = make_teacher(teacher.to(args.device), mode, self)
+        self._batches: list | None = None  # of the optimizer step to come
         self._measures: dict[str, Tensor] = {}
         self.add_callback(_TrimMetrics())
 
-    def _prepare_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        return None if self.guide is None else self.guide.model
+
+    def _check_teacher(self, teacher: PreTrainedModel) -> None:
         self.teacher_layers = encoder_layers(teacher)
         if len(self.teacher_layers) != len(self.student_layers):
             got, want = len(self.teacher_layers), len(self.student_layers)
@@ -91,7 +102,9 @@ class DistillationTrainer(Trainer):
                 if getattr(owner, name, 0.0):
                     logger.warning("%s of the student is set to 0: every layer follows the teacher's", name)
                     setattr(owner, name, 0.0)
-        return teacher.to(self.args.device).eval().requires_grad_(False)
+        moving = isinstance(self.mode.guide, TrajectoryGuided)
+        if moving and (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16):
+            raise ValueError(f"{self.mode}: not supported with DeepSpeed, FSDP or fp16; bf16 is")
 
     # ---- The loss
 
@@ -104,7 +117,18 @@ class DistillationTrainer(Trainer):
             answers = self.head.valid_answers(batch.get("labels"), frame_mask)
             counts += torch.stack([answers.sum(), frame_mask.sum()]).to(device)
         self._measures = {}
+        self._batches = batches
         return batches, self.accelerator.reduce(counts, "sum").clamp(min=1)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # Here, not where the batches are taken: a resumed run gets its random state back in between.
+        if self._batches is not None:
+            batches, self._batches = self._batches, None
+            if self.guide is not None:
+                loss = self.guide.advance(self.state.global_step, batches, num_items_in_batch)
+                if loss is not None:
+                    self._measure(teacher_loss=loss)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """In training, this micro-batch's share of the loss of its optimizer step; else the task's mean loss."""
@@ -226,18 +250,26 @@ class DistillationTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
-            factor = partial(
-                _exponential, warmup=warmup, steps=num_training_steps, decay_to=self.args.exponential_decay_to
+            self.lr_scheduler = exponential_decay(
+                optimizer or self.optimizer,
+                warmup=warmup,
+                steps=num_training_steps,
+                decay_to=self.args.exponential_decay_to,
             )
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    # ---- Checkpoints
 
-def _exponential(step: int, *, warmup: int, steps: int, decay_to: float) -> float:
-    if step < warmup:
-        return step / warmup
-    return decay_to ** ((step - warmup) / max(steps - warmup, 1))
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.guide is not None and self.args.should_save:
+            self.guide.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.guide is not None and checkpoint is not None:
+            self.guide.load(checkpoint)
 
 
 class _TrimMetrics(TrainerCallback):

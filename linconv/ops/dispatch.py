@@ -208,13 +208,14 @@ def _reason_against(op: str, device: torch.device, backend: str) -> str | None:
     return backends()[backend]
 
 
-def pick(op: str, device: torch.device, backend: str | None = None) -> str:
+def pick(op: str, device: torch.device, backend: str | None = None, *, prefer: tuple[str, ...] | None = None) -> str:
     """The backend that runs ``op`` on tensors of ``device``.
 
     Args:
         op: the operator's name in ``torch.ops.linconv``.
         device: where its tensors are.
         backend: a name out of :func:`backends` to force it, or None for the best there is.
+        prefer: which backend takes CUDA tensors in this call, best first; None for the order the operator registered.
 
     Returns:
         ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; the last warns once when it stands in for a kernel.
@@ -231,7 +232,8 @@ def pick(op: str, device: torch.device, backend: str | None = None) -> str:
             raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
         return backend
     reasons = []
-    for wanted in _gpu_preference.get(op, ("cuda", "triton")) if device.type == "cuda" else ("cpu",):
+    on_gpu = prefer or _gpu_preference.get(op, ("cuda", "triton"))
+    for wanted in on_gpu if device.type == "cuda" else ("cpu",):
         reason = _reason_against(op, device, wanted)
         if reason is None:
             return wanted

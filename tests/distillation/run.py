@@ -1,7 +1,8 @@
 """A small distillation to be started as a process of its own: run.py FOLDER [--steps N] [--batch N] [--accumulate N]
-[--kill-at STEP] [--resume] [--augment]. Under torchrun too."""
+[--kill-at STEP] [--resume] [--augment] [--mode NAME]. Under torchrun too."""
 
 import argparse
+import copy
 import os
 import signal
 
@@ -9,7 +10,15 @@ import torch
 from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForCTC, set_seed
 
 import linconv
-from linconv.distillation import DistillationArguments, DistillationTrainer, Hybrid
+from linconv.distillation import (
+    DistillationArguments,
+    DistillationTrainer,
+    Hybrid,
+    TargetGuided,
+    TrajectoryGuided,
+    Unguided,
+    WaypointGuided,
+)
 from linconv.pipeline import last_checkpoint
 
 VOCABULARY = 8
@@ -105,6 +114,28 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def snapshots(teacher, folder) -> str:
+    """Two snapshots of a fine-tuning, after steps 3 and 7."""
+    for step in (3, 7):
+        model = copy.deepcopy(teacher)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + step / 100)
+        model.save_pretrained(os.path.join(folder, "snapshots", f"checkpoint-{step}"))
+    return os.path.join(folder, "snapshots")
+
+
+def make_mode(name: str, teacher, folder):
+    return {
+        "unguided": Unguided,
+        "target": TargetGuided,
+        "trajectory": lambda: TrajectoryGuided(update_every=2),
+        "waypoint": lambda: WaypointGuided(snapshots(teacher, folder)),
+        "hybrid": lambda: Hybrid(drop_layer_loss_at=5),
+        "hybrid-trajectory": lambda: Hybrid(TrajectoryGuided(), drop_layer_loss_at=5),
+    }[name]()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
@@ -114,6 +145,7 @@ def main() -> None:
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--augment", action="store_true")
+    parser.add_argument("--mode", default="hybrid")
     given = parser.parse_args()
     torch.set_num_threads(1)
     teacher, student = models(given.augment)
@@ -131,7 +163,7 @@ def main() -> None:
         student,
         args,
         teacher=teacher,
-        mode=Hybrid(drop_layer_loss_at=5),
+        mode=make_mode(given.mode, teacher, given.folder),
         train_dataset=Noise(),
         data_collator=collate,
         callbacks=[KillAt(given.kill_at)] if given.kill_at else None,

@@ -28,24 +28,31 @@ def assert_done(process):
     assert process.returncode == 0, process.stderr[-3000:]
 
 
-def test_resumed_after_a_kill_the_losses_are_the_same_bit_for_bit(tmp_path):
+@pytest.mark.parametrize(
+    # Killed between checkpoints (every 3 steps): before and after Hybrid's change at 5, in the first epoch of 6 steps
+    # and in the second.
+    ("mode", "kill_at"),
+    [("hybrid", 5), ("unguided", 4), ("target", 7), ("trajectory", 5), ("waypoint", 4), ("hybrid-trajectory", 7)],
+)
+def test_resumed_after_a_kill_the_losses_are_the_same_bit_for_bit(tmp_path, mode, kill_at):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert_done(run(whole, "--augment"))
-    # Killed between checkpoints (every 3 steps), within the second epoch (6 steps), before Hybrid's change at 5.
-    assert run(broken, "--augment", "--kill-at", "5").returncode == -9
-    assert [r["step"] for r in steps(broken)] == [1, 2, 3, 4]
-    assert_done(run(broken, "--augment", "--resume"))
+    options = ("--augment", "--mode", mode)
+    assert_done(run(whole, *options))
+    assert run(broken, *options, "--kill-at", str(kill_at)).returncode == -9
+    assert [r["step"] for r in steps(broken)] == list(range(1, kill_at))
+    assert_done(run(broken, *options, "--resume"))
     assert [r["step"] for r in steps(broken)] == list(range(1, 9))
     assert steps(broken) == steps(whole)
     weights = [torch.load(folder / "student.pt") for folder in (whole, broken)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_two_processes_give_the_result_of_one(tmp_path):
+@pytest.mark.parametrize("mode", ["hybrid", "trajectory"])
+def test_two_processes_give_the_result_of_one(tmp_path, mode):
     one, two = tmp_path / "one", tmp_path / "two"
-    assert_done(run(one, "--batch", "4"))
+    assert_done(run(one, "--batch", "4", "--mode", mode))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    assert_done(run(two, "--batch", "2", launcher=launcher))
+    assert_done(run(two, "--batch", "2", "--mode", mode, launcher=launcher))
     for a, b in zip(steps(one), steps(two), strict=True):
         assert a.keys() == b.keys()
         for name in a:

@@ -1,6 +1,6 @@
 import pytest
 
-from linconv.distillation import Hybrid, TargetGuided, Unguided, make_mode
+from linconv.distillation import Hybrid, TargetGuided, TrajectoryGuided, Unguided, WaypointGuided, make_mode
 from linconv.distillation.schedules import Lessons
 
 
@@ -20,6 +20,32 @@ def test_hybrid_drops_each_loss_at_its_own_step():
     assert Hybrid(drop_kd_at=1).lessons(9) == Lessons(layers=True, kd=False)
 
 
+def snapshots(folder, *steps) -> str:
+    for step in steps:
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "model.safetensors").touch()
+    return str(folder)
+
+
+def test_the_waypoint_is_the_first_after_the_step_then_the_last(tmp_path):
+    mode = WaypointGuided(snapshots(tmp_path, 200, 1000, 30))
+    names = [mode.waypoint(step).rpartition("/")[2] for step in (0, 29, 30, 199, 200, 999, 1000, 5000)]
+    assert names == [f"checkpoint-{n}" for n in (30, 30, 200, 200, 1000, 1000, 1000, 1000)]
+    assert mode == WaypointGuided(
+        [tmp_path / "checkpoint-1000", tmp_path / "checkpoint-30", tmp_path / "checkpoint-200"]
+    )
+    assert mode.origin == "source" and mode.lessons(7) == Lessons(layers=True, kd=True)
+
+
+def test_hybrid_wraps_any_mode(tmp_path):
+    trajectory = Hybrid(TrajectoryGuided(3), drop_kd_at=2)
+    assert trajectory.guide == TrajectoryGuided(3) and trajectory.origin == "source"
+    waypoint = make_mode("hybrid", mode="waypoint_guided", checkpoints=snapshots(tmp_path, 5), drop_layer_loss_at=1)
+    assert waypoint.guide == WaypointGuided(str(tmp_path))
+    assert make_mode("trajectory_guided", update_every=4) == TrajectoryGuided(4)
+    assert TargetGuided().guide == TargetGuided()
+
+
 def test_modes_by_name():
     assert make_mode("unguided") == Unguided()
     assert make_mode("target_guided", init="source") == TargetGuided("source")
@@ -35,6 +61,10 @@ def test_modes_by_name():
         (lambda: Hybrid(drop_kd_at=-1), ValueError, "drop_kd_at: got -1"),
         (lambda: Hybrid(drop_layer_loss_at=0.5), ValueError, "drop_layer_loss_at: got 0.5"),
         (lambda: Hybrid("target_guided", 3), TypeError, "mode: got str"),
+        (lambda: TrajectoryGuided(0), ValueError, "update_every: got 0; want an integer from 1 up"),
+        (lambda: WaypointGuided("nowhere"), ValueError, "checkpoints: got 'nowhere', no snapshot"),
+        (lambda: WaypointGuided(["best"]), ValueError, "checkpoints: got best; want a name that ends in -STEP"),
+        (lambda: WaypointGuided(["checkpoint-3"]), ValueError, "checkpoints: no model.safetensors in checkpoint-3"),
         (lambda: make_mode("hybird"), ValueError, "did you mean 'hybrid'"),
         (lambda: make_mode("unguided", init="target"), ValueError, "init: not an option of the mode 'unguided'"),
         (lambda: make_mode("target_guided", drop_kd_at=1), ValueError, "drop_kd_at: not an option"),

@@ -4,9 +4,36 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def devices():
+    """Where there are compiled kernels to judge."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+_here = "cpu"
+
+
+@pytest.fixture(params=devices(), autouse=True)
+def device(request, monkeypatch):
+    """A test module that imports this runs once for each device: its tensors are made there."""
+    if request.param == "cpu":
+        yield
+        return
+    monkeypatch.setattr(f"{__name__}._here", request.param)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # torch's own float32 is to be float32
+    torch.set_default_device(request.param)
+    yield
+    torch.set_default_device(None)
+
+
+def here(backend="compiled"):
+    """The backend of that name; "compiled" is the one of the device that the test is run for."""
+    return _here if backend == "compiled" else backend
 
 
 def same_bits(got, wanted):

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import DTYPES, gradients, no_worse_than_torch, on_instruction_set, same_bits
+from judge import DTYPES, device, gradients, here, no_worse_than_torch, on_instruction_set, same_bits  # noqa: F401
 
 from linconv.ops import dispatch
 from linconv.ops.short_conv import bidirectional_short_conv, short_conv
 
 pytestmark = pytest.mark.skipif(not dispatch.compiled("short_conv"), reason="the compiled library is not there")
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("compiled", "reference")
 
 
 def loop(x, weight, bias=None, *, activation="silu", reverse=False, lookahead=0, seq_lens=None, cu_seqlens=None):
@@ -72,7 +72,7 @@ def test_oracle_one_direction(problem, reverse, lookahead, backend):
     inputs = [random(batch, length, channels), random(channels, width), random(channels) if has_bias else None]
     upstream = random(batch, length, channels)
     wanted, wanted_gradients = gradients(lambda *t: loop(*t, **options), inputs, upstream)
-    got, got_gradients = gradients(lambda *t: short_conv(*t, **options, backend=backend), inputs, upstream)
+    got, got_gradients = gradients(lambda *t: short_conv(*t, **options, backend=here(backend)), inputs, upstream)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     for g, w in zip(got_gradients, wanted_gradients):
         if g is not None:
@@ -88,7 +88,7 @@ def test_oracle_both_directions(problem, shared, backend):
     upstream = random(2, batch, length, channels)
     wanted, wanted_gradients = gradients(lambda *t: loop_both(*t, **options), inputs, upstream)
     got, got_gradients = gradients(
-        lambda *t: bidirectional_short_conv(*t, **options, backend=backend), inputs, upstream
+        lambda *t: bidirectional_short_conv(*t, **options, backend=here(backend)), inputs, upstream
     )
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     for g, w in zip(got_gradients, wanted_gradients):
@@ -103,7 +103,7 @@ def test_oracle_across_blocks(length, channels):
     upstream = random(2, 1, length, channels)
     wanted, got = (
         gradients(lambda *t, b=backend: bidirectional_short_conv(*t, backend=b), inputs, upstream)
-        for backend in ("reference", "cpu")
+        for backend in ("reference", here())
     )
     torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
@@ -121,7 +121,7 @@ def test_oracle_low_precision(dtype, width, channels):
 
     exact, exact_gradients = gradients(in_torch, [t.double() for t in (x, weight, bias)], upstream.double())
     theirs, their_gradients = gradients(in_torch, [x, weight, bias], upstream)
-    ours, our_gradients = gradients(lambda *t: short_conv(*t, backend="cpu"), [x, weight, bias], upstream)
+    ours, our_gradients = gradients(lambda *t: short_conv(*t, backend=here()), [x, weight, bias], upstream)
     no_worse_than_torch(ours, theirs, exact, 2, "y")
     for name, *parts in zip(("x", "weight", "bias"), our_gradients, their_gradients, exact_gradients):
         no_worse_than_torch(*parts, 3, f"gradient of {name}")
@@ -146,14 +146,14 @@ def test_padded_is_alone(dtype, shared):
         padded_upstream[:, row, n:] = torch.nan
     alone = [
         gradients(
-            lambda *t: bidirectional_short_conv(*t, backend="cpu"),
+            lambda *t: bidirectional_short_conv(*t, backend=here()),
             [(x[0] if shared else x)[..., row : row + 1, :n, :], weight, bias],
             upstream[:, row : row + 1, :n],
         )
         for row, n in enumerate(lengths)
     ]
     y, (grad_x, grad_weight, grad_bias) = gradients(
-        lambda *t: bidirectional_short_conv(*t, seq_lens=torch.tensor(lengths), backend="cpu"),
+        lambda *t: bidirectional_short_conv(*t, seq_lens=torch.tensor(lengths), backend=here()),
         [padded[0] if shared else padded, weight, bias],
         padded_upstream,
     )
@@ -173,7 +173,7 @@ def test_packed_is_alone(dtype, reverse, lookahead):
     upstream = random(1, sum(lengths), 24, dtype=dtype)
 
     def conv(x, weight, **options):
-        return short_conv(x, weight, reverse=reverse, lookahead=lookahead, backend="cpu", **options)
+        return short_conv(x, weight, reverse=reverse, lookahead=lookahead, backend=here(), **options)
 
     y, (grad_x, _) = gradients(lambda *t: conv(*t, cu_seqlens=bounds), [x, weight], upstream)
     for a, b in zip(bounds.tolist(), bounds.tolist()[1:]):
@@ -200,8 +200,8 @@ def test_strides(dtype):
         inputs = (view, weight.mT.contiguous().mT, bias.mT.contiguous().mT)
         upstream = random(2, 1, 1, channels, dtype=dtype).expand(2, batch, length, channels)
         assert not view.is_contiguous(), name
-        got = bidirectional_short_conv(*inputs, backend="cpu")
-        same_bits(got, bidirectional_short_conv(view.contiguous(), weight, bias, backend="cpu"))
+        got = bidirectional_short_conv(*inputs, backend=here())
+        same_bits(got, bidirectional_short_conv(view.contiguous(), weight, bias, backend=here()))
         op = torch.ops.linconv.short_conv_backward
         four = view if view.dim() == 4 else view[None]
         for g, w in zip(
@@ -216,16 +216,16 @@ def test_frames_far_apart():
     far = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided((1, 2, 8), (0, 2**31, 1))
     far.copy_(random(1, 2, 8))
     weight = random(8, 3, dtype=torch.bfloat16)
-    same_bits(short_conv(far, weight, backend="cpu"), short_conv(far.contiguous(), weight, backend="cpu"))
+    same_bits(short_conv(far, weight, backend=here()), short_conv(far.contiguous(), weight, backend=here()))
 
 
 def test_parameters_in_another_precision():
     """fp32 parameters on bf16 activations, as under autocast, are not rounded; gradients come in each one's dtype."""
     x, weight, bias = random(1, 20, 16, dtype=torch.bfloat16), random(16, 4).float(), random(16).float()
     upstream = random(1, 20, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, grads = gradients(lambda *t: short_conv(*t, backend="cpu"), [x, weight, bias], upstream)
-    exact = short_conv(x.float(), weight, bias, backend="cpu")
+    with torch.autocast(here(), torch.bfloat16):
+        y, grads = gradients(lambda *t: short_conv(*t, backend=here()), [x, weight, bias], upstream)
+    exact = short_conv(x.float(), weight, bias, backend=here())
     same_bits(y, exact.bfloat16())
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
 
@@ -237,7 +237,7 @@ def test_deterministic_for_any_number_of_threads():
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            y, grads = gradients(lambda *t: bidirectional_short_conv(*t, backend="cpu"), inputs, upstream)
+            y, grads = gradients(lambda *t: bidirectional_short_conv(*t, backend=here()), inputs, upstream)
             results.append([y, *grads])
     finally:
         torch.set_num_threads(threads)
@@ -251,14 +251,14 @@ def test_gradcheck(activation):
     x, weight, bias = (t.requires_grad_() for t in (random(2, 5, 3), random(2, 3, 4), random(2, 3)))
     lengths = torch.tensor([5, 3])
     assert torch.autograd.gradcheck(
-        lambda *t: bidirectional_short_conv(*t, activation=activation, seq_lens=lengths, backend="cpu"),
+        lambda *t: bidirectional_short_conv(*t, activation=activation, seq_lens=lengths, backend=here()),
         (x, weight, bias),
     )
 
 
 def test_second_derivative_is_refused():
     x, weight = random(1, 5, 3).requires_grad_(), random(3, 4).requires_grad_()
-    (grad,) = torch.autograd.grad(short_conv(x, weight, backend="cpu").sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(short_conv(x, weight, backend=here()).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -266,7 +266,7 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize("shared, lengths", [(True, None), (False, torch.tensor([9, 4]))])
 def test_opcheck(shared, lengths):
     x, weight, bias = random(1 if shared else 2, 2, 9, 6), random(2, 6, 4), random(2, 6)
-    rest = (True, False, 0, lengths, None)
+    rest = (True, False, 0, None if lengths is None else lengths.to(x.device), None)
     differentiable = [t.clone().requires_grad_() for t in (x, weight, bias)]
     torch.library.opcheck(torch.ops.linconv.short_conv.default, (*differentiable, *rest))
     torch.library.opcheck(torch.ops.linconv.short_conv_backward.default, (random(2, 2, 9, 6), x, weight, bias, *rest))
@@ -277,7 +277,7 @@ def test_compile_and_checkpoint():
     upstream = random(2, 2, 20, 16)
 
     def conv(x, weight, bias):
-        return bidirectional_short_conv(x * 2, weight, bias, seq_lens=torch.tensor([20, 11]), backend="cpu")
+        return bidirectional_short_conv(x * 2, weight, bias, seq_lens=torch.tensor([20, 11]), backend=here())
 
     def checkpointed(*t):
         return torch.utils.checkpoint.checkpoint(conv, *t, use_reentrant=False)
@@ -331,10 +331,18 @@ def test_bad_arguments_of_both_directions():
         (X[None], W[None], torch.zeros(1, 2), 0, None, "bias has size 2"),
         (X[None], torch.zeros(1, 3, 12), None, 0, None, "weight has width 12"),
         (X[None], W[None], None, 9, None, "lookahead is 9"),
-        (X[None], W[None], None, 0, torch.tensor([9, 9]), "seq_lens"),
+        (X[None], W[None], None, 0, torch.zeros(3, dtype=torch.int64), "seq_lens has 3 elements"),
         (X[None].int(), W[None], None, 0, None, "x has dtype Int"),
     ],
 )
 def test_operator_checks_what_it_reads(x, weight, bias, lookahead, lengths, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.linconv.short_conv(x, weight, bias, True, False, lookahead, lengths, None)
+
+
+@pytest.mark.parametrize("lengths", [[9, 9], [-1, 0]])
+def test_lengths_outside_the_tensor(lengths):
+    """The CPU operator refuses them; a GPU's, which must not wait for the values, reads and writes nothing outside."""
+    arguments = X.new_ones(1, 2, 5, 3), W[None], None, True, False, 0, torch.tensor(lengths, device="cpu"), None
+    with pytest.raises(RuntimeError, match=r"seq_lens\[0\] is -?\d, wanted 0 to 5"):
+        torch.ops.linconv.short_conv(*arguments)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judge import device, here  # noqa: F401
 from scan_cases import NAMES, assert_close, oracle_one_direction, scan_arguments, split, to_double, with_gradients
 
 from linconv import ops
@@ -58,6 +59,39 @@ def test_matches_the_recurrence(backend, reverse, kind, length, groups, headdim,
     assert_close({"y": y, "states": states, **gradients}, {"y": wanted_y, "states": wanted_states, **wanted})
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    reverse=st.booleans(),
+    kind=st.sampled_from(["all", "seq_lens", "cu_seqlens"]),
+    length=st.sampled_from([0, 1, 1, 2, 37]),
+    groups=st.integers(1, 3),
+    headdim=st.sampled_from([1, 7, 64, 80]),
+    dstate=st.sampled_from([1, 5, 33, 128, 200]),
+    strided=st.booleans(),
+    started=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_forward_matches_the_recurrence(
+    reverse, kind, length, groups, headdim, dstate, strided, started, dtype
+):  # fmt: skip
+    """Results alone: a decode step's kernel has no gradient of its own."""
+    batch, sequences = (1, 3) if kind == "cu_seqlens" else (2, 2)
+    arguments = scan_arguments(batch, length, 2 * groups, headdim, groups, dstate, strided=strided, dtype=dtype)
+    options = dict(dt_softplus=True, dt_limit=(0.1, 1.5), reverse=reverse)
+    if kind == "seq_lens":
+        options["seq_lens"] = torch.tensor([length, length // 3])
+    if kind == "cu_seqlens":
+        options["cu_seqlens"] = torch.tensor([0, 0, length // 3, length])
+    if started:
+        arguments["initial_states"] = torch.randn(sequences, 2 * groups, headdim, dstate).to(arguments["A"].dtype)
+    y, states = ssd(here())(arguments, **options)
+    wanted_y, wanted_states = oracle(to_double(arguments), **options)
+    assert y.dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]  # y is rounded once
+    assert_close({"y": y.double()}, {"y": wanted_y}, tolerance)
+    assert_close({"states": states.double()}, {"states": wanted_states}, min(tolerance, 1e-5))
+
+
 def test_gradcheck():
     arguments = scan_arguments(1, 5, 2, 2, 1, 2)
     arguments["initial_states"] = torch.randn(1, 2, 2, 2, dtype=torch.float64)
@@ -91,12 +125,12 @@ def test_error_against_torch(dtype):
 
 def test_one_scan_is_two_with_the_state_handed_over():
     arguments = scan_arguments(2, 150)
-    y, states = ssd("cpu")(arguments)
+    y, states = ssd(here())(arguments)
     cut = {n: arguments[n] for n in ("A", "D", "dt_bias")}
     first = {**cut, **{n: arguments[n][:, :70] for n in ("x", "dt", "B", "C")}}
     second = {**cut, **{n: arguments[n][:, 70:] for n in ("x", "dt", "B", "C")}}
-    y_first, handed = ssd("cpu")(first)
-    y_second, last = ssd("cpu")({**second, "initial_states": handed})
+    y_first, handed = ssd(here())(first)
+    y_second, last = ssd(here())({**second, "initial_states": handed})
     torch.testing.assert_close(torch.cat([y_first, y_second], dim=1), y)
     torch.testing.assert_close(last, states)
 
@@ -115,10 +149,10 @@ def test_padding_is_never_read():
     for name in ("x", "dt", "B", "C"):
         arguments[name][1, 37:] = float("nan")
     for reverse in (False, True):
-        y, states = ssd("cpu")(arguments, seq_lens=lengths, reverse=reverse)
+        y, states = ssd(here())(arguments, seq_lens=lengths, reverse=reverse)
         own = {n: t[1:, :37] if n in ("x", "dt", "B", "C") else t for n, t in arguments.items()}
         own["initial_states"] = arguments["initial_states"][1:]
-        alone, alone_states = ssd("cpu")(own, reverse=reverse)
+        alone, alone_states = ssd(here())(own, reverse=reverse)
         assert torch.equal(y[1:, :37], alone) and torch.equal(states[1:], alone_states)
         assert not y[1, 37:].any()
 

@@ -36,7 +36,7 @@ def ssd(
         seq_lens: (batch,) integers, the valid frames of each row. What stands behind them is never read.
         cu_seqlens: (sequences + 1,) integers 0 … L: sequences packed into a batch of one.
         reverse: time runs from each sequence's last valid frame to its first.
-        backend: "cpu", "triton", "reference" or None for the best there is.
+        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
 
     Returns:
         y (batch, L, heads, headdim) in x's dtype, exactly zero at padded frames; with return_final_states
@@ -49,7 +49,9 @@ def ssd(
     arguments.check_states(initial_states, sizes, cu_seqlens, x)
     if z is not None and z.shape != x.shape:
         raise ValueError(f"z has shape {tuple(z.shape)}, wanted that of x, {tuple(x.shape)}")
-    backend = dispatch.pick("ssd", x.device, backend)
+    # The CUDA kernel takes one frame after another with the state in registers: best for a decode step only.
+    one_frame = sizes["L"] == 1
+    backend = dispatch.pick("ssd", x.device, backend, prefer=("cuda", "triton") if one_frame else None)
     if backend == "reference":
         y, states = reference.ssd(
             x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,

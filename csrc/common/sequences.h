@@ -1,0 +1,46 @@
+// Where the sequences of a batch lie, as CUDA kernels find them: read from seq_lens or cu_seqlens on the device, so that
+// a call never waits for it. Values that do not fit (the host cannot see them) are cut to the tensor: nothing outside it
+// is read or written for them.
+#pragma once
+
+#include <cstdint>
+
+#include "common/view.h"
+
+namespace linconv {
+
+struct Sequences {
+  const void* bounds;  // seq_lens or cu_seqlens, int64 if wide, else int32; null: every row is one whole sequence
+  int64_t stride;
+  bool wide, packed;
+  int64_t count;   // of sequences
+  int64_t frames;  // L
+
+  LINCONV_HOST_DEVICE int64_t bound(int64_t i) const {
+    const int64_t value = wide ? static_cast<const int64_t*>(bounds)[i * stride] : static_cast<const int32_t*>(bounds)[i * stride];
+    return value < 0 ? 0 : value < frames ? value : frames;
+  }
+
+  // Sequence i of `count`.
+  LINCONV_HOST_DEVICE Span sequence(int64_t i) const {
+    if (packed) {
+      const int64_t begin = bound(i), end = bound(i + 1);
+      return {0, begin, begin < end ? end : begin};
+    }
+    return {i, 0, bounds == nullptr ? frames : bound(i)};
+  }
+
+  // The sequence that holds frame t of a row: begin <= t < end. Where it is padding, which then runs to the end of the row,
+  // end <= t.
+  LINCONV_HOST_DEVICE Span holding(int64_t row, int64_t t) const {
+    if (!packed) return sequence(row);
+    int64_t low = 0, high = count;  // the last sequence that begins at or before t is in [low, high)
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (bound(middle) <= t ? low : high) = middle;
+    }
+    return count > 0 ? sequence(low) : Span{0, 0, 0};
+  }
+};
+
+}  // namespace linconv

@@ -1,0 +1,202 @@
+"""`linconv bench`: runs suites, reports on results, compares two of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from linconv.errors import UserError, unknown
+
+__all__ = ["add_arguments", "main"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="scan, conv, linformer, loss, layer, model, or all")
+    parser.add_argument("--list", action="store_true", help="say what the suites would run, and stop")
+    run = parser.add_argument_group("what is measured")
+    run.add_argument("--out", metavar="PATH", help="folder for SUITE.json (default bench), or what is made")
+    run.add_argument("--resume", action="store_true", help="keep what the results have, measure what they lack")
+    run.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
+    run.add_argument("--work", nargs="+", choices=("forward", "training", "step"), help="only these passes")
+    run.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="only these dtypes")
+    run.add_argument("--batch", type=int, metavar="N", help="sequences at once, in place of each case's own number")
+    run.add_argument("--lengths", nargs="+", type=int, metavar="L", help="measure at these lengths, predict the others")
+    run.add_argument(
+        "--without", nargs="+", metavar="TEXT", default=[], help="leave out implementations with this name"
+    )
+    run.add_argument("--measure", nargs="+", choices=("latency", "memory"), default=["latency", "memory"])
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    run.add_argument("--seed", type=int, default=0, help="of inputs and weights (default 0)")
+    run.add_argument(
+        "--default-malloc", action="store_true", help="leave the C library as it comes: it returns freed memory at once"
+    )
+    limits = parser.add_argument_group("limits; what goes beyond is predicted from shorter lengths and marked")
+    limits.add_argument("--budget", type=float, default=600, metavar="S", help="seconds for all (default 600)")
+    limits.add_argument("--longest-call", type=float, default=10, metavar="S", help="seconds of one call (default 10)")
+    limits.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="of one call (default: 80 %% of what is free)"
+    )
+    after = parser.add_argument_group("what is done with results")
+    after.add_argument(
+        "--report", nargs="+", metavar="FILE", help="Markdown, PNG and HTML from these results, in --out"
+    )
+    after.add_argument("--plot", nargs="+", metavar="FILE", help="the plot of the README, from these results, as --out")
+    after.add_argument("--fits", nargs="+", metavar="FILE", help="the fits `linconv inspect` predicts by, as --out")
+    after.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="what became slower or faster")
+    after.add_argument(
+        "--check", type=float, metavar="RATIO", help="with --compare: status 1 if anything became slower by more"
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Does what the arguments say; returns the exit status.
+
+    Raises:
+        UserError: a name, a path or a value that will not do.
+    """
+    if arguments.check is not None and not arguments.compare:
+        raise UserError("--check: wants --compare BEFORE AFTER beside it")
+    if arguments.compare:
+        from linconv.benchmarking.comparison import compare_files
+
+        text, slower = compare_files(*arguments.compare, limit=arguments.check)
+        print(text)
+        return int(slower and arguments.check is not None)
+    if arguments.report or arguments.plot or arguments.fits:
+        return _write(arguments)
+    if not arguments.suites:
+        raise UserError("bench: got no suite; want one of " + ", ".join(_names()) + ", or all")
+    suites = {name: _cases(name, arguments) for name in _expanded(arguments.suites)}
+    if arguments.list:
+        _list(suites)
+        return 0
+    return _run(suites, arguments)
+
+
+def _write(arguments) -> int:
+    from linconv.benchmarking.results import Results
+
+    if arguments.report:
+        from linconv.benchmarking.report import write
+
+        written = write([Results.read(path) for path in arguments.report], Path(arguments.out or "bench"))
+    elif arguments.plot:
+        from linconv.benchmarking.plots import overview
+
+        written = [overview([Results.read(path) for path in arguments.plot], Path(arguments.out or "benchmark.png"))]
+    else:
+        from linconv.benchmarking.fits import write
+
+        written = [write([Results.read(path) for path in arguments.fits], Path(arguments.out or "layer_fits.json"))]
+    for path in written:
+        print(f"written to {path}")
+    return 0
+
+
+def _names() -> tuple[str, ...]:
+    from linconv.benchmarking.suites import NAMES
+
+    return NAMES
+
+
+def _expanded(given: list[str]) -> list[str]:
+    for name in given:
+        if name not in (*_names(), "all"):
+            raise unknown("suite", name, (*_names(), "all"))
+    return list(_names()) if "all" in given else list(dict.fromkeys(given))
+
+
+def _cases(suite: str, arguments) -> list:
+    from linconv.benchmarking import suites
+
+    found = []
+    for case in suites.get(suite, arguments.device):
+        setting = case.setting
+        if arguments.batch:
+            setting = replace(setting, batch=arguments.batch)
+        case = replace(
+            case,
+            setting=replace(setting, seed=arguments.seed),
+            implementations=tuple(
+                i for i in case.implementations if not any(text in i.name for text in arguments.without)
+            ),
+        )
+        wanted = (
+            (not arguments.work or setting.work in arguments.work)
+            and (not arguments.dtype or setting.dtype in arguments.dtype)
+            and (not arguments.cases or any(text in case.key for text in arguments.cases))
+        )
+        if wanted:
+            found.append(case)
+    return list({case.key: case for case in found}.values())
+
+
+def _list(suites: dict) -> None:
+    from linconv.benchmarking.suites import title
+
+    for name, cases in suites.items():
+        print(f"{name}: {title(name)}")
+        for case in cases:
+            lengths = ", ".join(f"{length:,}" for length in case.lengths)
+            print(f"  {case.key}\n    {case.unit}: {lengths}")
+            print("    " + "; ".join(i.name for i in case.implementations))
+
+
+def _run(suites: dict, arguments) -> int:
+    import time
+
+    import torch
+
+    from linconv.benchmarking.memory import keep_freed_memory
+    from linconv.benchmarking.results import Results
+    from linconv.benchmarking.runner import Limits, run
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: got 'cuda', and torch sees no CUDA device")
+    kept = not arguments.default_malloc and keep_freed_memory()
+    end = time.monotonic() + arguments.budget
+    folder = Path(arguments.out or "bench")
+    failed = False
+    for name, cases in suites.items():
+        if not cases:
+            raise UserError(f"bench: no case of {name} fits --cases, --work and --dtype; see --list")
+        path = folder / f"{name}.json"
+        results = Results.read(path) if arguments.resume and path.exists() else Results(name)
+        gib = arguments.memory_limit
+        limits = Limits(end - time.monotonic(), arguments.longest_call, gib * 2**30 if gib else None)
+        try:
+            with _progress(name, cases) as report:
+                run(results, cases, limits, measure=arguments.measure, lengths=arguments.lengths, report=report)
+        finally:  # what was measured is kept, also when the rest is broken off
+            if results.runs:
+                results.runs[-1]["freed_memory_kept"] = kept
+                results.write(path)
+                print(f"written to {path}")
+        for implementation, reason in results.absent.items():
+            print(f"absent: {implementation}: {reason}")
+        failed = failed or bool(results.failed)
+    return int(failed)
+
+
+class _progress:
+    """A bar over cases, with a line for each finished length above it."""
+
+    def __init__(self, suite: str, cases: list):
+        from tqdm import tqdm
+
+        self.keys = {case.key for case in cases}
+        self.bar = tqdm(total=len(cases), desc=suite, unit="case", disable=None)
+
+    def __enter__(self):
+        return self.report
+
+    def report(self, text: str) -> None:
+        if text in self.keys:
+            self.bar.update()
+        self.bar.write(text)
+        sys.stdout.flush()
+
+    def __exit__(self, *error):
+        self.bar.close()

@@ -1,0 +1,51 @@
+"""Fits to the layer suite, which `linconv inspect` predicts by: made from results, packaged with linconv."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from linconv.benchmarking.results import Results
+from linconv.benchmarking.scaling import fit
+from linconv.errors import UserError
+
+__all__ = ["write"]
+
+_MIXERS = ("bimamba2", "hydra", "linformer")
+
+
+def write(all_results: Sequence[Results], path: Path) -> Path:
+    """Writes, for each width and dtype of the layers, seconds = a + b·length + c·length² of attention and of mixers.
+
+    Forward passes of batch 1 only. Each fit carries the longest length that was measured.
+
+    Raises:
+        UserError: no layer among the results.
+    """
+    layers = []
+    for results in all_results:
+        for case, description in results.cases.items():
+            if (results.suite, description["work"], description["batch"]) != ("layer", "forward", 1):
+                continue
+            fits = {}
+            for series in results.series(case):
+                name = "attention" if series.name == description["baseline"] else series.name
+                lengths, seconds = series.measured()
+                if (series.ours or name == "attention") and len(lengths) >= 3:
+                    terms = fit(lengths, seconds, series.degree)
+                    fits[name] = {"seconds": terms, "longest": max(lengths), "lengths": len(lengths)}
+            last = results.runs[-1]
+            if "attention" in fits and len(fits) > 1:
+                layers.append({
+                    "width": description["facts"]["width"], "dtype": description["dtype"], "fits": fits,
+                    "measured_on": {
+                        "device": last["gpu"] if last["device"] == "cuda" else last["cpu"],
+                        "threads": None if last["device"] == "cuda" else last["threads"],
+                        "date": last["date"][:10], "torch": last["torch"], "linconv": last["linconv"],
+                    },
+                })  # fmt: skip
+    if not layers:
+        raise UserError("--fits: none of the results has forward passes of layers, of attention and of a mixer")
+    path.write_text(json.dumps({"layers": layers}, indent=1) + "\n")
+    return path

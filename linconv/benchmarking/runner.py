@@ -1,0 +1,265 @@
+"""Runs the cases of a suite: checks first, then times in turn, then memory, each within its budget."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from linconv.benchmarking.latency import compare, cuda_events, wall_clock
+from linconv.benchmarking.machine import memory_bytes, provenance, rates
+from linconv.benchmarking.memory import peak_extra_bytes, peak_extra_cuda_bytes
+from linconv.benchmarking.results import Results
+from linconv.benchmarking.scaling import fit, predict
+from linconv.benchmarking.suite import Absent, Case, CheckFailed, Implementation, work
+
+__all__ = ["Limits", "run"]
+
+PREDICTED_BY_FIT = "a + b·length + c·length², fitted to the lengths measured"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may take.
+
+    seconds: of the whole run. call_seconds: of one call that is timed, memory_bytes: that it may need; what is expected
+    to take more, by the lengths before it, is predicted instead.
+    """
+
+    seconds: float = 600.0
+    call_seconds: float = 10.0
+    memory_bytes: float | None = None
+
+
+def run(
+    results: Results,
+    cases: Sequence[Case],
+    limits: Limits,
+    *,
+    measure: Sequence[str] = ("latency", "memory"),
+    lengths: Sequence[int] | None = None,
+    report: Callable[[str], object] = print,
+) -> None:
+    """Adds to ``results`` what it does not have yet of ``cases``; what stays unmeasured is predicted and says so.
+
+    Args:
+        lengths: measure at these only; the cases' own others are predicted.
+    """
+    if not cases:
+        return
+    device = cases[0].setting.device
+    end = time.monotonic() + limits.seconds
+    results.forget_predictions()
+    found = rates(device, tuple(sorted({"float32", *(case.setting.dtype for case in cases)})))
+    results.runs.append({**provenance(), "device": device, "seed": cases[0].setting.seed, "rates": found})
+    matmul = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in found["matmul"].items())
+    report(f"torch.mm: {matmul}; copy: {found['copy'] / 1e9:.1f} GB/s")
+    runner = _Runner(results, limits, end, found, report)
+    for case in cases:
+        results.cases[case.key] = case.describe()
+        runner.case(case, measure, lengths or case.lengths)
+    runner.predict(cases)
+
+
+class _Runner:
+    def __init__(self, results, limits, end, found, report):
+        self.results, self.limits, self.end, self.rates, self.report = results, limits, end, found, report
+        self.why: dict[tuple[str, str, int, str], str] = {}  # why a value was not measured
+
+    def case(self, case: Case, measure: Sequence[str], lengths: Sequence[int]) -> None:
+        lengths = sorted(lengths)
+        if all(
+            self._has(case, i, length, what) for i in case.implementations for length in lengths for what in measure
+        ):
+            return
+        self.report(f"{case.key}")
+        usable = [i for i in case.implementations if self._usable(case, i)]
+        if "latency" in measure:
+            for length in lengths:
+                self._latency(case, usable, length)
+        if "memory" in measure:
+            for length in lengths:
+                for implementation in usable:
+                    self._memory(case, implementation, length)
+
+    def _has(self, case, implementation, length, measure) -> bool:
+        row = self.results.rows.get((case.key, implementation.name, length), {})
+        return ("samples" if measure == "latency" else "extra_bytes") in row
+
+    def _usable(self, case: Case, implementation: Implementation) -> bool:
+        """Runs it once, short, and its check; files it under absent or failed if it will not do."""
+        name, setting = implementation.name, case.setting
+        try:
+            if implementation.reason:
+                raise Absent(implementation.reason)
+            torch.manual_seed(setting.seed)
+            if implementation.check is not None:
+                implementation.check(setting)
+            make, arguments = implementation.make, implementation.arguments
+            if implementation.shortcut is not None:
+                arguments = implementation.shortcut.arguments
+            work(make, arguments, setting, 64)()
+        except Absent as absent:
+            self.results.absent[name] = str(absent)
+            return False
+        except CheckFailed as failed:
+            self.results.failed[f"{case.key}: {name}"] = str(failed)
+            self.report(f"  {name} FAILED its check, no speed is reported: {failed}")
+            return False
+        except Exception as error:
+            if implementation.ours:
+                raise
+            # A peer that cannot run this: its own words are the reason.
+            self.results.absent[f"{name} ({case.key})"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            return False
+        self.results.failed.pop(f"{case.key}: {name}", None)
+        for key in (name, f"{name} ({case.key})"):
+            self.results.absent.pop(key, None)
+        return True
+
+    # ---- Latency
+
+    def _latency(self, case: Case, usable: list[Implementation], length: int) -> None:
+        if all(self._has(case, i, length, "latency") for i in usable):
+            return
+        group, expected = [], {}
+        for implementation in usable:
+            seconds = self._expected(case, implementation, "seconds", length)
+            if seconds is not None and seconds > self.limits.call_seconds:
+                limit = f"a call would take about {seconds:.0f} s, the limit is {self.limits.call_seconds:g} s"
+                self.why[case.key, implementation.name, length, "seconds"] = limit
+            elif not self._fits_memory(case, implementation, length):
+                pass  # the reason is kept by then
+            else:
+                group.append(implementation)
+                expected[implementation.name] = seconds or 0.0
+        slowest = max(expected.values(), default=0.0)
+        repeats = _repeats(slowest)
+        need = sum(expected.values()) * (repeats["min_repeats"] + repeats["warmup"] + 0.5)
+        if not group or time.monotonic() + need > self.end:
+            for implementation in group:
+                key = (case.key, implementation.name, length, "seconds")
+                self.why[key] = "the time of the runs was used up"
+            return
+        taken = self._compare(case, group, length, repeats)
+        said = []
+        for implementation in group:
+            samples, composed = taken[implementation.name]
+            row = self._row(case, implementation, length)
+            row.update(seconds=statistics.median(samples), samples=list(samples), run=len(self.results.runs) - 1)
+            if composed:
+                row["composed"] = True
+            said.append(f"{implementation.name} {row['seconds'] * 1e3:,.2f} ms")
+        self.report(f"  {length:>7,} {case.unit}: " + "; ".join(said))
+
+    def _compare(self, case, group, length, repeats) -> dict[str, tuple[tuple[float, ...], bool]]:
+        """Samples by implementation, and whether they are composed of one block's, all timed in turn."""
+        works, composed = {}, {}
+        for i in group:
+            shortcut = i.shortcut
+            if shortcut is None or length <= shortcut.up_to:
+                works[i.name, "whole"] = work(i.make, i.arguments, case.setting, length)
+            else:
+                works[i.name, "whole"] = work(i.make, shortcut.arguments, case.setting, length)
+                works[i.name, "block"] = work(shortcut.block, shortcut.block_arguments, case.setting, length)
+                composed[i.name] = shortcut.times
+        clock = cuda_events if case.setting.device == "cuda" else wall_clock
+        if composed:  # alike in number: round by round they make up one call
+            repeats = {**repeats, "min_repeats": repeats["max_repeats"] if length < 1000 else repeats["min_repeats"]}
+            repeats["max_repeats"] = repeats["min_repeats"]
+        taken = compare(works, clock=clock, **repeats)
+        samples = {}
+        for i in group:
+            whole = taken[i.name, "whole"].samples
+            if i.name in composed:
+                blocks = taken[i.name, "block"].samples
+                whole = tuple(w + composed[i.name] * b for w, b in zip(whole, blocks))
+            samples[i.name] = whole, i.name in composed
+        return samples
+
+    # ---- Memory
+
+    def _memory(self, case: Case, implementation: Implementation, length: int) -> None:
+        if self._has(case, implementation, length, "memory"):
+            return
+        key = (case.key, implementation.name, length, "extra_bytes")
+        seconds = self._expected(case, implementation, "seconds", length)
+        if implementation.shortcut is not None and seconds is not None:
+            seconds *= 2 / (implementation.shortcut.times + 1)
+        if seconds is not None and seconds > self.limits.call_seconds:
+            limit = f"a call would take about {seconds:.0f} s, the limit is {self.limits.call_seconds:g} s"
+            self.why[key] = limit
+            return
+        if time.monotonic() + (seconds or 0) * 2 > self.end:
+            self.why[key] = "the time of the runs was used up"
+            return
+        if not self._fits_memory(case, implementation, length):
+            self.why[key] = self.why[case.key, implementation.name, length, "seconds"]
+            return
+        arguments = implementation.arguments
+        if implementation.shortcut is not None:  # blocks work one after another: one needs what all need
+            arguments = implementation.shortcut.arguments
+        build = functools.partial(warmed, implementation.make, arguments, case.setting, length)
+        if case.setting.device == "cuda":
+            extra = peak_extra_cuda_bytes(build())
+        else:
+            extra = peak_extra_bytes(build, preload=(implementation.make.__module__, "transformers"))
+        self._row(case, implementation, length)["extra_bytes"] = extra
+        self.report(f"  {length:>7,} {case.unit}: {implementation.name} {extra / 2**20:,.1f} MiB")
+
+    def _fits_memory(self, case, implementation, length) -> bool:
+        limit = self.limits.memory_bytes or 0.8 * memory_bytes(case.setting.device)
+        extra = self._expected(case, implementation, "extra_bytes", length)
+        if extra is None and implementation.memory is not None:
+            extra = implementation.memory(case.setting, length)
+        if extra is None or extra <= limit:
+            return True
+        reason = f"it would need about {extra / 2**30:,.0f} GiB, the limit is {limit / 2**30:,.0f} GiB"
+        self.why[case.key, implementation.name, length, "seconds"] = reason
+        return False
+
+    # ---- Rows
+
+    def _expected(self, case, implementation, what, length) -> float | None:
+        return self.results.expected(case.key, implementation.name, what, length, implementation.degree)
+
+    def _row(self, case: Case, implementation: Implementation, length: int) -> dict:
+        row = self.results.row(case.key, implementation.name, length)
+        row.update(ours=implementation.ours, degree=implementation.degree)
+        if implementation.cost is not None:
+            cost = implementation.cost(case.setting, length)
+            row["floor_seconds"] = cost.seconds(self.rates)
+        return row
+
+    def predict(self, cases: Sequence[Case]) -> None:
+        """Fills what was not measured from the lengths that were, and says why it was not."""
+        for case in cases:
+            for implementation in case.implementations:
+                for what in ("seconds", "extra_bytes"):
+                    lengths, values = self.results.values(case.key, implementation.name, what)
+                    if not lengths:
+                        continue
+                    terms = fit(lengths, [max(v, 1e-9) for v in values], implementation.degree)
+                    for length in sorted(set(case.lengths) - set(lengths)):
+                        why = self.why.get((case.key, implementation.name, length, what), "not measured in these runs")
+                        row = self._row(case, implementation, length)
+                        row[what], row[f"{what}_predicted"] = predict(terms, length), why
+
+
+def warmed(make, arguments, setting, length):
+    """The work at ``length``, after what is loaded or compiled at first use was, by a short one."""
+    work(make, arguments, setting, min(64, length))()
+    return work(make, arguments, setting, length)
+
+
+def _repeats(seconds: float) -> dict:
+    """Warm-up and repeats for calls of about so long."""
+    if seconds < 1:
+        return {"warmup": 1, "min_repeats": 5, "max_repeats": 15, "min_seconds": 0.3}
+    if seconds < 4:
+        return {"warmup": 1, "min_repeats": 3, "max_repeats": 3, "min_seconds": 0.0}
+    return {"warmup": 0, "min_repeats": 2, "max_repeats": 2, "min_seconds": 0.0}

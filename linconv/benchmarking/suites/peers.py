@@ -1,0 +1,87 @@
+"""What several suites compare with: attention by every kernel torch has, and packages that may not be installed."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from linconv.benchmarking.suite import Absent, Cost, Implementation
+
+_PACKAGES = {  # module: (what is installed, how)
+    "mamba_ssm": "mamba-ssm",
+    "causal_conv1d": "causal-conv1d",
+    "fla": "flash-linear-attention",
+    "liger_kernel": "liger-kernel",
+}
+
+_SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def need(module: str, device: str):
+    """Imports an optional package that runs on CUDA only.
+
+    Raises:
+        Absent: it is not installed or does not import, or the device is another.
+    """
+    package = _PACKAGES[module.split(".")[0]]
+    if importlib.util.find_spec(module.split(".")[0]) is None:
+        raise Absent(f"{package} is not installed: pip install 'linconv[peers]'")
+    if device != "cuda":
+        raise Absent(f"{package} runs on CUDA devices only, the device here is {device}")
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a package built for another torch fails in ways of its own
+        raise Absent(f"{package} does not import: {error}") from error
+
+
+def sdpa_kinds(device: str) -> tuple[str, ...]:
+    """Names of the kernels torch's scaled_dot_product_attention may have on a device."""
+    return ("flash", "math") if device == "cpu" else tuple(_SDPA)
+
+
+def eager(q, k, v):
+    """Attention as the formula says, with the whole matrix of weights."""
+    weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
+    return weights @ v
+
+
+def sdpa(kind, q, k, v):
+    with sdpa_kernel(_SDPA[kind]) if kind in _SDPA else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention(setting, length, heads, headdim, kind):
+    """Exact attention between all frames, q, k and v given; ``kind`` is a name of `sdpa_kinds`, or "eager"."""
+    q, k, v = (setting.tensor(setting.batch, heads, length, headdim) for _ in range(3))
+    function = eager if kind == "eager" else functools.partial(sdpa, kind)
+    return functools.partial(function, q, k, v), [q, k, v]
+
+
+def weights_bytes(heads, setting, length):
+    """Attention weights and scores in memory at once: what attention needs that keeps the matrix."""
+    return 2 * setting.batch * heads * length**2 * torch.finfo(setting.torch_dtype).bits // 8
+
+
+def attention_implementations(device, heads, headdim):
+    """Exact attention by each of torch's kernels, and as the formula says."""
+    for kind in (*sdpa_kinds(device), "eager"):
+        yield Implementation(
+            "eager attention" if kind == "eager" else f"attention (SDPA, {kind})", attention, (heads, headdim, kind),
+            degree=2, cost=functools.partial(attention_cost, heads, headdim),
+            memory=functools.partial(weights_bytes, heads) if kind in ("math", "eager") else None,
+        )  # fmt: skip
+
+
+def attention_cost(heads, headdim, setting, length):
+    """Two products forward; backward four more and the scores again."""
+    products = 2 if setting.work == "forward" else 7
+    return Cost(flops=products * 2 * setting.batch * heads * headdim * length**2, dtype=setting.dtype)

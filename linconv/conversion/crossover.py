@@ -1,0 +1,78 @@
+"""From which length on a converted layer is faster, by layers that were measured: what `linconv inspect` predicts by.
+
+``layer_fits.json`` beside this file is written by `linconv bench --fits` from committed results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+
+__all__ = ["MeasuredCrossover", "measured_crossover"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredCrossover:
+    """frames: from which length on the mixer is faster; None where it never is, by the fits.
+
+    longest: the longest sequence that both sides were measured at: beyond, the fits extrapolate. basis: what they are
+    based on, for people to read.
+    """
+
+    frames: int | None
+    longest: int
+    basis: str
+
+
+def measured_crossover(mixer: str, width: int, operations: float = 1.0) -> MeasuredCrossover | None:
+    """The crossover of a layer of ``width``, from the measured layers of the width nearest to it.
+
+    Work per frame is scaled by the square of the widths, attention between frames by the width itself.
+
+    Args:
+        mixer: its name. operations: of one frame, as a multiple of those of the mixer with its default options.
+
+    Returns:
+        None where no layer with this mixer was measured.
+    """
+    layers = [layer for layer in _layers() if mixer in layer["fits"]]
+    if not layers:
+        return None
+    layer = min(layers, key=lambda layer: (abs(math.log(layer["width"] / width)), layer["dtype"] != "float32"))
+    scale = width / layer["width"]
+    attention, new = layer["fits"]["attention"], layer["fits"][mixer]
+    fixed, per_frame, per_pair = attention["seconds"]
+    fixed_new, per_frame_new, per_pair_new = new["seconds"]
+    frames = _faster_from(
+        fixed_new - fixed,
+        (per_frame_new * operations - per_frame) * scale**2,
+        per_pair_new * operations * scale**2 - per_pair * scale,
+    )
+    on = layer["measured_on"]
+    device = on["device"] + (f", {on['threads']} threads" if on["threads"] else "")
+    what = f"layers of width {layer['width']} in {layer['dtype']}"
+    basis = f"{what}, measured on {device}, {on['date']}, torch {on['torch']}"
+    if scale != 1:
+        basis += f", scaled to width {width}"
+    return MeasuredCrossover(frames, min(attention["longest"], new["longest"]), basis)
+
+
+def _faster_from(a: float, b: float, c: float) -> int | None:
+    """The least length >= 1 from which on a + b·length + c·length² < 0 for good; None where there is none."""
+    if c >= 0:  # what is not faster in the long run is faster nowhere for good
+        if c > 0 or b > 0 or (b == 0 and a >= 0):
+            return None
+        return 1 if b == 0 else max(1, math.floor(-a / b) + 1)
+    discriminant = b * b - 4 * a * c
+    if discriminant < 0:
+        return 1
+    return max(1, math.floor((-b - math.sqrt(discriminant)) / (2 * c)) + 1)
+
+
+@functools.cache
+def _layers() -> list[dict]:
+    path = Path(__file__).with_name("layer_fits.json")
+    return json.loads(path.read_text())["layers"] if path.exists() else []
