@@ -11,10 +11,11 @@ __all__ = ["main"]
 
 # flag, recipe key, type, help
 _RECIPE_FLAGS = (
-    ("--task", "task", str, "classification or ctc"),
-    ("--data", "data.path", str, "folder with a metadata.csv, or a data set on the hub"),
+    ("--task", "task", str, "classification, ctc or text_classification"),
+    ("--data", "data.path", str, "folder with tables, or a data set on the hub"),
     ("--label", "data.label", str, "column of the classes"),
     ("--text", "data.text", str, "column of the transcripts"),
+    ("--sentence", "data.sentence", str, "column of the sentences"),
     ("--source", "model.source", str, "pretrained checkpoint"),
     ("--teacher", "model.teacher", str, "fine-tuned checkpoint: written by finetune, read by distill"),
     ("--output", "output", str, "folder for the student"),

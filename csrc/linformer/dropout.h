@@ -12,6 +12,8 @@ struct Dropout {
   uint64_t seed = 0;
 };
 
+constexpr uint32_t kDropoutStep = 0x9e3779b9U;  // 2^32 over the golden ratio
+
 // C. Wellons' hash "lowbias32": a bijection of 32 bits in which every bit in changes every bit out about half the time.
 static inline uint32_t dropout_mix(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352dU;
@@ -26,11 +28,12 @@ struct DropoutKeys {
 static inline DropoutKeys dropout_keys(uint64_t seed, int64_t row_and_head, int64_t frame) {
   const uint32_t place = dropout_mix(static_cast<uint32_t>(row_and_head) ^ static_cast<uint32_t>(seed));
   const uint32_t first = dropout_mix(place ^ static_cast<uint32_t>(frame));
-  return {first, dropout_mix(first ^ static_cast<uint32_t>(seed >> 32))};
+  // Mixed twice: for a seed whose upper half is zero, once would undo what key 0 is mixed with.
+  return {first, dropout_mix(dropout_mix(first ^ static_cast<uint32_t>(seed >> 32)) + kDropoutStep)};
 }
 
 static inline uint32_t dropout_hash(DropoutKeys keys, uint32_t key_index) {
-  return dropout_mix(dropout_mix(key_index * 0x9e3779b9U + keys.first) ^ keys.second);
+  return dropout_mix(dropout_mix(key_index * kDropoutStep + keys.first) ^ keys.second);
 }
 
 }  // namespace linconv

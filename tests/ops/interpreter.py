@@ -25,6 +25,7 @@ def _mend_interpreter():
     from triton.runtime import interpreter
 
     patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+    cast = interpreter.InterpreterBuilder.cast_impl
 
     def patch(tensor, scope):
         patch_tensor(tensor, scope)
@@ -40,7 +41,17 @@ def _mend_interpreter():
         bits = handle.data.astype(np.uint32) << 16
         return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
 
+    def cast_impl(self, handle, dst_type):  # it would cut floats to bfloat16, where a GPU rounds to the nearest, even
+        types = handle.dtype.scalar, dst_type.scalar
+        if types != (interpreter.tl.float32, interpreter.tl.bfloat16):
+            return cast(self, handle, dst_type)
+        bits = handle.data.astype(np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        rounded = np.where(np.isnan(handle.data), bits >> 16 | 0x40, rounded)
+        return interpreter.TensorHandle(rounded.astype(np.uint16), interpreter.tl.bfloat16)
+
     interpreter._patch_lang_tensor = patch
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 

@@ -86,7 +86,10 @@ def test_oracle_of_long_sequences(headdim, rank, backend):
 
     def in_torch(q, k, v, proj_k, proj_v):
         valid = (torch.arange(1200) < lengths[:, None])[:, None, :, None]
-        k, v = (p[:1200].mT @ (valid * x) / lengths.sqrt()[:, None, None, None] for p, x in ((proj_k, k), (proj_v, v)))
+        k, v = (
+            p[:1200].mT @ (valid * x) / lengths.double().sqrt()[:, None, None, None]
+            for p, x in ((proj_k, k), (proj_v, v))
+        )
         return valid * ((q @ k.mT / math.sqrt(headdim)).softmax(-1) @ v)
 
     wanted = gradients(in_torch, inputs, upstream)
@@ -248,9 +251,9 @@ def test_dropout_drops_that_share_and_keeps_the_mean():
         assert abs(((first - 1 + p) * (second - 1 + p)).mean()) < 5 * deviation**2 / math.sqrt(first.numel())
     value = tensors(1, 1, 200, 4, 400, shared=True)
     value[2] = torch.ones_like(value[2])
-    value[3] = value[3].abs()
+    value[0], value[3] = torch.zeros_like(value[0]), value[3].abs()  # every key has the same weight
     outputs = torch.stack([linformer_attention(*value, dropout_p=0.5, backend="cpu") for _ in range(60)])
-    torch.testing.assert_close(outputs.mean(0), linformer_attention(*value), rtol=0.1, atol=0)
+    torch.testing.assert_close(outputs.mean(0), linformer_attention(*value), rtol=0.05, atol=0)
 
 
 def test_dropout_repeats_with_the_seed_and_under_checkpointing():
@@ -449,7 +452,7 @@ def test_the_cheaper_order_is_taken(monkeypatch):
     monkeypatch.setattr(
         torch.ops.linconv, "linformer_project", lambda x, *rest: rows.append(x.shape[1]) or original(x, *rest)
     )
-    for length, sums in ((8, [2, 2]), (400, [1, 1])):  # heads of keys and values; columns of hidden states, and ones
+    for length, sums in ((4, [2, 2]), (400, [1, 1])):  # heads of keys and values; columns of hidden states, and ones
         rows.clear()
         inputs = [random(1, length, 24), *weights(24, 24), random(400, 8)]
         linformer_self_attention(*inputs, num_heads=2, backend="cpu")

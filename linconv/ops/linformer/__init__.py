@@ -282,6 +282,7 @@ dispatch.register(
     fake_backward=_fake_project_backward,
     setup_context=_save_project,
     backward=_project_backward,
+    triton="linconv.ops.linformer.triton",
 )
 dispatch.register(
     "linformer_attend",
@@ -289,4 +290,5 @@ dispatch.register(
     fake_backward=_fake_attend_backward,
     setup_context=_save_attend,
     backward=_attend_backward,
+    triton="linconv.ops.linformer.triton",
 )

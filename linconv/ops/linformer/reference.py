@@ -4,7 +4,7 @@ import math
 
 import torch
 
-MASK = 0xFFFFFFFF
+MASK, STEP = 0xFFFFFFFF, 0x9E3779B9
 
 
 def valid_frames(seq_lens, length):
@@ -55,8 +55,8 @@ def kept(seed, batch, heads, length, rank, dropout_p):
     device = seed.device
     row_and_head = torch.arange(batch * heads, device=device).reshape(batch, heads, 1)
     first = mix(mix((row_and_head ^ seed) & MASK) ^ torch.arange(length, device=device))
-    second = mix(first ^ ((seed >> 32) & MASK))
-    counter = torch.arange(rank, device=device) * 0x9E3779B9 & MASK
+    second = mix((mix(first ^ ((seed >> 32) & MASK)) + STEP) & MASK)
+    counter = torch.arange(rank, device=device) * STEP & MASK
     drawn = mix(mix((counter + first[..., None]) & MASK) ^ second[..., None])
     return drawn >= min(round(dropout_p * 2**32), MASK)
 

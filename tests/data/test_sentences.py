@@ -1,0 +1,107 @@
+"""Tables of sentences, and the way from them to a distilled student."""
+
+import json
+
+import pytest
+import yaml
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from linconv.cli import main
+from linconv.data import SentenceCollator, load_splits
+from linconv.errors import UserError
+from linconv.recipe import Data
+
+WORDS = ["good", "fine", "bad", "poor", "film", '"quote', "it", "was"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sentences")
+    for name, rows in (("train", 24), ("dev", 8)):
+        lines = [f'it was {WORDS[i % 4]} {"film " * (i % 3)}"quote \t{int(i % 4 < 2)}' for i in range(rows)]
+        (folder / f"{name}.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
+    (folder / "pairs.csv").write_text('a,b,label\n"one, two",three,x\nfour,"five ""six""",y\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, '"', "quote"]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=15, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def splits(folder, **changes):
+    settings = {"path": str(folder), "sentence": "sentence", "label": "label", "validation": "dev", **changes}
+    return load_splits(Data(**settings), "text_classification")
+
+
+def test_a_table_for_each_split(folder):
+    got = splits(folder)
+    assert (len(got.train), len(got.validation), got.test, got.labels) == (24, 8, None, ["0", "1"])
+    assert got.train[1] == {"text": ('it was fine film "quote',), "target": "1"}
+    pairs = splits(folder, train="pairs", validation="none", sentence=["a", "b"])
+    assert pairs.train.texts == [("one, two", "three"), ("four", 'five "six"')] and pairs.labels == ["x", "y"]
+
+
+def test_limit_is_a_fixed_part_and_holdout_is_stratified(folder):
+    few, more = (splits(folder, limit={"train": n}).train for n in (5, 9))
+    assert (
+        len(few) == 5
+        and set(few.texts) <= set(more.texts)
+        and few.texts == splits(folder, limit={"train": 5}).train.texts
+    )
+    held = splits(folder, holdout={"test": 0.25})
+    assert (len(held.train), len(held.test)) == (18, 6) and held.test.targets.count("1") == 3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sentence": None}, "data.sentence: not given"),
+        ({"sentence": "sentense"}, "no 'sentense'; did you mean 'sentence'"),
+        ({"label": "labels"}, "no 'labels'; did you mean 'label'"),
+        ({"train": "trian"}, "no 'trian'; did you mean 'train'"),
+        ({"sentence": ["a", "b", "c"]}, "got 3 columns; want one, or two"),
+        ({"limit": {"tset": 3}}, "data.limit: no 'tset'; did you mean 'test'"),
+        ({"limit": {"train": 0}}, "data.limit.train: got 0"),
+        ({"where": {"label": "1"}}, "are for clips, not for sentences"),
+        ({"holdout": {"test": 1.0}}, "want a share between 0 and 1"),
+    ],
+)
+def test_wrong_settings_are_named(folder, changes, message):
+    with pytest.raises(UserError, match=message):
+        splits(folder, **changes)
+
+
+def test_a_batch_is_padded_on_the_right_and_cut(checkpoint):
+    tokenizer = BertTokenizerFast.from_pretrained(checkpoint, padding_side="left")
+    rows = [{"text": ("it was good",), "target": "1"}, {"text": ("it was bad film film film",), "target": "0"}]
+    batch = SentenceCollator(tokenizer, int, 6)(rows)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1] * 6] and batch["labels"].tolist() == [1, 0]
+
+
+def test_finetune_distill_and_eval(folder, checkpoint, tmp_path, capsys):
+    training = {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    recipe = {
+        "task": "text_classification",
+        "data": {"path": str(folder), "sentence": "sentence", "label": "label", "validation": "none", "test": "dev"},
+        "model": {"source": str(checkpoint), "teacher": str(tmp_path / "teacher")},
+        "output": str(tmp_path / "student"),
+        "conversion": {"mixer": "linformer", "options": {"r": 4}},
+        "finetune": training,
+        "distill": {**training, "layer_norm": False, "include_embeddings": True, "layer_reduction": "sum"},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["finetune", str(path)]) == 0 and main(["distill", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "student"), str(path), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["rows"] == 8 and 0 <= scores["test_accuracy"] <= 1
