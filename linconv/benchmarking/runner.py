@@ -243,11 +243,14 @@ class _Runner:
                     lengths, values = self.results.values(case.key, implementation.name, what)
                     if not lengths:
                         continue
+                    enough = len(lengths) > implementation.degree
                     terms = fit(lengths, [max(v, 1e-9) for v in values], implementation.degree)
                     for length in sorted(set(case.lengths) - set(lengths)):
                         why = self.why.get((case.key, implementation.name, length, what), "not measured in these runs")
                         row = self._row(case, implementation, length)
-                        row[what], row[f"{what}_predicted"] = predict(terms, length), why
+                        row[f"{what}_predicted"] = why
+                        # Below the shortest length, or from fewer values than terms, a fit says nothing.
+                        row[what] = predict(terms, length) if enough and length > min(lengths) else None
 
 
 def warmed(make, arguments, setting, length):
