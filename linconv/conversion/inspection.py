@@ -4,7 +4,6 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -93,8 +92,6 @@ def inspect(
     projections = sum(m.weight.numel() for m in attention.modules() if isinstance(m, nn.Linear))
     per_frame = new.flops(1)
     # attention takes fewer operations as long as 2 projections + 4 L width < per_frame
-    with torch.device("meta"):
-        default = mixer_class(width)
     crossover = max(0, per_frame - 2 * projections) // (4 * width) + 1
     parameters = sum(p.numel() for p in teacher.parameters())
     removed = sum(p.numel() for i in indices for p in attentions[i].parameters())
@@ -117,5 +114,5 @@ def inspect(
         },
         crossover_frames=crossover,
         frames_per_second=family.frames_per_second,
-        measured_crossover=measured_crossover(mixer, width, per_frame / default.flops(1)),
+        measured_crossover=measured_crossover(mixer, width, per_frame),
     )

@@ -315,3 +315,24 @@ def test_least_length_from_which_a_fit_stays_below_another(a, b, c):
     elif found < 5_000:
         assert all(below[found - 1 :])
         assert found == 1 or not below[found - 2]
+
+
+def test_inspect_predicts_by_fits_to_results(clock, tmp_path, monkeypatch):
+    """Width 1024: n / 100 against n² / 3000 meet at 30 frames; at half the width at 15."""
+    from linconv.benchmarking.fits import write
+    from linconv.benchmarking.suites.layer import build
+    from linconv.conversion import crossover
+
+    made = (
+        Implementation("hydra", synthetic, ("linear",), ours=True),
+        Implementation("attention", synthetic, ("square",), degree=2),
+    )
+    results = measured([Case("layer", Setting(), made, "attention", LENGTHS, facts={"width": 1024})])
+    file = write([results], tmp_path / "fits.json")
+    monkeypatch.setattr(crossover, "_layers", lambda: json.loads(file.read_text())["layers"])
+    operations = build("hydra", 1024, 1).flops(1)
+    at = crossover.measured_crossover("hydra", 1024, operations)
+    assert at.frames == pytest.approx(30, abs=1) and at.longest == 80 and "width 1024 in float32" in at.basis
+    assert crossover.measured_crossover("hydra", 512, operations / 4).frames == pytest.approx(15, abs=1)
+    assert "scaled to width 512" in crossover.measured_crossover("hydra", 512, operations / 4).basis
+    assert crossover.measured_crossover("bimamba2", 1024, operations) is None
