@@ -1,4 +1,4 @@
-# make test | demo | lint | sanitize | test-transformers | compile-ahead | bench | build | clean
+# make test | demo | lint | sanitize | test-transformers | compile-ahead | bench | plots | build | clean
 #
 # Everything is installed into a virtual environment of its own, .venv. What may be set on the command line:
 #   PYTHON       the Python it is made with, 3.10 or later
@@ -20,7 +20,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 
-.PHONY: test demo lint sanitize test-transformers compile-ahead bench build clean
+.PHONY: test demo lint sanitize test-transformers compile-ahead bench plots build clean
 
 test: $(VENV)/.installed
 	$(PYTEST) tests
@@ -39,6 +39,13 @@ compile-ahead: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PIP) -e .[bench] --no-build-isolation
 	$(PY) -m pytest benchmarks
+
+# What the repository shows of the committed results: the README's plot, the report, the fits of `linconv inspect`.
+SUITES := benchmarks/results/cpu/suites
+plots: $(VENV)/.installed
+	$(PY) -m linconv.cli bench --plot $(SUITES)/layer.json $(SUITES)/model.json --out docs/benchmark.png
+	$(PY) -m linconv.cli bench --report $(wildcard $(SUITES)/*.json) --out $(SUITES)/report
+	$(PY) -m linconv.cli bench --fits $(SUITES)/layer.json --out linconv/conversion/layer_fits.json
 
 build: $(VENV)/.installed
 

@@ -6,19 +6,21 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from linconv.benchmarking.results import Results
 from linconv.benchmarking.scaling import fit
+from linconv.benchmarking.suites.layer import build
 from linconv.errors import UserError
 
 __all__ = ["write"]
-
-_MIXERS = ("bimamba2", "hydra", "linformer")
 
 
 def write(all_results: Sequence[Results], path: Path) -> Path:
     """Writes, for each width and dtype of the layers, seconds = a + b·length + c·length² of attention and of mixers.
 
-    Forward passes of batch 1 only. Each fit carries the longest length that was measured.
+    Forward passes of batch 1 only. Each fit carries the longest length that was measured, a mixer's also its operations
+    for one frame.
 
     Raises:
         UserError: no layer among the results.
@@ -35,6 +37,9 @@ def write(all_results: Sequence[Results], path: Path) -> Path:
                 if (series.ours or name == "attention") and len(lengths) >= 3:
                     terms = fit(lengths, seconds, series.degree)
                     fits[name] = {"seconds": terms, "longest": max(lengths), "lengths": len(lengths)}
+                if series.ours and name in fits:
+                    with torch.device("meta"):
+                        fits[name]["operations"] = build(name, description["facts"]["width"], 1).flops(1)
             last = results.runs[-1]
             if "attention" in fits and len(fits) > 1:
                 layers.append({

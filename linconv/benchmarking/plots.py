@@ -15,15 +15,15 @@ __all__ = ["case_png", "case_svg", "duration", "overview"]
 
 _OURS = ("#0b6e99", "#d1495b", "#2e933c", "#7b3fa0")
 _PEERS = ("#3d3d3d", "#8a8a8a", "#b8860b", "#6b8fb3", "#a05a2c", "#888844", "#c27ba0")
-_SECONDS = (1, 5, 10, 30, 60, 300, 600, 1800, 3600)
+_SECONDS = (5, 30, 120, 600, 3600)
 _README_LAYER = "layer of width 1024, forward, float32, batch 1"
 
 
 def duration(seconds: float) -> str:
-    """5 s, 30 s, 10 min, 1 h."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 3600 else f"{seconds / 3600:.3g} h"
+    """5 s, 30 s, 10 min, 1 h: to two digits, for a reader and not for arithmetic."""
+    for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
+        if float(f"{seconds:.2g}") < 60 * size or unit == "h":
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
 
 
 def case_svg(results: Results, case: str) -> str:
@@ -96,7 +96,11 @@ def overview(all_results: Sequence[Results], path: Path) -> Path:
             _log_axes(axis, rate, "length of the audio")
             axis.legend(frameon=False, fontsize=10, loc="lower right" if axis is left else "upper left")
         right.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-        figure.supxlabel(_machine(results) + "; forward, batch 1, float32; hollow: predicted from the fit", fontsize=9)
+        figure.supxlabel(
+            _machine(results)
+            + "; forward, batch 1, float32; hollow: predicted by a fit; half-filled: one block times their number",
+            fontsize=9,
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
@@ -164,9 +168,8 @@ def _case_figure(pyplot, results: Results, case: str):
         if any(len(line.get_xdata()) for line in axis.lines if line.get_marker() == "o"):
             _log_axes(axis, rate, description["unit"] if rate is None else "length of the audio")
         else:
+            axis.set(xticks=[], yticks=[])
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes, color="#777777")
-    for axis in (faster, floor):
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     for crossing in crossovers(results):
         if crossing.case == case and crossing.length and crossing.length > crossing.shortest:
             x = crossing.length / (rate or 1)
@@ -198,7 +201,7 @@ def _curve(axis, x, y, predicted, composed, color, label) -> None:
 
 
 def _log_axes(axis, rate: float | None, label: str) -> None:
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set(xscale="log", yscale="log", xlabel=label)
     axis.grid(alpha=0.3)
@@ -209,6 +212,11 @@ def _log_axes(axis, rate: float | None, label: str) -> None:
         ticks = [second for second in _SECONDS if low <= second <= high]
         axis.set_xticks(ticks, [duration(second) for second in ticks])
     axis.xaxis.set_minor_formatter(NullFormatter())
+    bottom, top = axis.get_ylim()
+    if top / bottom < 1000:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _pyplot():

@@ -99,12 +99,14 @@ def _measured_on(results: Results) -> str:
 
 def _run(run: dict) -> str:
     commit = (run["commit"] or "unknown")[:10] + (" with changes" if run["dirty"] else "")
-    matmul = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {name}" for name, rate in run["rates"]["matmul"].items())
+    rates = "memory only"
+    if run["rates"]:
+        matmul = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {name}" for name, rate in run["rates"]["matmul"].items())
+        rates = f"torch.mm {matmul}, copy {run['rates']['copy'] / 1e9:.1f} GB/s"
     return (
         f"{run['platform']}; {run['cpu']}, {run['threads']} threads, instruction set {run['isa']}"
         + (f"; {run['gpu']}" if run["gpu"] else "")
-        + f"; commit {commit}; torch {run['torch']}, transformers {run['transformers']}; seed {run['seed']}; torch.mm "
-        f"{matmul}, copy {run['rates']['copy'] / 1e9:.1f} GB/s"
+        + f"; commit {commit}; torch {run['torch']}, transformers {run['transformers']}; seed {run['seed']}; {rates}"
     )
 
 

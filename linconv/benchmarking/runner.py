@@ -54,14 +54,17 @@ def run(
     device = cases[0].setting.device
     end = time.monotonic() + limits.seconds
     results.forget_predictions()
-    found = rates(device, tuple(sorted({"float32", *(case.setting.dtype for case in cases)})))
+    found = None
+    if "latency" in measure:
+        found = rates(device, tuple(sorted({"float32", *(case.setting.dtype for case in cases)})))
+        matmul = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in found["matmul"].items())
+        report(f"torch.mm: {matmul}; copy: {found['copy'] / 1e9:.1f} GB/s")
     results.runs.append({**provenance(), "device": device, "seed": cases[0].setting.seed, "rates": found})
-    matmul = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in found["matmul"].items())
-    report(f"torch.mm: {matmul}; copy: {found['copy'] / 1e9:.1f} GB/s")
     runner = _Runner(results, limits, end, found, report)
     for case in cases:
         results.cases[case.key] = case.describe()
-        runner.case(case, measure, lengths or case.lengths)
+        if time.monotonic() < end:
+            runner.case(case, measure, lengths or case.lengths)
     runner.predict(cases)
 
 
@@ -128,15 +131,12 @@ class _Runner:
             return
         group, expected = [], {}
         for implementation in usable:
-            seconds = self._expected(case, implementation, "seconds", length)
-            if seconds is not None and seconds > self.limits.call_seconds:
-                limit = f"a call would take about {seconds:.0f} s, the limit is {self.limits.call_seconds:g} s"
-                self.why[case.key, implementation.name, length, "seconds"] = limit
-            elif not self._fits_memory(case, implementation, length):
-                pass  # the reason is kept by then
+            beyond = self._beyond(case, implementation, length)
+            if beyond:
+                self.why[case.key, implementation.name, length, "seconds"] = beyond
             else:
                 group.append(implementation)
-                expected[implementation.name] = seconds or 0.0
+                expected[implementation.name] = self._call_seconds(case, implementation, length)
         slowest = max(expected.values(), default=0.0)
         repeats = _repeats(slowest)
         need = sum(expected.values()) * (repeats["min_repeats"] + repeats["warmup"] + 0.5)
@@ -151,6 +151,8 @@ class _Runner:
             samples, composed = taken[implementation.name]
             row = self._row(case, implementation, length)
             row.update(seconds=statistics.median(samples), samples=list(samples), run=len(self.results.runs) - 1)
+            if implementation.cost is not None:
+                row["floor_seconds"] = implementation.cost(case.setting, length).seconds(self.rates)
             if composed:
                 row["composed"] = True
             said.append(f"{implementation.name} {row['seconds'] * 1e3:,.2f} ms")
@@ -187,18 +189,11 @@ class _Runner:
         if self._has(case, implementation, length, "memory"):
             return
         key = (case.key, implementation.name, length, "extra_bytes")
-        seconds = self._expected(case, implementation, "seconds", length)
-        if implementation.shortcut is not None and seconds is not None:
-            seconds *= 2 / (implementation.shortcut.times + 1)
-        if seconds is not None and seconds > self.limits.call_seconds:
-            limit = f"a call would take about {seconds:.0f} s, the limit is {self.limits.call_seconds:g} s"
-            self.why[key] = limit
-            return
-        if time.monotonic() + (seconds or 0) * 2 > self.end:
-            self.why[key] = "the time of the runs was used up"
-            return
-        if not self._fits_memory(case, implementation, length):
-            self.why[key] = self.why[case.key, implementation.name, length, "seconds"]
+        beyond = self._beyond(case, implementation, length)
+        if not beyond and time.monotonic() + 2 * self._call_seconds(case, implementation, length) > self.end:
+            beyond = "the time of the runs was used up"
+        if beyond:
+            self.why[key] = beyond
             return
         arguments = implementation.arguments
         if implementation.shortcut is not None:  # blocks work one after another: one needs what all need
@@ -211,16 +206,25 @@ class _Runner:
         self._row(case, implementation, length)["extra_bytes"] = extra
         self.report(f"  {length:>7,} {case.unit}: {implementation.name} {extra / 2**20:,.1f} MiB")
 
-    def _fits_memory(self, case, implementation, length) -> bool:
+    def _call_seconds(self, case, implementation, length) -> float:
+        """What one call that is timed may take, going by shorter lengths."""
+        seconds = self._expected(case, implementation, "seconds", length) or 0.0
+        if implementation.shortcut is not None and length > implementation.shortcut.up_to:
+            seconds /= 4  # a model of one layer, with all that is not layers, and a block
+        return seconds
+
+    def _beyond(self, case, implementation, length) -> str | None:
+        """Which limit a call at ``length`` would exceed, or None."""
+        seconds, most = self._call_seconds(case, implementation, length), self.limits.call_seconds
+        if seconds > most:
+            return f"a call would take about {seconds:,.0f} s, the limit is {most:g} s"
         limit = self.limits.memory_bytes or 0.8 * memory_bytes(case.setting.device)
         extra = self._expected(case, implementation, "extra_bytes", length)
         if extra is None and implementation.memory is not None:
             extra = implementation.memory(case.setting, length)
-        if extra is None or extra <= limit:
-            return True
-        reason = f"it would need about {extra / 2**30:,.0f} GiB, the limit is {limit / 2**30:,.0f} GiB"
-        self.why[case.key, implementation.name, length, "seconds"] = reason
-        return False
+        if extra is not None and extra > limit:
+            return f"it would need about {extra / 2**30:,.0f} GiB, the limit is {limit / 2**30:,.0f} GiB"
+        return None
 
     # ---- Rows
 
@@ -230,9 +234,6 @@ class _Runner:
     def _row(self, case: Case, implementation: Implementation, length: int) -> dict:
         row = self.results.row(case.key, implementation.name, length)
         row.update(ours=implementation.ours, degree=implementation.degree)
-        if implementation.cost is not None:
-            cost = implementation.cost(case.setting, length)
-            row["floor_seconds"] = cost.seconds(self.rates)
         return row
 
     def predict(self, cases: Sequence[Case]) -> None:
@@ -243,11 +244,15 @@ class _Runner:
                     lengths, values = self.results.values(case.key, implementation.name, what)
                     if not lengths:
                         continue
+                    enough = len(lengths) > implementation.degree
                     terms = fit(lengths, [max(v, 1e-9) for v in values], implementation.degree)
                     for length in sorted(set(case.lengths) - set(lengths)):
-                        why = self.why.get((case.key, implementation.name, length, what), "not measured in these runs")
+                        why = self.why.get((case.key, implementation.name, length, what))
+                        why = why or self._beyond(case, implementation, length) or "not measured in these runs"
                         row = self._row(case, implementation, length)
-                        row[what], row[f"{what}_predicted"] = predict(terms, length), why
+                        row[f"{what}_predicted"] = why
+                        # Below the shortest length, or from fewer values than terms, a fit says nothing.
+                        row[what] = predict(terms, length) if enough and length > min(lengths) else None
 
 
 def warmed(make, arguments, setting, length):

@@ -27,13 +27,14 @@ class MeasuredCrossover:
     basis: str
 
 
-def measured_crossover(mixer: str, width: int, operations: float = 1.0) -> MeasuredCrossover | None:
+def measured_crossover(mixer: str, width: int, operations: float) -> MeasuredCrossover | None:
     """The crossover of a layer of ``width``, from the measured layers of the width nearest to it.
 
-    Work per frame is scaled by the square of the widths, attention between frames by the width itself.
+    The mixer's time is scaled by its operations, attention's projections by the square of the widths, and attention
+    between frames by the width.
 
     Args:
-        mixer: its name. operations: of one frame, as a multiple of those of the mixer with its default options.
+        mixer: its name. width: of the hidden states. operations: of the mixer for one frame.
 
     Returns:
         None where no layer with this mixer was measured.
@@ -48,8 +49,8 @@ def measured_crossover(mixer: str, width: int, operations: float = 1.0) -> Measu
     fixed_new, per_frame_new, per_pair_new = new["seconds"]
     frames = _faster_from(
         fixed_new - fixed,
-        (per_frame_new * operations - per_frame) * scale**2,
-        per_pair_new * operations * scale**2 - per_pair * scale,
+        per_frame_new * operations / new["operations"] - per_frame * scale**2,
+        per_pair_new * operations / new["operations"] - per_pair * scale,
     )
     on = layer["measured_on"]
     device = on["device"] + (f", {on['threads']} threads" if on["threads"] else "")

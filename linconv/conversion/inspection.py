@@ -5,7 +5,6 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from transformers import PreTrainedModel
 
 from linconv import mixers
@@ -102,8 +101,6 @@ def inspect(
 
     # The difference only grows with the length: attention's operations do so faster.
     crossover = bisect.bisect_left(range(1, 1 << 24), True, key=lambda n: new.flops(n) < attention_flops(n)) + 1
-    with torch.device("meta"):
-        default = mixer_class(width)
     parameters = sum(p.numel() for p in teacher.parameters())
     replaced = {
         p: p.numel() for i in indices for m in (attentions[i], family.self_attention(blocks[i])) for p in m.parameters()
@@ -124,5 +121,5 @@ def inspect(
         },
         crossover_frames=crossover,
         frames_per_second=family.frames_per_second,
-        measured_crossover=measured_crossover(mixer, width, new.flops(1) / default.flops(1)),
+        measured_crossover=measured_crossover(mixer, width, new.flops(1)),
     )

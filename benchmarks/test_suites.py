@@ -1,0 +1,37 @@
+"""The suites' cases under pytest-benchmark, at short lengths: `make bench`. For growth with length: `linconv bench`.
+
+    python -m pytest benchmarks -k "layer and hydra" --benchmark-autosave --benchmark-compare
+
+Each implementation's numbers are checked before it is timed.
+"""
+
+import pytest
+import torch
+
+from linconv.benchmarking import suites
+from linconv.benchmarking.suite import Absent, work
+
+LENGTH = 499  # 10 s of audio
+
+
+def every():
+    for suite in ("scan", "conv", "linformer", "loss", "layer"):
+        for case in suites.get(suite):
+            for implementation in case.implementations:
+                name = f"{suite}: {case.key}: {implementation.name}"
+                yield pytest.param(case, implementation, id=name, marks=pytest.mark.benchmark(group=case.key))
+
+
+@pytest.mark.parametrize("case, implementation", every())
+def test_latency(benchmark, case, implementation):
+    torch.manual_seed(case.setting.seed)
+    try:
+        if implementation.reason:
+            raise Absent(implementation.reason)
+        if implementation.check is not None:
+            implementation.check(case.setting)
+        call = work(implementation.make, implementation.arguments, case.setting, LENGTH)
+        call()
+    except Absent as reason:
+        pytest.skip(str(reason))
+    benchmark.pedantic(call, rounds=5, warmup_rounds=1)

@@ -1,0 +1,338 @@
+"""The suites, how they are run, and what is said of their results."""
+
+import dataclasses
+import functools
+import json
+import pickle
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from linconv.benchmarking import analysis, report, runner, suites
+from linconv.benchmarking.comparison import compare_files
+from linconv.benchmarking.latency import Latency
+from linconv.benchmarking.results import Results
+from linconv.benchmarking.runner import Limits
+from linconv.benchmarking.scaling import crossover_interval, exponent, fit, interval, predict
+from linconv.benchmarking.suite import Absent, Case, CheckFailed, Implementation, Setting, Shortcut, judge, work
+from linconv.cli import main
+from linconv.conversion.crossover import _faster_from
+from linconv.errors import UserError
+
+LENGTHS = (10, 20, 40, 80, 160)
+
+
+def synthetic(setting, length, kind):
+    """Work that returns how long it is to have taken: see `clock`."""
+    seconds = {"linear": length / 100, "square": length**2 / 3000, "wrong": 0.0}[kind]
+    return (lambda: torch.tensor(seconds)), []
+
+
+def absent(setting, length):
+    raise Absent("no such package")
+
+
+def wrong(setting):
+    raise CheckFailed("error 1")
+
+
+def implementations(failing=False):
+    return (
+        Implementation("ours", synthetic, ("linear",), ours=True, check=wrong if failing else None),
+        Implementation("attention", synthetic, ("square",), degree=2),
+        Implementation("package", absent),
+    )
+
+
+def case(failing=False):
+    return Case("toy", Setting(), implementations(failing), "attention", LENGTHS)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Works take the time they return, give or take a little, and not the time they take."""
+
+    def compare(works, **limits):
+        return {
+            name: Latency.of([float(function()) * spread for spread in (0.99, 1.0, 1.01)])
+            for name, function in works.items()
+        }
+
+    monkeypatch.setattr(runner, "compare", compare)
+    monkeypatch.setattr(runner, "rates", lambda device, dtypes: {"matmul": {"float32": 1e9}, "copy": 1e9})
+    monkeypatch.setattr(runner, "peak_extra_bytes", lambda build, preload: int(1e6 * build.args[-1]))
+
+
+def measured(cases=None, limits=None, results=None, **keywords):
+    results, limits = results or Results("layer"), limits or Limits(call_seconds=3.0)
+    runner.run(results, cases or [case()], limits, report=lambda text: None, **keywords)
+    return results
+
+
+def test_what_exceeds_a_limit_is_predicted_from_the_fit_and_says_why(clock):
+    results = measured()
+    ours, attention = results.series()
+    assert ours.seconds == pytest.approx([n / 100 for n in LENGTHS]) and ours.predicted == (None,) * 5
+    assert attention.seconds == pytest.approx([n**2 / 3000 for n in LENGTHS])
+    assert attention.predicted[:4] == (None,) * 4 and "9 s, the limit is 3 s" in attention.predicted[4]
+    assert attention.samples[4] == () and len(attention.samples[3]) == 3
+    assert attention.bytes_predicted[4] is not None
+    assert results.absent == {"package": "no such package"}
+
+
+def test_a_run_that_goes_on_measures_what_is_missing_only(clock, monkeypatch):
+    results = measured(lengths=(10, 20, 40))
+    assert [bool(why) for why in next(results.series()).predicted] == [False] * 3 + [True] * 2
+    before = {key: row["samples"] for key, row in results.rows.items() if "samples" in row}
+    built = []
+    monkeypatch.setattr(runner, "work", lambda make, a, s, length: built.append(length) or work(make, a, s, length))
+    measured(results=results, limits=Limits(call_seconds=100))
+    assert {length for length in built if length != 64} == {80, 160}  # 64: that it can run at all
+    assert all(results.rows[key]["samples"] == samples for key, samples in before.items())
+    assert all(why is None for series in results.series() for why in series.predicted)
+    assert len(results.runs) == 2 and results.rows[case().key, "ours", 160]["run"] == 1
+
+
+def test_nothing_is_predicted_from_too_little(clock):
+    ours, attention = measured(lengths=(40, 80)).series()
+    assert ours.seconds == (None, None, *(pytest.approx(n / 100) for n in (40, 80, 160)))  # not below the shortest
+    assert attention.seconds[4] is None and attention.predicted[4] is not None
+
+
+def test_time_that_is_used_up_is_a_reason(clock):
+    results = measured(limits=Limits(seconds=-1))
+    assert not results.rows
+
+
+def test_a_wrong_kernel_gets_no_time(clock):
+    results = measured([case(failing=True)])
+    assert [series.name for series in results.series()] == ["attention"]
+    assert results.failed == {f"{case().key}: ours": "error 1"}
+
+
+def test_an_error_in_ours_is_no_reason_to_be_absent(clock):
+    broken = Implementation("ours", synthetic, ("no such kind",), ours=True)
+    with pytest.raises(KeyError):
+        measured([Case("toy", Setting(), (broken,), "ours", LENGTHS)])
+
+
+def test_blocks_make_up_a_model(clock):
+    shortcut = Shortcut(("linear",), synthetic, ("linear",), times=3, up_to=20)
+    model = Implementation("ours", synthetic, ("square",), ours=True, shortcut=shortcut)
+    results = measured([Case("toy", Setting(), (model,), "ours", LENGTHS)], limits=Limits(call_seconds=1e9))
+    [series] = results.series()
+    assert series.composed == (False, False, True, True, True)
+    assert series.seconds[1] == pytest.approx(20**2 / 3000)
+    assert series.seconds[4] == pytest.approx(1.6 + 3 * 1.6)
+
+
+def test_judge_knows_right_from_wrong():
+    def exact(x):
+        return (x * 3).sin()
+
+    x = [torch.randn(50)]
+    judge(exact, exact, exact, x)
+    for broken in (lambda x: exact(x) + 1e-3, lambda x: exact(x) * torch.nan, lambda x: exact(x.detach()) + 0 * x):
+        with pytest.raises(CheckFailed):
+            judge(broken, exact, exact, x)
+
+
+# ---- What results say
+
+
+def test_results_are_the_same_from_a_file(clock, tmp_path):
+    results = measured()
+    results.write(tmp_path / "toy.json")
+    again = Results.read(tmp_path / "toy.json")
+    assert list(again.series()) == list(rounded(results.series()))
+    assert (again.runs, again.cases, again.absent) == (results.runs, results.cases, results.absent)
+
+
+def rounded(all_series):
+    def nanoseconds(values):
+        return tuple(value if value is None else round(value, 9) for value in values)
+
+    for s in all_series:
+        samples = tuple(map(nanoseconds, s.samples))
+        yield dataclasses.replace(s, seconds=nanoseconds(s.seconds), samples=samples)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"benchmark": "layer", "rows": []}'])
+def test_other_files_are_refused(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="other.json"):
+        Results.read(path)
+    with pytest.raises(UserError, match="No such file"):
+        Results.read(tmp_path / "none.json")
+
+
+def test_crossover_and_growth_and_losses(clock):
+    results = measured()
+    [crossing] = analysis.crossovers(results)
+    assert crossing.length == pytest.approx(30, rel=0.02)  # n / 100 = n² / 3000
+    assert crossing.low <= crossing.length <= crossing.high and crossing.high < 1.1 * crossing.low
+    assert not crossing.predicted
+    ours, attention = results.series()
+    assert analysis.growth(ours) == pytest.approx(1) and analysis.growth(attention) == pytest.approx(2)
+    [loss] = analysis.losses(results)
+    assert (loss.what, loss.lengths, loss.worst) == ("time", (10, 20), 10) and loss.ratio == pytest.approx(3)
+
+
+def test_an_interval_widens_with_the_spread_of_the_repeats():
+    lengths = [10, 20, 40, 80]
+    square = [[n**2 / 3000] * 5 for n in lengths]
+
+    def width(spread):
+        linear = [[n / 100 * (1 + spread * k) for k in (-2, -1, 0, 1, 2)] for n in lengths]
+        low, high = crossover_interval(lengths, square, linear)
+        assert low <= 30.1 and high >= 29.9
+        return high - low
+
+    assert width(0.0) < 0.01 < width(0.02) < width(0.1)
+    slow = [[n] * 5 for n in lengths]
+    assert crossover_interval(lengths, square, slow) == (None, None)
+    # Lengths without repeats are predicted: attention's square is seen beyond what was measured.
+    assert crossover_interval([*lengths, 10_000], [*square, []], [*slow, []])[1] is not None
+
+
+def test_fits():
+    assert fit([10, 20], [1.0, 2.0], 1) == pytest.approx((0, 0.1, 0), abs=1e-12)
+    assert predict(fit([10], [1.0], 2), 20) == pytest.approx(4)  # of one value all is the highest term
+    assert exponent([1, 2, 4, 8], [1, 4, 16, 64]) == pytest.approx(2) and exponent([1], [1]) is None
+    low, high = interval([2.0, 2.1, 1.9], [1.0, 1.05, 0.95])
+    assert low < 2 < high
+    with pytest.raises(ValueError, match="lengths, values"):
+        fit([1], [], 1)
+
+
+def changed(results, path, factor, name="ours", **run):
+    results.write(path)
+    data = json.loads(path.read_text())
+    data["runs"][-1].update(run)
+    for row in data["rows"]:
+        if row["implementation"] == name and "samples" in row:
+            row["samples"] = [factor * sample for sample in row["samples"]]
+            row["seconds"] = statistics.median(row["samples"])
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+def test_compare_finds_what_became_slower(clock, tmp_path, capsys):
+    results = measured()
+    before, slower, same, other = (tmp_path / f"{name}.json" for name in ("before", "slower", "same", "other"))
+    before, slower = changed(results, before, 1), changed(results, slower, 1.5)
+    same = changed(results, same, 1.01)
+    assert compare_files(before, slower)[1] and not compare_files(before, same)[1]
+    assert compare_files(slower, before)[0].count("faster") > 1
+    # Another machine, twice as slow in all: its ratios to the baseline are compared, and they are the same.
+    other = changed(Results.read(changed(results, other, 2)), other, 2, "attention", cpu="another")
+    text, found = compare_files(before, str(other))
+    assert not found and "ratio to the baseline" in text
+    assert main(["bench", "--compare", before, slower, "--check", "1.2"]) == 1
+    assert main(["bench", "--compare", before, slower, "--check", "1.6"]) == 0
+    assert main(["bench", "--compare", before, slower]) == 0
+    assert "SLOWER" in capsys.readouterr().out
+    assert main(["bench", "--compare", before, slower, "--check", "0.5"]) == 2
+
+
+def test_report_is_self_contained_and_marks_what_is_predicted(clock, tmp_path):
+    results = measured()
+    written = report.write([results], tmp_path)
+    assert [path.suffix for path in written] == [".md", ".html", ".png"] and all(path.exists() for path in written)
+    text, page = (path.read_text() for path in written[:2])
+    for said in (text, page):
+        assert "~8.53 s" in said and "no such package" in said and "up to 3.00 times the time of attention" in said
+    assert "<svg" in page and "src=" not in page and "<script" not in page and '<link rel="stylesheet' not in page
+    ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
+    assert len(ids) == len(set(ids))
+
+
+# ---- The suites themselves
+
+
+@pytest.mark.parametrize("name", suites.NAMES)
+def test_cases_are_whole(name):
+    cases = suites.get(name)
+    assert len({case.key for case in cases}) == len(cases)
+    for each in cases:
+        names = [i.name for i in each.implementations]
+        assert each.baseline in names and len(set(names)) == len(names)
+        assert list(each.lengths) == sorted(set(each.lengths))
+        assert any(i.ours for i in each.implementations)
+        for i in each.implementations:  # memory is measured in another process
+            pickle.dumps(functools.partial(runner.warmed, i.make, i.arguments, each.setting, 10))
+            if i.cost is not None and "linformer" not in i.name:
+                cost = i.cost(each.setting, 100)
+                assert cost.flops + cost.bytes > 0
+
+
+@pytest.mark.parametrize("name", ["scan", "conv", "linformer", "loss"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_operators_pass_their_checks_and_run(name, dtype):
+    for each in suites.get(name):
+        if each.setting.dtype != dtype or each.setting.work != "training":
+            continue
+        for i in each.implementations:
+            if "50,257" in each.key:
+                continue
+            try:
+                torch.manual_seed(0)
+                if i.check is not None:
+                    i.check(each.setting)
+                work(i.make, i.arguments, each.setting, 5)()
+            except Absent as reason:
+                assert str(reason)
+
+
+def test_layers_of_mixed_lengths():
+    [each] = [c for c in suites.get("layer") if c.setting.mixed]
+    assert each.setting.frames(80) == 10 + 20 + 30 + 40 + 50 + 60 + 70 + 80
+    for i in each.implementations:
+        if i.reason is None and i.name != "linformer":
+            y = work(i.make, i.arguments, each.setting, 16)()
+            assert y.shape == (8, 16, 1024) and not y.isnan().any()
+
+
+def test_wrong_names_end_in_one_line(capsys):
+    assert main(["bench", "layr"]) == 2
+    assert "did you mean 'layer'" in capsys.readouterr().err
+    assert main(["bench"]) == 2
+    assert main(["bench", "scan", "--cases", "no such case"]) == 2
+    assert main(["bench", "scan", "--list"]) == 0
+    assert "scan of 16 heads" in capsys.readouterr().out
+
+
+@given(*(st.floats(-50, 50) for _ in range(2)), st.floats(-2, 2).filter(lambda c: c == 0 or abs(c) > 1e-2))
+def test_least_length_from_which_a_fit_stays_below_another(a, b, c):
+    found = _faster_from(a, b, c)
+    below = [a + b * n + c * n * n < 0 for n in range(1, 6_000)]
+    if found is None:
+        assert not all(below[-3:]) or c > 0 or abs(b) < 0.05
+    elif found < 5_000:
+        assert all(below[found - 1 :])
+        assert found == 1 or not below[found - 2]
+
+
+def test_inspect_predicts_by_fits_to_results(clock, tmp_path, monkeypatch):
+    """Width 1024: n / 100 against n² / 3000 meet at 30 frames; at half the width at 15."""
+    from linconv.benchmarking.fits import write
+    from linconv.benchmarking.suites.layer import build
+    from linconv.conversion import crossover
+
+    made = (
+        Implementation("hydra", synthetic, ("linear",), ours=True),
+        Implementation("attention", synthetic, ("square",), degree=2),
+    )
+    results = measured([Case("layer", Setting(), made, "attention", LENGTHS, facts={"width": 1024})])
+    file = write([results], tmp_path / "fits.json")
+    monkeypatch.setattr(crossover, "_layers", lambda: json.loads(file.read_text())["layers"])
+    operations = build("hydra", 1024, 1).flops(1)
+    at = crossover.measured_crossover("hydra", 1024, operations)
+    assert at.frames == pytest.approx(30, abs=1) and at.longest == 80 and "width 1024 in float32" in at.basis
+    assert crossover.measured_crossover("hydra", 512, operations / 4).frames == pytest.approx(15, abs=1)
+    assert "scaled to width 512" in crossover.measured_crossover("hydra", 512, operations / 4).basis
+    assert crossover.measured_crossover("bimamba2", 1024, operations) is None
