@@ -92,7 +92,7 @@ def test_every_key_and_flag_is_in_the_command_line_page():
     from linconv import cli
     from linconv.recipe import Recipe, _hints
 
-    text = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / f"docs/{page}.md").read_text(encoding="utf-8") for page in ("cli", "benchmarks"))
     words = set(re.findall(r"[\w-]+", text))
     for command in cli._build_parser().command_parsers.values():
         for flag in command._option_string_actions:
