@@ -50,12 +50,16 @@ def choose_tiles(operand: torch.dtype, headdim: int, capability: int) -> Tiles:
     if operand == torch.float32:
         small = 32 if D <= 64 else 16
         return Tiles(
-            frames=small, ranks=32, columns=min(D, 64), gradient_frames=small, gradient_ranks=small if D <= 128 else 16,
-            warps=4 if D <= 64 else 8, stages=1,
+            frames=small, ranks=32, columns=min(D, 64), gradient_frames=small, gradient_ranks=small,
+            warps=4 if D <= 64 else 8, gradient_warps=4 if D >= 128 else 8, stages=1,
         )  # fmt: skip
     if D <= 64:
         return Tiles(frames=64, ranks=64, columns=D, gradient_frames=64, gradient_ranks=64)
-    return Tiles(frames=64, ranks=32, columns=64, gradient_frames=32, gradient_ranks=32, warps=8, stages=1)
+    if D <= 128:
+        return Tiles(frames=64, ranks=32, columns=64, gradient_frames=64, gradient_ranks=32, warps=8, stages=1)
+    return Tiles(
+        frames=64, ranks=32, columns=64, gradient_frames=16, gradient_ranks=16, warps=8, gradient_warps=4, stages=1
+    )
 
 
 def _power(size: int) -> int:
