@@ -65,9 +65,11 @@ def growth(series: Series) -> float | None:
     return exponent(*series.measured())
 
 
-def crossovers(results: Results) -> Iterator[Crossover]:
-    """Of every implementation of linconv with the case's baseline, where that grows with the square."""
+def crossovers(results: Results, only: str | None = None) -> Iterator[Crossover]:
+    """Of every implementation of linconv with the case's baseline, where that grows with the square; or of one."""
     for case, description in results.cases.items():
+        if only not in (None, case):
+            continue
         found = {series.name: series for series in results.series(case)}
         baseline = found.get(description["baseline"])
         if baseline is None or baseline.degree < 2:

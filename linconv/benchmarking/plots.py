@@ -68,8 +68,8 @@ def overview(all_results: Sequence[Results], path: Path) -> Path:
             if name in series:
                 s = series[name]
                 _curve(left, _times(s.lengths, rate), s.seconds, s.predicted, s.composed, colors[name], names[name])
-        for crossing in crossovers(results):
-            if crossing.case == _README_LAYER and crossing.length and crossing.length > crossing.shortest:
+        for crossing in crossovers(results, _README_LAYER):
+            if crossing.length and crossing.length > crossing.shortest:
                 x, color = crossing.length / rate, colors[crossing.name]
                 left.axvline(x, color=color, linestyle=":", linewidth=1.2)
                 place = list(colors).index(crossing.name)
@@ -170,8 +170,8 @@ def _case_figure(pyplot, results: Results, case: str):
         else:
             axis.set(xticks=[], yticks=[])
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes, color="#777777")
-    for crossing in crossovers(results):
-        if crossing.case == case and crossing.length and crossing.length > crossing.shortest:
+    for crossing in crossovers(results, case):
+        if crossing.length and crossing.length > crossing.shortest:
             x = crossing.length / (rate or 1)
             for axis in (latency, faster):
                 axis.axvline(x, color=colors[crossing.name], linestyle=":", linewidth=1.2)
