@@ -49,12 +49,12 @@ if INTERPRETING:
 
 
 def small_scan_tiles(monkeypatch):
-    """In the interpreter, which is slow, the scans work on chunks of 16 frames; a GPU runs the tiles that are shipped."""
+    """In the interpreter, which is slow, the scans have small chunks; a GPU runs the tiles that are shipped."""
     if INTERPRETING:
         from linconv.ops.ssd import triton as scan
 
         tiles = scan.Tiles(
             chunk=32, rows=16, heads=2, block_p=16, block_n=16, state_p=16, state_n=16, gradient_chunk=16,
-            gradient_heads=2, gradient_p=16,
+            gradient_heads=2, gradient_p=16, gradient_n=16,
         )  # fmt: skip
         monkeypatch.setattr(scan, "choose_tiles", lambda *_: tiles)
