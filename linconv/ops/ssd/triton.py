@@ -53,7 +53,7 @@ class Tiles:
     stages: int = 2
 
 
-def choose_tiles(operand: torch.dtype, headdim: int, dstate: int, capability: int) -> Tiles:
+def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> Tiles:
     """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability."""
     P, N = _power(headdim), _power(dstate)
     if operand == torch.bfloat16:
@@ -64,9 +64,10 @@ def choose_tiles(operand: torch.dtype, headdim: int, dstate: int, capability: in
         )  # fmt: skip
     if operand == torch.float32:
         return Tiles(
-            chunk=64, rows=64, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64),
-            state_n=min(N, 64), gradient_chunk=32, gradient_heads=8, gradient_p=min(P, 32),
-            gradient_n=min(N, 64),
+            chunk=64, rows=64 if precision == "tf32" else 32, heads=4, block_p=min(P, 64), block_n=min(N, 32),
+            state_p=min(P, 64),
+            state_n=min(N, 64), gradient_chunk=64 if precision == "tf32" else 32, gradient_heads=8,
+            gradient_p=min(P, 32), gradient_n=min(N, 32), warps=8,
         )  # fmt: skip
     return Tiles(
         chunk=32, rows=32, heads=1, block_p=min(P, 32), block_n=min(N, 32), state_p=min(P, 32), state_n=min(N, 32),
@@ -129,7 +130,7 @@ class Scan:
         self.sequences = self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
         on_gpu = self.x.device.type == "cuda"
         major, minor = torch.cuda.get_device_capability(self.x.device) if on_gpu else (9, 0)
-        self.tiles = choose_tiles(self.operand, self.headdim, self.dstate, 10 * major + minor)
+        self.tiles = choose_tiles(self.operand, self.precision, self.headdim, self.dstate, 10 * major + minor)
 
     def slots(self, chunk: int) -> int:
         if self.cu_seqlens is not None:
