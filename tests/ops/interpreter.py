@@ -24,7 +24,8 @@ def _mend_interpreter():
     """What Triton 3.6's interpreter cannot do itself."""
     from triton.runtime import interpreter
 
-    patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+    tl, builder = interpreter.tl, interpreter.InterpreterBuilder
+    patch_tensor, dot, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
 
     def patch(tensor, scope):
         patch_tensor(tensor, scope)
@@ -32,16 +33,27 @@ def _mend_interpreter():
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def create_dot(self, a, b, *rest):  # it would multiply the bits of bfloat16 as integers
-        return dot(self, _float_of_bfloat16(a), _float_of_bfloat16(b), *rest)
+        return dot(self, float_of_bfloat16(a), float_of_bfloat16(b), *rest)
 
-    def _float_of_bfloat16(handle):
-        if handle.dtype.scalar != interpreter.tl.bfloat16:
+    def float_of_bfloat16(handle):
+        if handle.dtype.scalar != tl.bfloat16:
             return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def cast_impl(self, source, dtype):  # it would cut bits off, where a GPU rounds to the nearest
+        kinds = source.dtype.scalar, dtype.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return float_of_bfloat16(source)
+        if kinds == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(source.data).view(np.uint32)
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+            quiet_nan = (bits >> 16) | 0x40
+            data = np.where(np.isnan(source.data), quiet_nan, rounded).astype(np.uint16)
+            return interpreter.TensorHandle(data, tl.bfloat16)
+        return cast(self, source, dtype)
 
     interpreter._patch_lang_tensor = patch
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
 if INTERPRETING:

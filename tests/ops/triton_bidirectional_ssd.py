@@ -1,5 +1,7 @@
 """bidirectional_ssd on its Triton kernels; run by test_triton.py."""
 
+import itertools
+
 import interpreter
 import pytest
 import torch
@@ -40,17 +42,21 @@ def frames_of(arguments):
     return {n: arguments[n].dim() > d for n, d in dict(x=4, dt=3, B=4, C=4).items()}
 
 
-# Each regime meets each diagonal and each kind of batch, but not all at once: the interpreter is slow.
+# Every regime, diagonal and kind of batch, but not all with all: the interpreter is slow.
 CASES = [
-    (regime, DIAGONALS[(i + k) % 3], kind)
-    for i, regime in enumerate(REGIMES)
-    for k, kind in enumerate(["all", "seq_lens", "cu_seqlens"])
+    ("separate", "shifted", "seq_lens"),
+    ("hydra", "once", "cu_seqlens"),
+    ("hydra", "both", "seq_lens"),
+    ("quasiseparable", "shifted", "all"),
+    ("tied", "both", "cu_seqlens"),
 ]
+if not interpreter.INTERPRETING:
+    CASES = list(itertools.product(REGIMES, DIAGONALS, ["all", "seq_lens", "cu_seqlens"]))
 
 
 @pytest.mark.parametrize("regime, diagonal, kind", CASES)
 def test_matches_the_recurrence(regime, diagonal, kind):
-    batch = 1 if kind == "cu_seqlens" else 3
+    batch = {"all": 1, "seq_lens": 3, "cu_seqlens": 1}[kind]
     arguments = on_device(scan_arguments(batch, 35, 2, 5, 1, 3, per_direction=REGIMES[regime]))
     options = dict(dt_softplus=True, dt_limit=(0.2, 1.5), diagonal=diagonal, **sequences(kind, batch, 35))
     wanted, wanted_gradients = with_gradients(oracle, arguments, **options)
@@ -58,7 +64,7 @@ def test_matches_the_recurrence(regime, diagonal, kind):
     assert_close({"y": got, **gradients}, {"y": wanted, **wanted_gradients})
 
 
-@settings(deadline=None, max_examples=8 if interpreter.INTERPRETING else 40, derandomize=interpreter.INTERPRETING)
+@settings(deadline=None, max_examples=4 if interpreter.INTERPRETING else 40, derandomize=interpreter.INTERPRETING)
 @given(
     regime=st.sets(st.sampled_from(NAMES)),
     diagonal=st.sampled_from(DIAGONALS),
@@ -88,28 +94,35 @@ def test_any_shape_and_stride(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_against_torch(dtype):
-    """At most twice the error of the same chunked products in plain torch at that precision, thrice in gradients."""
-    size = (1, 70, 2, 16, 1, 16) if interpreter.INTERPRETING else (2, 500, 4, 64, 1, 128)
-    arguments = on_device(scan_arguments(*size, per_direction=REGIMES["hydra"], dtype=dtype))
-    exact, exact_gradients = with_gradients(oracle, to_double(arguments), dt_softplus=True)
-    ours, our_gradients = with_gradients(kernels, arguments, dt_softplus=True)
+    """At most twice the error of the same chunked products in plain torch at that precision, thrice in gradients.
 
+    Of several draws the worst: A, D and dt_bias have so few elements that one draw would compare luck.
+    """
+    size = (1, 70, 2, 16, 1, 16) if interpreter.INTERPRETING else (2, 500, 4, 64, 1, 128)
+
+    # Half precision as tensor cores take it: products of rounded operands, summed in float32.
     def plain(arguments, **options):
         tensors, rest = split(arguments)
         with torch.autocast(interpreter.DEVICE.type, dtype, enabled=dtype != torch.float32):
             return ops.bidirectional_ssd(*tensors, **rest, backend="reference", **options)
 
-    torchs, torch_gradients = with_gradients(plain, arguments, dt_softplus=True)
+    def results(function, arguments, upstream):
+        leaves = {n: t.detach().requires_grad_() for n, t in arguments.items()}
+        y = function(leaves, dt_softplus=True)
+        return {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream.to(y))))}
 
-    def error(got, wanted):
-        return (got.double() - wanted).abs().max() / wanted.abs().max()
-
-    assert ours.dtype == dtype
-    assert error(ours, exact) <= 2 * error(torchs, exact)
-    for name in NAMES:
-        assert our_gradients[name].dtype == arguments[name].dtype
-        bound = 3 * error(torch_gradients[name], exact_gradients[name])
-        assert error(our_gradients[name], exact_gradients[name]) <= bound, name
+    ours, torchs = (dict.fromkeys(("y", *NAMES), 0.0) for _ in range(2))
+    for _ in range(4):
+        arguments = on_device(scan_arguments(*size, per_direction=REGIMES["hydra"], dtype=dtype))
+        upstream = torch.randn_like(arguments["x"])
+        exact = results(oracle, to_double(arguments), upstream)
+        for worst, function in ((ours, kernels), (torchs, plain)):
+            for name, value in results(function, arguments, upstream).items():
+                assert value.dtype == arguments.get(name, upstream).dtype
+                error = (value.double() - exact[name]).abs().max() / exact[name].abs().max()
+                worst[name] = max(worst[name], error.item())
+    for name in ours:
+        assert ours[name] <= (2 if name == "y" else 3) * torchs[name], name
 
 
 @pytest.mark.parametrize("regime, diagonal", [("separate", "shifted"), ("hydra", "both"), ("tied", "once")])

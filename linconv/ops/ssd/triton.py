@@ -7,7 +7,7 @@ to the host, and no result depends on the batch that a sequence stands in.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -17,7 +17,8 @@ from linconv.ops.ssd import triton_kernels as kernels
 from linconv.ops.triton_builds import build_of
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16}
-PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+# "high" as IEEE float32 too: as three TF32 products the tiles spill registers, whatever their size.
+PRECISIONS = {"highest": "ieee", "high": "ieee", "medium": "tf32"}
 STEP_OPTIONS = ("SOFTPLUS", "LOW", "HIGH")
 TYPES = ("MATH", "OPERAND", "PRECISION")
 
@@ -33,7 +34,7 @@ class Tiles:
         block_p, block_n: columns of headdim and dstate of a tile of the outputs.
         state_p, state_n: of a tile of the states.
         gradient_p, gradient_n: columns of headdim and dstate of a tile of the gradients.
-        warps, state_warps, gradient_warps, stages: of each kernel.
+        warps, state_warps, gradient_warps, stages, gradient_stages: of each kernel.
     """
 
     chunk: int
@@ -51,6 +52,7 @@ class Tiles:
     state_warps: int = 4
     gradient_warps: int = 8
     stages: int = 2
+    gradient_stages: int = 2
 
 
 def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> Tiles:
@@ -62,17 +64,20 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
             state_p=min(P, 64), state_n=min(N, 128), gradient_chunk=64, gradient_heads=8, gradient_p=min(P, 32),
             gradient_n=min(N, 64), warps=8,
         )  # fmt: skip
-    if operand == torch.float32:
+    if operand == torch.float32 and precision == "tf32":
         return Tiles(
-            chunk=64, rows=64 if precision == "tf32" else 32, heads=4, block_p=min(P, 64), block_n=min(N, 32),
-            state_p=min(P, 64),
-            state_n=min(N, 64), gradient_chunk=64 if precision == "tf32" else 32, gradient_heads=8,
-            gradient_p=min(P, 32), gradient_n=min(N, 32), warps=8,
+            chunk=64, rows=64, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64), state_n=min(N, 64),
+            gradient_chunk=64, gradient_heads=8, gradient_p=min(P, 32), gradient_n=min(N, 32), warps=8,
+            gradient_stages=1,
+        )  # fmt: skip
+    if operand == torch.float32:  # products without tensor cores hold more in registers
+        return Tiles(
+            chunk=64, rows=32, heads=4, block_p=min(P, 32), block_n=16, state_p=min(P, 64), state_n=min(N, 64),
+            gradient_chunk=32, gradient_heads=8, gradient_p=16, gradient_n=16, warps=8, stages=1, gradient_stages=1,
         )  # fmt: skip
     return Tiles(
         chunk=32, rows=32, heads=1, block_p=min(P, 32), block_n=min(N, 32), state_p=min(P, 32), state_n=min(N, 32),
-        gradient_chunk=16, gradient_heads=1, gradient_p=min(P, 16), gradient_n=min(N, 32),
-        stages=1,
+        gradient_chunk=16, gradient_heads=1, gradient_p=min(P, 16), gradient_n=min(N, 32), stages=1, gradient_stages=1,
     )  # fmt: skip
 
 
@@ -301,7 +306,7 @@ def scan_backward(scan: Scan, dy, dlast=None):
             **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", *STEP_OPTIONS, *TYPES),
             Q=chunk, HEADS=block_heads, BLOCK_P=tiles.gradient_p, BLOCK_N=tiles.gradient_n,
         ),
-        tiles.gradient_warps, tiles.stages,
+        tiles.gradient_warps, tiles.gradient_stages,
     )  # fmt: skip
 
     def like(argument):
@@ -357,15 +362,15 @@ def builds_of(scan_of, directions: int):
     scan_of: makes a Scan of an operator's arguments, which have an axis of directions where there are two, but for x.
     """
     found = {}
-    for dtype, headdim, dstate in SHIPPED:
+    for dtype, headdim, dstate, precision in SHIPPED:
         x, dt, A, B, C, D, dt_bias = (
             torch.empty(*shape, dtype=kind, device="meta")
             for shape, kind in zip(
                 _shapes(headdim, dstate, directions), (dtype,) * 2 + (None,) + (dtype,) * 2 + (None,) * 2
             )
         )
-        scan = scan_of(x, dt, A, B, C, D, dt_bias)
-        label = f"{str(dtype)[6:]}, headdim {headdim}, dstate {dstate}"
+        scan = replace(scan_of(x, dt, A, B, C, D, dt_bias), precision=precision)
+        label = f"{str(dtype)[6:]}{f' ({precision})' if precision else ''}, headdim {headdim}, dstate {dstate}"
 
         def launch(kernel, grid, arguments, num_warps, num_stages, label=label):
             build = build_of(kernel, arguments, num_warps, num_stages, label)
@@ -385,11 +390,13 @@ def _shapes(headdim, dstate, directions):
     return (batch, frames, heads, headdim), (*lead, batch, frames, heads), per_head, matrix, matrix, (heads,), per_head
 
 
+# dtype, headdim, dstate, input_precision of products, or that of the dtype and torch's own default
 SHIPPED = (
-    *((dtype, 64, dstate) for dtype in (torch.bfloat16, torch.float16, torch.float32) for dstate in (64, 128)),
-    (torch.bfloat16, 128, 128),
-    (torch.bfloat16, 64, 256),
-    (torch.float32, 256, 256),
+    *((dtype, 64, dstate, "") for dtype in (torch.bfloat16, torch.float16, torch.float32) for dstate in (64, 128)),
+    (torch.bfloat16, 128, 128, ""),
+    (torch.bfloat16, 64, 256, ""),
+    (torch.float32, 64, 128, "tf32"),
+    (torch.float32, 256, 256, ""),
 )
 
 

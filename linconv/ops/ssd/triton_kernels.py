@@ -175,10 +175,10 @@ def chunk_states(
         dt, dt_bias, direction, row, begin + frame, head, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h, SOFTPLUS, LOW,
         HIGH, MATH,
     )  # fmt: skip
-    log_decay = step * tl.load(A + direction * A_d + head * A_h).to(MATH)
-    prefix = tl.cumsum(log_decay, 0)
-    total = tl.sum(log_decay, 0)
-    v = tl.where(reverse, total - prefix + log_decay, prefix)
+    # In float64, and each direction in its own order: weights are e to the power of differences of these sums.
+    log_decay = step.to(tl.float64) * tl.load(A + direction * A_d + head * A_h).to(tl.float64)
+    total = tl.sum(log_decay, 0).to(MATH)
+    v = tl.where(reverse, tl.cumsum(log_decay, 0, reverse=True), tl.cumsum(log_decay, 0)).to(MATH)
     at = (direction * heads + head) * slots + slot
     if tile == 0:
         tl.store(v_of + at * Q + position, v)
@@ -202,7 +202,7 @@ def chunk_states(
         if SHIFTED:
             source = tl.where(reverse, frame + 1, frame - 1)
             there = valid & (source >= 0) & (source < length)
-            v -= log_decay
+            v -= log_decay.to(MATH)
         rows = _tile(
             dy, direction, row, begin + frame, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, MATH, True
         )  # fmt: skip
