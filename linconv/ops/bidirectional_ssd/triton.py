@@ -20,8 +20,8 @@ def bidirectional_ssd_backward(dy, *arguments):
     return scan_backward(_both_directions(*arguments), dy)[:-1]
 
 
-def shipped():
-    """Every build of the committed table."""
+def shipped(capability: int = 90):
+    """Every build of the committed table for a compute capability."""
     return builds_of(
-        lambda *tensors: _both_directions(*tensors, True, 0.0, float("inf"), "both", None, None), directions=2
+        lambda *tensors: _both_directions(*tensors, True, 0.0, float("inf"), "both", None, None), 2, capability
     )

@@ -56,8 +56,19 @@ class Tiles:
 
 
 def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> Tiles:
-    """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability."""
+    """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability.
+
+    They spill no registers, of which products take fewer on Hopper than elsewhere; no GPU has told which are fast.
+    """
     P, N = _power(headdim), _power(dstate)
+    if capability // 10 != 9 and (operand == torch.bfloat16 or precision == "tf32"):
+        half = operand == torch.bfloat16
+        small = half or capability < 90
+        return Tiles(
+            chunk=128 if half else 64, rows=32, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64),
+            state_n=min(N, 64), gradient_chunk=16 if small else 32, gradient_heads=8, gradient_p=16,
+            gradient_n=min(N, 32) if half else 16, warps=8, gradient_warps=4 if small else 8, gradient_stages=1,
+        )  # fmt: skip
     if operand == torch.bfloat16:
         return Tiles(
             chunk=128, rows=64, heads=4, block_p=min(P, 64), block_n=min(max(N // 2, 16), 64),
@@ -71,8 +82,9 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
             gradient_stages=1,
         )  # fmt: skip
     if operand == torch.float32:  # products without tensor cores hold more in registers
+        state = 64 if capability < 100 else 32
         return Tiles(
-            chunk=64, rows=32, heads=4, block_p=min(P, 32), block_n=16, state_p=min(P, 64), state_n=min(N, 64),
+            chunk=64, rows=32, heads=4, block_p=min(P, 32), block_n=16, state_p=min(P, state), state_n=min(N, state),
             gradient_chunk=32, gradient_heads=8, gradient_p=16, gradient_n=16, warps=8, stages=1, gradient_stages=1,
         )  # fmt: skip
     return Tiles(
@@ -117,6 +129,7 @@ class Scan:
     once: bool = False
     shifted: bool = False
     precision: str = ""
+    capability: int = 0  # the compute capability that tiles are for, else that of the device
     launch: object = None  # called with (kernel, grid, arguments, num_warps, num_stages), if it is not to be run
 
     def __post_init__(self):
@@ -133,9 +146,11 @@ class Scan:
         self.bounds = self.cu_seqlens if self.cu_seqlens is not None else self.seq_lens
         self.kind = "cu_seqlens" if self.cu_seqlens is not None else "seq_lens" if self.seq_lens is not None else ""
         self.sequences = self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        on_gpu = self.x.device.type == "cuda"
-        major, minor = torch.cuda.get_device_capability(self.x.device) if on_gpu else (9, 0)
-        self.tiles = choose_tiles(self.operand, self.precision, self.headdim, self.dstate, 10 * major + minor)
+        if not self.capability:
+            on_gpu = self.x.device.type == "cuda"
+            major, minor = torch.cuda.get_device_capability(self.x.device) if on_gpu else (9, 0)
+            self.capability = 10 * major + minor
+        self.tiles = choose_tiles(self.operand, self.precision, self.headdim, self.dstate, self.capability)
 
     def slots(self, chunk: int) -> int:
         if self.cu_seqlens is not None:
@@ -356,8 +371,8 @@ def ssd_backward(dy, dfinal_states, *arguments):
     return scan_backward(_one_direction(*arguments), dy, dfinal_states)
 
 
-def builds_of(scan_of, directions: int):
-    """The builds that forward and backward launch, for the usual types and sizes.
+def builds_of(scan_of, directions: int, capability: int):
+    """The builds that forward and backward launch on GPUs of a compute capability, for the usual types and sizes.
 
     scan_of: makes a Scan of an operator's arguments, which have an axis of directions where there are two, but for x.
     """
@@ -369,7 +384,7 @@ def builds_of(scan_of, directions: int):
                 _shapes(headdim, dstate, directions), (dtype,) * 2 + (None,) + (dtype,) * 2 + (None,) * 2
             )
         )
-        scan = replace(scan_of(x, dt, A, B, C, D, dt_bias), precision=precision)
+        scan = replace(scan_of(x, dt, A, B, C, D, dt_bias), precision=precision, capability=capability)
         label = f"{str(dtype)[6:]}{f' ({precision})' if precision else ''}, headdim {headdim}, dstate {dstate}"
 
         def launch(kernel, grid, arguments, num_warps, num_stages, label=label):
@@ -400,8 +415,8 @@ SHIPPED = (
 )
 
 
-def shipped():
-    """Every build of the committed table."""
+def shipped(capability: int = 90):
+    """Every build of the committed table for a compute capability."""
     return builds_of(
-        lambda *tensors: _one_direction(*tensors, True, 0.0, float("inf"), None, None, None, False), directions=1
+        lambda *tensors: _one_direction(*tensors, True, 0.0, float("inf"), None, None, None, False), 1, capability
     )
