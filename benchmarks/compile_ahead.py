@@ -9,6 +9,7 @@ or takes more shared memory than the GPU has is an error: exit status 1.
 
 import argparse
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -32,6 +33,12 @@ def modules(only: str = "") -> list[str]:
     """Names of the modules that hold Triton kernels."""
     found = sorted((ROOT / "linconv/ops").glob("*/triton.py"))
     return [f"linconv.ops.{path.parent.name}.triton" for path in found if only in path.parent.name]
+
+
+def builds_of(name: str, capability: int):
+    """What a module ships for a compute capability, which its ``shipped`` may or may not tell apart."""
+    shipped = importlib.import_module(name).shipped
+    return shipped(capability) if inspect.signature(shipped).parameters else shipped()
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -76,8 +83,8 @@ def main(argv=None) -> int:
 
     sections, failed = [], []
     for name in modules(options.only):
-        builds = [b for b in importlib.import_module(name).shipped() if re.search(options.label, f"{b.name} {b.label}")]
         for capability in options.arch:
+            builds = [b for b in builds_of(name, capability) if re.search(options.label, f"{b.name} {b.label}")]
             lines = ["| kernel | for | warps | stages | registers | stack | shared |", "|---|---|---|---|---|---|---|"]
             for *cells, problem in rows(builds, capability):
                 lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -24,8 +24,8 @@ def _mend_interpreter():
     """What Triton 3.6's interpreter cannot do itself."""
     from triton.runtime import interpreter
 
-    patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
-    cast = interpreter.InterpreterBuilder.cast_impl
+    tl, builder = interpreter.tl, interpreter.InterpreterBuilder
+    patch_tensor, dot, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
 
     def patch(tensor, scope):
         patch_tensor(tensor, scope)
@@ -33,26 +33,27 @@ def _mend_interpreter():
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def create_dot(self, a, b, *rest):  # it would multiply the bits of bfloat16 as integers
-        return dot(self, _float_of_bfloat16(a), _float_of_bfloat16(b), *rest)
+        return dot(self, float_of_bfloat16(a), float_of_bfloat16(b), *rest)
 
-    def _float_of_bfloat16(handle):
-        if handle.dtype.scalar != interpreter.tl.bfloat16:
+    def float_of_bfloat16(handle):
+        if handle.dtype.scalar != tl.bfloat16:
             return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    def cast_impl(self, handle, dst_type):  # it would cut floats to bfloat16, where a GPU rounds to the nearest, even
-        types = handle.dtype.scalar, dst_type.scalar
-        if types != (interpreter.tl.float32, interpreter.tl.bfloat16):
-            return cast(self, handle, dst_type)
-        bits = handle.data.astype(np.float32).view(np.uint32)
-        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-        rounded = np.where(np.isnan(handle.data), bits >> 16 | 0x40, rounded)
-        return interpreter.TensorHandle(rounded.astype(np.uint16), interpreter.tl.bfloat16)
+    def cast_impl(self, source, dtype):  # it would cut bits off, where a GPU rounds to the nearest
+        kinds = source.dtype.scalar, dtype.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return float_of_bfloat16(source)
+        if kinds == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(source.data).view(np.uint32)
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+            quiet_nan = (bits >> 16) | 0x40
+            data = np.where(np.isnan(source.data), quiet_nan, rounded).astype(np.uint16)
+            return interpreter.TensorHandle(data, tl.bfloat16)
+        return cast(self, source, dtype)
 
     interpreter._patch_lang_tensor = patch
-    interpreter.InterpreterBuilder.cast_impl = cast_impl
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
 if INTERPRETING:
@@ -60,12 +61,12 @@ if INTERPRETING:
 
 
 def small_scan_tiles(monkeypatch):
-    """In the interpreter, which is slow, the scans work on chunks of 16 frames; a GPU runs the tiles that are shipped."""
+    """In the interpreter, which is slow, the scans have small chunks; a GPU runs the tiles that are shipped."""
     if INTERPRETING:
         from linconv.ops.ssd import triton as scan
 
         tiles = scan.Tiles(
             chunk=32, rows=16, heads=2, block_p=16, block_n=16, state_p=16, state_n=16, gradient_chunk=16,
-            gradient_heads=2, gradient_p=16,
+            gradient_heads=2, gradient_p=16, gradient_n=16,
         )  # fmt: skip
         monkeypatch.setattr(scan, "choose_tiles", lambda *_: tiles)

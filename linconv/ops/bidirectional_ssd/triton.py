@@ -1,6 +1,6 @@
 """Both directions of the scan: the kernels of linconv/ops/ssd with two directions."""
 
-from linconv.ops.ssd.triton import Scan, scan_backward, scan_forward
+from linconv.ops.ssd.triton import Scan, builds_of, scan_backward, scan_forward
 
 
 def _both_directions(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, diagonal, seq_lens, cu_seqlens):
@@ -18,3 +18,10 @@ def bidirectional_ssd(*arguments):
 def bidirectional_ssd_backward(dy, *arguments):
     """``linconv::bidirectional_ssd_backward_triton``."""
     return scan_backward(_both_directions(*arguments), dy)[:-1]
+
+
+def shipped(capability: int = 90):
+    """Every build of the committed table for a compute capability."""
+    return builds_of(
+        lambda *tensors: _both_directions(*tensors, True, 0.0, float("inf"), "both", None, None), 2, capability
+    )

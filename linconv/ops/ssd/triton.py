@@ -17,7 +17,10 @@ from linconv.ops.ssd import triton_kernels as kernels
 from linconv.ops.triton_builds import build_of
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16}
-PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+# "high" as IEEE float32 too: as three TF32 products the tiles spill registers, whatever their size.
+PRECISIONS = {"highest": "ieee", "high": "ieee", "medium": "tf32"}
+STEP_OPTIONS = ("SOFTPLUS", "LOW", "HIGH")
+TYPES = ("MATH", "OPERAND", "PRECISION")
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Tiles:
         heads: at most so many heads of a group share one program's products of B and C.
         block_p, block_n: columns of headdim and dstate of a tile of the outputs.
         state_p, state_n: of a tile of the states.
-        gradient_p: columns of headdim of a tile of the gradients.
-        warps, state_warps, gradient_warps, stages: of each kernel.
+        gradient_p, gradient_n: columns of headdim and dstate of a tile of the gradients.
+        warps, state_warps, gradient_warps, stages, gradient_stages: of each kernel.
     """
 
     chunk: int
@@ -44,28 +47,49 @@ class Tiles:
     gradient_chunk: int
     gradient_heads: int
     gradient_p: int
+    gradient_n: int
     warps: int = 4
     state_warps: int = 4
     gradient_warps: int = 8
     stages: int = 2
+    gradient_stages: int = 2
 
 
-def choose_tiles(operand: torch.dtype, headdim: int, dstate: int, capability: int) -> Tiles:
-    """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability."""
+def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> Tiles:
+    """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability.
+
+    They spill no registers, of which products take fewer on Hopper than elsewhere; no GPU has told which are fast.
+    """
     P, N = _power(headdim), _power(dstate)
+    if capability // 10 != 9 and (operand == torch.bfloat16 or precision == "tf32"):
+        half = operand == torch.bfloat16
+        small = half or capability < 90
+        return Tiles(
+            chunk=128 if half else 64, rows=32, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64),
+            state_n=min(N, 64), gradient_chunk=16 if small else 32, gradient_heads=8, gradient_p=16,
+            gradient_n=min(N, 32) if half else 16, warps=8, gradient_warps=4 if small else 8, gradient_stages=1,
+        )  # fmt: skip
     if operand == torch.bfloat16:
         return Tiles(
-            chunk=128, rows=64, heads=4, block_p=min(P, 64), block_n=min(N, 128), state_p=min(P, 64),
-            state_n=min(N, 128), gradient_chunk=64 if N <= 128 else 32, gradient_heads=8, gradient_p=min(P, 64),
+            chunk=128, rows=64, heads=4, block_p=min(P, 64), block_n=min(max(N // 2, 16), 64),
+            state_p=min(P, 64), state_n=min(N, 128), gradient_chunk=64, gradient_heads=8, gradient_p=min(P, 32),
+            gradient_n=min(N, 64), warps=8,
         )  # fmt: skip
-    if operand == torch.float32:
+    if operand == torch.float32 and precision == "tf32":
         return Tiles(
-            chunk=64, rows=64, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64),
-            state_n=min(N, 64), gradient_chunk=32 if N <= 128 else 16, gradient_heads=8, gradient_p=min(P, 32),
+            chunk=64, rows=64, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64), state_n=min(N, 64),
+            gradient_chunk=64, gradient_heads=8, gradient_p=min(P, 32), gradient_n=min(N, 32), warps=8,
+            gradient_stages=1,
+        )  # fmt: skip
+    if operand == torch.float32:  # products without tensor cores hold more in registers
+        state = 64 if capability < 100 else 32
+        return Tiles(
+            chunk=64, rows=32, heads=4, block_p=min(P, 32), block_n=16, state_p=min(P, state), state_n=min(N, state),
+            gradient_chunk=32, gradient_heads=8, gradient_p=16, gradient_n=16, warps=8, stages=1, gradient_stages=1,
         )  # fmt: skip
     return Tiles(
         chunk=32, rows=32, heads=1, block_p=min(P, 32), block_n=min(N, 32), state_p=min(P, 32), state_n=min(N, 32),
-        gradient_chunk=16, gradient_heads=1, gradient_p=min(P, 16), stages=1,
+        gradient_chunk=16, gradient_heads=1, gradient_p=min(P, 16), gradient_n=min(N, 32), stages=1, gradient_stages=1,
     )  # fmt: skip
 
 
@@ -105,6 +129,7 @@ class Scan:
     once: bool = False
     shifted: bool = False
     precision: str = ""
+    capability: int = 0  # the compute capability that tiles are for, else that of the device
     launch: object = None  # called with (kernel, grid, arguments, num_warps, num_stages), if it is not to be run
 
     def __post_init__(self):
@@ -121,9 +146,11 @@ class Scan:
         self.bounds = self.cu_seqlens if self.cu_seqlens is not None else self.seq_lens
         self.kind = "cu_seqlens" if self.cu_seqlens is not None else "seq_lens" if self.seq_lens is not None else ""
         self.sequences = self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        on_gpu = self.x.device.type == "cuda"
-        major, minor = torch.cuda.get_device_capability(self.x.device) if on_gpu else (9, 0)
-        self.tiles = choose_tiles(self.operand, self.headdim, self.dstate, 10 * major + minor)
+        if not self.capability:
+            on_gpu = self.x.device.type == "cuda"
+            major, minor = torch.cuda.get_device_capability(self.x.device) if on_gpu else (9, 0)
+            self.capability = 10 * major + minor
+        self.tiles = choose_tiles(self.operand, self.precision, self.headdim, self.dstate, self.capability)
 
     def slots(self, chunk: int) -> int:
         if self.cu_seqlens is not None:
@@ -199,7 +226,7 @@ def _states(scan: Scan, chunk: int, dy=None, dlast=None):
             states=states, v_of=v, step_of=step, total_of=total, **scan.sizes(slots), **_x_strides(scan.x, "x"),
             **_dt_strides(scan), **_B_strides(scan.B, "B"), **_x_strides(dy, "dy"),
             **_B_strides(None if dy is None else scan.C, "C"),
-            **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "SOFTPLUS", "LOW", "HIGH", "KIND", "MATH", "OPERAND", "PRECISION"),
+            **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", *STEP_OPTIONS, *TYPES),
             GRADIENT=dy is not None, Q=chunk, BLOCK_P=tiles.state_p, BLOCK_N=tiles.state_n,
         ),
         tiles.state_warps, tiles.stages,
@@ -247,7 +274,7 @@ def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool):
             z=z, rows=left, columns=right, A=scan.A, D=scan.D, states=states, v_of=v, step_of=step, total_of=total,
             out=out, **scan.sizes(slots), **_x_strides(z, "z"), **_B_strides(left, "r"), **_B_strides(right, "c"),
             **_strides(scan.A, "A", "h", 1), **_strides(scan.D, "D", "h", 1), **out_strides,
-            **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", "MATH", "OPERAND", "PRECISION"),
+            **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
             SUMMED=scan.summed, SUM_D=scan.summed and scan.D is not None and scan.D.dim() == 2, GRADIENT=gradient,
             Q=chunk, ROWS=rows, HEADS=heads, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
         ),
@@ -272,6 +299,7 @@ def scan_backward(scan: Scan, dy, dlast=None):
     group_heads = heads // scan.groups
     dx = scan.empty(*scan.x.shape, dtype=scan.x.dtype)
     states, steps, _, dfirst = _states(scan, chunk, dy, dlast)
+    v, step, total = steps
     _outputs(scan, chunk, min(tiles.rows, chunk), dy, dx, states[1:], steps, gradient=True)
 
     block_heads = _divisor(group_heads, tiles.gradient_heads)
@@ -279,19 +307,21 @@ def scan_backward(scan: Scan, dy, dlast=None):
     of_batch = (directions, scan.batch, scan.frames)
     dB_parts = scan.empty(blocks, *of_batch, scan.groups, scan.dstate)
     dC_parts = scan.empty(blocks, *of_batch, scan.groups, scan.dstate)
-    ddt_parts = scan.empty(*of_batch, heads)
-    per_head = scan.empty(3, directions, heads, slots)
+    n_tiles = triton.cdiv(scan.dstate, tiles.gradient_n)
+    ddt_parts = scan.empty(n_tiles, *of_batch, heads)
+    per_head = scan.empty(3, n_tiles, directions, heads, slots)
     scan.run(
         kernels.chunk_gradients,
-        (slots * directions, scan.groups * blocks),
+        (slots * directions, n_tiles * scan.groups * blocks),
         dict(
-            dy=dy, x=scan.x, dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, B=scan.B, C=scan.C, states=states, dB=dB_parts,
-            dC=dC_parts, ddt=ddt_parts, per_head=per_head, **scan.sizes(slots), **_x_strides(dy, "dy"),
+            dy=dy, x=scan.x, dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, B=scan.B, C=scan.C, states=states, v_of=v,
+            step_of=step, total_of=total, dB=dB_parts, dC=dC_parts,
+            ddt=ddt_parts, per_head=per_head, **scan.sizes(slots), **_x_strides(dy, "dy"),
             **_x_strides(scan.x, "x"), **_dt_strides(scan), **_B_strides(scan.B, "B"), **_B_strides(scan.C, "C"),
-            **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "SOFTPLUS", "LOW", "HIGH", "KIND", "MATH", "OPERAND", "PRECISION"),
-            Q=chunk, HEADS=block_heads, BLOCK_P=tiles.gradient_p, BLOCK_N=_power(scan.dstate),
+            **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", *STEP_OPTIONS, *TYPES),
+            Q=chunk, HEADS=block_heads, BLOCK_P=tiles.gradient_p, BLOCK_N=tiles.gradient_n,
         ),
-        tiles.gradient_warps, tiles.stages,
+        tiles.gradient_warps, tiles.gradient_stages,
     )  # fmt: skip
 
     def like(argument):
@@ -310,18 +340,21 @@ def scan_backward(scan: Scan, dy, dlast=None):
         dict(
             dB_parts=dB_parts, dC_parts=dC_parts, ddt_parts=ddt_parts, per_head=per_head, dB=dB, dC=dC, ddt=ddt, dA=dA,
             ddt_bias=dbias, dD=dD, B_terms=blocks * terms(scan.B, 4), B_size=dB.numel(),
-            C_terms=blocks * terms(scan.C, 4), C_size=dC.numel(), dt_terms=terms(scan.dt, 3), dt_size=ddt.numel(),
-            A_terms=terms(scan.A, 1), A_size=dA.numel(), bias_terms=terms(scan.dt_bias, 1), bias_size=dbias.numel(),
+            C_terms=blocks * terms(scan.C, 4), C_size=dC.numel(), dt_terms=n_tiles * terms(scan.dt, 3),
+            dt_size=ddt.numel(), A_terms=n_tiles * terms(scan.A, 1), A_size=dA.numel(),
+            bias_terms=n_tiles * terms(scan.dt_bias, 1), bias_size=dbias.numel(),
             # Directions that share x each have the whole gradient of a skip.
-            D_terms=1 if scan.summed else terms(scan.D, 1), D_size=dD.numel(), heads=heads, slots=slots,
-            directions=directions, BLOCK=block,
+            D_terms=1 if scan.summed else n_tiles * terms(scan.D, 1), D_size=dD.numel(), heads=heads, slots=slots,
+            kinds=n_tiles * directions, BLOCK=block,
         ),
         4, 1,
     )  # fmt: skip
     return dx, ddt, dA, dB, dC, dD, dbias, dfirst if dfirst is not None else scan.empty(0)
 
 
-def _one_direction(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens, cu_seqlens, reverse):  # noqa: E501
+def _one_direction(
+    x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens, cu_seqlens, reverse
+):  # noqa: E501
     return Scan(
         x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens, cu_seqlens, directions=1,
         flip=reverse,
@@ -336,3 +369,54 @@ def ssd(*arguments):
 def ssd_backward(dy, dfinal_states, *arguments):
     """``linconv::ssd_backward_triton``."""
     return scan_backward(_one_direction(*arguments), dy, dfinal_states)
+
+
+def builds_of(scan_of, directions: int, capability: int):
+    """The builds that forward and backward launch on GPUs of a compute capability, for the usual types and sizes.
+
+    scan_of: makes a Scan of an operator's arguments, which have an axis of directions where there are two, but for x.
+    """
+    found = {}
+    for dtype, headdim, dstate, precision in SHIPPED:
+        x, dt, A, B, C, D, dt_bias = (
+            torch.empty(*shape, dtype=kind, device="meta")
+            for shape, kind in zip(
+                _shapes(headdim, dstate, directions), (dtype,) * 2 + (None,) + (dtype,) * 2 + (None,) * 2
+            )
+        )
+        scan = replace(scan_of(x, dt, A, B, C, D, dt_bias), precision=precision, capability=capability)
+        label = f"{str(dtype)[6:]}{f' ({precision})' if precision else ''}, headdim {headdim}, dstate {dstate}"
+
+        def launch(kernel, grid, arguments, num_warps, num_stages, label=label):
+            build = build_of(kernel, arguments, num_warps, num_stages, label)
+            found.setdefault((build.name, str(build)), build)
+
+        scan.launch = launch
+        scan_forward(scan)
+        scan_backward(scan, torch.empty_like(x))
+    return iter(found.values())
+
+
+def _shapes(headdim, dstate, directions):
+    batch, frames, heads = 8, 4096, 1024 // headdim
+    lead = (2,) if directions == 2 else ()
+    per_head = (*lead, heads)
+    matrix = (*lead, batch, frames, 1, dstate)
+    return (batch, frames, heads, headdim), (*lead, batch, frames, heads), per_head, matrix, matrix, (heads,), per_head
+
+
+# dtype, headdim, dstate, input_precision of products, or that of the dtype and torch's own default
+SHIPPED = (
+    *((dtype, 64, dstate, "") for dtype in (torch.bfloat16, torch.float16, torch.float32) for dstate in (64, 128)),
+    (torch.bfloat16, 128, 128, ""),
+    (torch.bfloat16, 64, 256, ""),
+    (torch.float32, 64, 128, "tf32"),
+    (torch.float32, 256, 256, ""),
+)
+
+
+def shipped(capability: int = 90):
+    """Every build of the committed table for a compute capability."""
+    return builds_of(
+        lambda *tensors: _one_direction(*tensors, True, 0.0, float("inf"), None, None, None, False), 1, capability
+    )

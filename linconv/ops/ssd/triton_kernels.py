@@ -13,6 +13,13 @@ leaves it takes e^{total - v_j} dt_j x_j B_j^T. Shifted, C_i is that of the fram
 import triton
 import triton.language as tl
 
+HEAD_STAGES = tl.constexpr(1)  # loads of the next head ahead of time would take registers that there are not
+
+
+@triton.constexpr_function
+def _divides(block, size):
+    return size % block == 0
+
 
 @triton.jit
 def _frames(sequence, bounds, frames, KIND: tl.constexpr):
@@ -63,19 +70,40 @@ def _is_reversed(direction, FLIP: tl.constexpr):
 
 @triton.jit
 def _tile(
-    pointer, direction, row, frame, head, column, valid, columns, s_d, s_b, s_t, s_h, s_c, OPERAND: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
+    pointer, direction, row, frame, head, column, valid, columns: tl.constexpr, s_d, s_b, s_t, s_h, s_c,
+    OPERAND: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """Frames of one head: (frames, columns), or (columns, frames) if BY_COLUMN; zero at frames that are not valid."""
     pointer += direction * s_d + row * s_b + head * s_h
     frame_offset = frame.to(tl.int64) * s_t
     column_offset = column.to(tl.int64) * s_c
     if BY_COLUMN:
-        mask = (column < columns)[:, None] & valid[None, :]
+        mask = valid[None, :]
+        if not _divides(column.shape[0], columns):
+            mask &= (column < columns)[:, None]
         return tl.load(pointer + column_offset[:, None] + frame_offset[None, :], mask=mask, other=0).to(OPERAND)
     else:
-        mask = valid[:, None] & (column < columns)[None, :]
+        mask = valid[:, None]
+        if not _divides(column.shape[0], columns):
+            mask &= (column < columns)[None, :]
         return tl.load(pointer + frame_offset[:, None] + column_offset[None, :], mask=mask, other=0).to(OPERAND)
+
+
+@triton.jit
+def _state(states, at, p, n, headdim: tl.constexpr, dstate: tl.constexpr, BY_COLUMN: tl.constexpr):
+    """A tile of the state of one chunk of one head: (headdim, dstate), or (dstate, headdim) if BY_COLUMN."""
+    states += at * (headdim * dstate)
+    whole: tl.constexpr = _divides(p.shape[0], headdim) and _divides(n.shape[0], dstate)
+    if BY_COLUMN:
+        offset = p[None, :] * dstate + n[:, None]
+        kept = (p < headdim)[None, :] & (n < dstate)[:, None]
+    else:
+        offset = p[:, None] * dstate + n[None, :]
+        kept = (p < headdim)[:, None] & (n < dstate)[None, :]
+    if whole:
+        return tl.load(states + offset)
+    else:
+        return tl.load(states + offset, mask=kept, other=0)
 
 
 @triton.jit
@@ -85,18 +113,18 @@ def _softplus(x, MATH: tl.constexpr):
     s = e / (2 + e)
     square = s * s
     total = tl.zeros_like(s)
-    TERMS: tl.constexpr = 18 if MATH == tl.float64 else 8
+    TERMS: tl.constexpr = 18 if tl.float64 == MATH else 8
     for k in tl.static_range(TERMS):
         total = total * square + 1.0 / (2 * (TERMS - 1 - k) + 1)
     return tl.maximum(x, 0) + 2 * s * total
 
 
 @triton.jit
-def _decays(
-    dt, A, dt_bias, direction, row, frame, head, valid, reverse, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
+def _step(
+    dt, dt_bias, direction, row, frame, head, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h,
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """(dt + bias, softplus of it, clamped: the step; v; total; A) of a chunk of one head."""
+    """(dt + bias, softplus of it, clamped: the step) of one head."""
     offset = direction * dt_d + row * dt_b + head * dt_h + frame.to(tl.int64) * dt_t
     raw = tl.load(dt + offset, mask=valid, other=0).to(MATH)
     if dt_bias is not None:
@@ -105,33 +133,28 @@ def _decays(
     if SOFTPLUS:
         free = _softplus(raw, MATH)
     step = free
-    if LOW != float("-inf"):
+    if float("-inf") != LOW:
         step = tl.maximum(step, tl.full([], LOW, MATH))
-    if HIGH != float("inf"):
+    if float("inf") != HIGH:
         step = tl.minimum(step, tl.full([], HIGH, MATH))
-    step = tl.where(valid, step, 0)
-    rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
-    log_decay = step * rate
-    prefix = tl.cumsum(log_decay, 0)
-    total = tl.sum(log_decay, 0)
-    v = tl.where(reverse, total - prefix + log_decay, prefix)
-    return raw, free, step, v, total, rate
+    return raw, free, tl.where(valid, step, 0)
 
 
 @triton.jit
 def chunk_states(
     x, dt, A, dt_bias, B, dy, C, states, v_of, step_of, total_of, bounds,
-    frames, sequences, slots, heads, group_heads, headdim, dstate,
+    frames, sequences, slots, heads,
     x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h, B_d, B_b, B_t, B_g, B_n,
     dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
+    group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to the state that leaves it and, with GRADIENT, to the gradient of the state that enters it.
 
-    states (1 or 2 with GRADIENT, directions, heads, slots, headdim, dstate); v_of, step_of (directions, heads, slots, Q)
-    and total_of (directions, heads, slots) keep v, dt and the sum of A dt for the kernels that follow.
+    states (1 or 2 with GRADIENT, directions, heads, slots, headdim, dstate); v_of, step_of (directions, heads, slots,
+    Q) and total_of (directions, heads, slots) keep v, dt and the sum of A dt for the kernels that follow.
     """
     slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
     direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
@@ -148,10 +171,14 @@ def chunk_states(
     position = tl.arange(0, Q)
     frame = chunk * Q + position
     valid = frame < length
-    _, _, step, v, total, _ = _decays(
-        dt, A, dt_bias, direction, row, begin + frame, head, valid, reverse, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d,
-        bias_h, SOFTPLUS, LOW, HIGH, MATH,
+    _, _, step = _step(
+        dt, dt_bias, direction, row, begin + frame, head, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h, SOFTPLUS, LOW,
+        HIGH, MATH,
     )  # fmt: skip
+    # In float64, and each direction in its own order: weights are e to the power of differences of these sums.
+    log_decay = step.to(tl.float64) * tl.load(A + direction * A_d + head * A_h).to(tl.float64)
+    total = tl.sum(log_decay, 0).to(MATH)
+    v = tl.where(reverse, tl.cumsum(log_decay, 0, reverse=True), tl.cumsum(log_decay, 0)).to(MATH)
     at = (direction * heads + head) * slots + slot
     if tile == 0:
         tl.store(v_of + at * Q + position, v)
@@ -175,7 +202,7 @@ def chunk_states(
         if SHIFTED:
             source = tl.where(reverse, frame + 1, frame - 1)
             there = valid & (source >= 0) & (source < length)
-            v -= step * tl.load(A + direction * A_d + head * A_h).to(MATH)
+            v -= log_decay.to(MATH)
         rows = _tile(
             dy, direction, row, begin + frame, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, MATH, True
         )  # fmt: skip
@@ -191,8 +218,9 @@ def chunk_states(
 
 @triton.jit
 def pass_states(
-    states, total_of, first, last, dlast, dfirst, bounds, frames, slots, heads, headdim, dstate,
+    states, total_of, first, last, dlast, dfirst, bounds, frames, slots, heads,
     first_s, first_h, first_p, first_n, dlast_s, dlast_h, dlast_p, dlast_n,
+    headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
     MATH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -248,9 +276,9 @@ def _source(frame, valid, length, reverse, SHIFTED: tl.constexpr):
 
 @triton.jit
 def _scores(
-    rows, columns, direction, row, begin, i, j, valid_i, valid_j, group, dstate,
+    rows, columns, direction, row, begin, i, j, valid_i, valid_j, group,
     r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
-    BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    dstate: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """rows_i . columns_j over dstate."""
     scores = tl.zeros([i.shape[0], j.shape[0]], MATH)
@@ -267,41 +295,43 @@ def _scores(
 
 
 @triton.jit
-def _in_sight(i, j, valid_i, valid_j, reverse, strict):
-    """Whether result i takes from frame j, for i and j that are already spread over rows and columns."""
-    own = tl.where(reverse, j - i, i - j)
-    return (own >= strict) & valid_i & valid_j
+def _in_sight(i, j, reverse, strict):
+    """Whether result i takes from frame j, both spread over rows and columns. Frames that are not valid are no matter:
+    their B, C, x and dy are zero."""
+    at_least = tl.where(reverse, -1048576, strict)
+    at_most = tl.where(reverse, -strict, 1048576)
+    return (i - j >= at_least) & (i - j <= at_most)
 
 
 @triton.jit
 def _direction_terms(
-    scores, rows, A, states, v_of, step_of, total_of, direction, head, slot, slots, heads, row, begin, length, i, j, q,
-    group, headdim, dstate, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n,
+    scores, rows, A, states, v_of, step_of, total_of, direction, head, slot, slots, heads, row, begin, length, i, q,
+    group, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n, headdim: tl.constexpr, dstate: tl.constexpr,
     FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr,
     BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One direction's weights (rows, Q) of a chunk, and what its rows take from the states (rows, columns of headdim)."""
+    """One direction's weights (rows, Q) of a chunk, and what its rows take from the states (rows, headdim)."""
     reverse = _is_reversed(direction, FLIP)
     strict = 1 if SHIFTED else ((direction == 1).to(tl.int32) if ONCE else 0)
     at = (direction * heads + head) * slots + slot
     valid_i = i < length
-    valid_j = j < length
     v_i = tl.load(v_of + at * Q + q)
     step_i = tl.load(step_of + at * Q + q)
-    v_j = tl.load(v_of + at * Q + tl.arange(0, Q))
-    step_j = tl.load(step_of + at * Q + tl.arange(0, Q))
+    j = tl.arange(0, Q)
+    v_j = tl.load(v_of + at * Q + j)
+    step_j = tl.load(step_of + at * Q + j)
     rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
     if GRADIENT:
-        # Rows are frames, columns results: the gradient of x is the scan turned round, with B and C in each other's place.
+        # Rows are frames, columns results: dx is the scan turned round, with B and C in each other's place.
         u_j = v_j - step_j * rate if SHIFTED else v_j
-        seen = _in_sight(j[None, :], i[:, None], valid_j[None, :], valid_i[:, None], reverse, strict)
+        seen = _in_sight(j[None, :], q[:, None], reverse, strict)
         exponent = u_j[None, :] - v_i[:, None]
         weights = tl.exp(tl.where(seen, exponent, float("-inf"))) * scores * step_i[:, None]
         entered = tl.exp(tl.load(total_of + at) - v_i) * step_i
         source, there = i, valid_i
     else:
         u_i = v_i - step_i * rate if SHIFTED else v_i
-        seen = _in_sight(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], reverse, strict)
+        seen = _in_sight(q[:, None], j[None, :], reverse, strict)
         exponent = u_i[:, None] - v_j[None, :]
         weights = tl.exp(tl.where(seen, exponent, float("-inf"))) * scores * step_j[None, :]
         entered = tl.where(valid_i, tl.exp(u_i), 0)
@@ -312,11 +342,7 @@ def _direction_terms(
         left = _tile(
             rows, direction, row, begin + source, group, n, there, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
         )
-        state = tl.load(
-            states + at * (headdim * dstate) + p[None, :] * dstate + n[:, None],
-            mask=(p < headdim)[None, :] & (n < dstate)[:, None],
-            other=0,
-        )
+        state = _state(states, at, p, n, headdim, dstate, True)
         from_state = tl.dot(left, state, from_state, input_precision=PRECISION, out_dtype=MATH)
     return weights, from_state * entered[:, None]
 
@@ -324,9 +350,10 @@ def _direction_terms(
 @triton.jit
 def chunk_outputs(
     z, rows, columns, A, D, states, v_of, step_of, total_of, out, bounds,
-    frames, sequences, slots, heads, group_heads, headdim, dstate,
+    frames, sequences, slots, heads,
     z_d, z_b, z_t, z_h, z_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, A_d, A_h, D_d, D_h,
     out_d, out_b, out_t, out_h,
+    group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, SUMMED: tl.constexpr, SUM_D: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr,
     SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
@@ -354,15 +381,12 @@ def chunk_outputs(
     j = (chunk * Q).to(tl.int32) + tl.arange(0, Q)
     valid_i = i < length
     valid_j = j < length
-    if KIND == "cu_seqlens":
-        stored = valid_i
-    else:
-        stored = i < frames
+    stored = valid_i if KIND == "cu_seqlens" else i < frames
     kept = stored[:, None] & (p < headdim)[None, :]
     out += direction * out_d + row * out_b
     out_offset = (begin + i).to(tl.int64)[:, None] * out_t + p[None, :]
     if chunk * Q + block * ROWS >= length:
-        for h in range(HEADS):
+        for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
             zeros = tl.zeros([ROWS, BLOCK_P], out.dtype.element_ty)
             tl.store(out + (first_head + h) * out_h + out_offset, zeros, mask=kept)
         return
@@ -373,34 +397,32 @@ def chunk_outputs(
     source_i, there_i = _source(i, valid_i, length, reverse, SHIFTED_ROWS)
     source_j, there_j = _source(j, valid_j, length, reverse, SHIFTED_COLUMNS)
     scores = _scores(
-        rows, columns, direction, row, begin, source_i, source_j, there_i, there_j, group, dstate,
-        r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, BLOCK_N, MATH, OPERAND, PRECISION,
+        rows, columns, direction, row, begin, source_i, source_j, there_i, there_j, group,
+        r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
     )  # fmt: skip
     if SUMMED:
         source_i, there_i = _source(i, valid_i, length, True, SHIFTED_ROWS)
         source_j, there_j = _source(j, valid_j, length, True, SHIFTED_COLUMNS)
         other_scores = _scores(
-            rows, columns, direction + 1, row, begin, source_i, source_j, there_i, there_j, group, dstate,
-            r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, BLOCK_N, MATH, OPERAND, PRECISION,
+            rows, columns, direction + 1, row, begin, source_i, source_j, there_i, there_j, group,
+            r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
         )  # fmt: skip
-    for h in range(HEADS):
+    for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
         head = first_head + h
         weights, result = _direction_terms(
-            scores, rows, A, states, v_of, step_of, total_of, direction, head, slot, slots, heads, row, begin, length, i,
-            j, q, group, headdim, dstate, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n,
+            scores, rows, A, states, v_of, step_of, total_of, direction, head, slot, slots, heads, row, begin, length,
+            i, q, group, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n, headdim, dstate,
             FLIP, ONCE, SHIFTED, GRADIENT, Q, BLOCK_N, MATH, OPERAND, PRECISION,
         )  # fmt: skip
         if SUMMED:
             other_weights, other_result = _direction_terms(
                 other_scores, rows, A, states, v_of, step_of, total_of, direction + 1, head, slot, slots, heads, row,
-                begin, length, i, j, q, group, headdim, dstate, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n,
+                begin, length, i, q, group, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n, headdim, dstate,
                 FLIP, ONCE, SHIFTED, GRADIENT, Q, BLOCK_N, MATH, OPERAND, PRECISION,
             )  # fmt: skip
             weights += other_weights
             result += other_result
-        values = _tile(
-            z, direction, row, begin + j, head, p, valid_j, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND, False
-        )
+        values = _tile(z, direction, row, begin + j, head, p, valid_j, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND, False)
         result = tl.dot(weights.to(OPERAND), values, result, input_precision=PRECISION, out_dtype=MATH)
         if D is not None:
             skip = tl.load(D + direction * D_d + head * D_h).to(MATH)
@@ -415,31 +437,36 @@ def chunk_outputs(
 
 @triton.jit
 def chunk_gradients(
-    dy, x, dt, A, dt_bias, B, C, states, dB, dC, ddt, per_head, bounds,
-    frames, sequences, slots, heads, group_heads, headdim, dstate,
+    dy, x, dt, A, dt_bias, B, C, states, v_of, step_of, total_of, dB, dC, ddt, per_head, bounds,
+    frames, sequences, slots, heads,
     dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
     B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n,
+    group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B, C, dt and, chunk by chunk, of what heads have one of, for one direction of a chunk.
 
-    dB, dC (heads / HEADS of a group, directions, batch, L, groups, dstate) and ddt (directions, batch, L, heads) are
-    parts of sums, as is per_head (3: of A, dt_bias, D; directions, heads, slots). BLOCK_N covers dstate.
+    dB, dC (heads / HEADS of a group, directions, batch, L, groups, dstate) are parts of sums, as are ddt (dstate /
+    BLOCK_N, directions, batch, L, heads) and per_head (3: A, dt_bias, D; dstate / BLOCK_N, directions, heads, slots).
+    A program takes BLOCK_N columns of dstate and what these give through the states; what has no such columns counts in
+    the first one.
     """
     slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
     direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
     groups = heads // group_heads
-    group = (tl.program_id(1) % groups).to(tl.int64)
-    head_block = (tl.program_id(1) // groups).to(tl.int64)
+    n_tiles: tl.constexpr = (dstate + BLOCK_N - 1) // BLOCK_N
+    tile = (tl.program_id(1) % n_tiles).to(tl.int64)
+    group = (tl.program_id(1) // n_tiles % groups).to(tl.int64)
+    head_block = (tl.program_id(1) // n_tiles // groups).to(tl.int64)
     sequence = _sequence_of(slot, bounds, frames, sequences, Q, KIND)
     row, begin, length = _frames(sequence, bounds, frames, KIND)
     chunk = slot - _first_slot(sequence, bounds, frames, Q, KIND)
     reverse = _is_reversed(direction, FLIP)
     strict = 1 if SHIFTED else ((direction == 1).to(tl.int32) if ONCE else 0)
     i = (chunk * Q).to(tl.int32) + tl.arange(0, Q)
-    n = tl.arange(0, BLOCK_N)
+    n = tile.to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = i < length
     if KIND == "cu_seqlens":
         batch = 1
@@ -449,19 +476,19 @@ def chunk_gradients(
         stored = i < frames
     # The tensors of a batch, as (batch, L, heads or groups): contiguous.
     line = row * frames + begin
-    dt_line = direction * batch * frames + line
+    dt_line = (tile * DIRECTIONS + direction) * batch * frames + line
     part_line = (head_block * DIRECTIONS + direction) * batch * frames + line
     ddt_offset = (dt_line + i) * heads
-    dB_offset = ((part_line + i) * groups + group)[:, None] * dstate + n[None, :]
-    kept = stored[:, None] & (n < dstate)[None, :]
-    sums = per_head + direction * heads * slots + slot
-    sums_size = tl.full([], DIRECTIONS, tl.int64) * heads * slots
+    sums = per_head + (tile * DIRECTIONS + direction) * heads * slots + slot
+    sums_size = tl.full([], n_tiles * DIRECTIONS, tl.int64) * heads * slots
     first_head = group * group_heads + head_block * HEADS
     if chunk * Q >= length:
+        dB_offset = ((part_line + i) * groups + group)[:, None] * dstate + n[None, :]
+        kept = stored[:, None] & (n < dstate)[None, :]
         zeros = tl.zeros([Q, BLOCK_N], MATH)
         tl.store(dB + dB_offset, zeros, mask=kept)
         tl.store(dC + dB_offset, zeros, mask=kept)
-        for h in range(HEADS):
+        for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
             tl.store(ddt + ddt_offset + first_head + h, tl.zeros([Q], MATH), mask=stored)
             for which in tl.static_range(3):
                 zero = tl.zeros([1], MATH)
@@ -471,24 +498,40 @@ def chunk_gradients(
     source, there = _source(i, valid, length, reverse, SHIFTED)
     B_tile = _tile(B, direction, row, begin + i, group, n, valid, dstate, B_d, B_b, B_t, B_g, B_n, OPERAND, False)
     C_tile = _tile(C, direction, row, begin + source, group, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND, False)
-    scores = tl.dot(C_tile, tl.trans(B_tile), input_precision=PRECISION, out_dtype=MATH)
+    FLAT: tl.constexpr = 2048
+    scores = _scores(
+        C, B, direction, row, begin, source, i, there, valid, group, C_d, C_b, C_t, C_g, C_n, B_d, B_b, B_t, B_g, B_n,
+        dstate, BLOCK_N, MATH, OPERAND, PRECISION,
+    ).to(OPERAND)  # fmt: skip
+    first_tile = tile == 0
     dscores = tl.zeros([Q, Q], MATH)
     dB_sum = tl.zeros([Q, BLOCK_N], MATH)
     dC_sum = tl.zeros([Q, BLOCK_N], MATH)
-    seen = _in_sight(i[:, None], i[None, :], valid[:, None], valid[None, :], reverse, strict)
-    for h in range(HEADS):
+    q = tl.arange(0, Q)
+    seen = _in_sight(q[:, None], q[None, :], reverse, strict)
+    for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
         head = first_head + h
-        raw, free, step, v, total, rate = _decays(
-            dt, A, dt_bias, direction, row, begin + i, head, valid, reverse, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d,
-            bias_h, SOFTPLUS, LOW, HIGH, MATH,
-        )  # fmt: skip
-        u = v - step * rate if SHIFTED else v
         at = (direction * heads + head) * slots + slot
+        v = tl.load(v_of + at * Q + tl.arange(0, Q))
+        step = tl.load(step_of + at * Q + tl.arange(0, Q))
+        total = tl.load(total_of + at)
+        rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
+        u = v - step * rate if SHIFTED else v
         gradient_at = at + tl.full([], DIRECTIONS, tl.int64) * heads * slots
 
+        entered = tl.where(valid, tl.exp(u), 0)
+        left = tl.exp(total - v)
         dweights = tl.zeros([Q, Q], MATH)
-        from_C = tl.zeros([Q, BLOCK_N], MATH)
-        skip = tl.zeros([Q], MATH)
+        gained = tl.zeros([Q], MATH)
+        gave = tl.zeros([Q], MATH)
+        # On its own and flat: tiles that only products take need not stand in registers.
+        carried = tl.zeros([FLAT], MATH)
+        for start in range(0, tl.where(first_tile, headdim * dstate, 0), FLAT):
+            element = start + tl.arange(0, FLAT)
+            kept = element < headdim * dstate
+            state = tl.load(states + at * (headdim * dstate) + element, mask=kept, other=0)
+            other = tl.load(states + gradient_at * (headdim * dstate) + element, mask=kept, other=0)
+            carried += state.to(MATH) * other.to(MATH)
         for start in range(0, headdim, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             dy_tile = _tile(
@@ -497,39 +540,25 @@ def chunk_gradients(
             x_tile = _tile(
                 x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, OPERAND, False
             )
+            state = _state(states, at, p, n, headdim, dstate, False)
+            dstate_tile = _state(states, gradient_at, p, n, headdim, dstate, False)
+            # What rows gained from the state is dy . (C S): of the tile's size, where (dy S) . C is of dstate's.
+            scaled = (dy_tile.to(MATH) * entered[:, None]).to(OPERAND)
+            dC_sum = tl.dot(scaled, state, dC_sum, input_precision=PRECISION, out_dtype=MATH)
+            product = tl.dot(C_tile, tl.trans(state), input_precision=PRECISION, out_dtype=MATH)
+            gained += tl.sum(dy_tile.to(MATH) * product, 1)
+            scaled = (x_tile.to(MATH) * (left * step)[:, None]).to(OPERAND)
+            dB_sum = tl.dot(scaled, dstate_tile, dB_sum, input_precision=PRECISION, out_dtype=MATH)
+            product = tl.dot(B_tile, tl.trans(dstate_tile), input_precision=PRECISION, out_dtype=MATH)
+            gave += tl.sum(x_tile.to(MATH) * product, 1)
             dweights = tl.dot(dy_tile, tl.trans(x_tile), dweights, input_precision=PRECISION, out_dtype=MATH)
-            state_offset = p[:, None] * dstate + n[None, :]
-            state_kept = (p < headdim)[:, None] & (n < dstate)[None, :]
-            state = tl.load(states + at * (headdim * dstate) + state_offset, mask=state_kept, other=0)
-            from_C = tl.dot(dy_tile, state, from_C, input_precision=PRECISION, out_dtype=MATH)
-            skip += tl.sum(dy_tile.to(MATH) * x_tile.to(MATH), 1)
-        entered = tl.where(valid, tl.exp(u), 0)
-        from_C *= entered[:, None]
-        gained = tl.sum(from_C * C_tile.to(MATH), 1)
-        dC_sum += from_C
-
-        from_B = tl.zeros([Q, BLOCK_N], MATH)
-        carried = tl.zeros([BLOCK_N], MATH)
-        for start in range(0, headdim, BLOCK_P):
-            p = start + tl.arange(0, BLOCK_P)
-            x_tile = _tile(
-                x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, OPERAND, False
-            )
-            state_offset = p[:, None] * dstate + n[None, :]
-            state_kept = (p < headdim)[:, None] & (n < dstate)[None, :]
-            state = tl.load(states + at * (headdim * dstate) + state_offset, mask=state_kept, other=0)
-            dstate_tile = tl.load(states + gradient_at * (headdim * dstate) + state_offset, mask=state_kept, other=0)
-            from_B = tl.dot(x_tile, dstate_tile, from_B, input_precision=PRECISION, out_dtype=MATH)
-            carried += tl.sum(state.to(MATH) * dstate_tile.to(MATH), 0)
-        left = tl.exp(total - v)
-        from_B *= left[:, None]
-        gave = tl.sum(from_B * B_tile.to(MATH), 1)
-        dB_sum += from_B * step[:, None]
+        gained *= entered
+        gave *= left
         total_gradient = tl.sum(step * gave, 0) + tl.exp(total) * tl.sum(carried, 0)
 
         flow = tl.exp(tl.where(seen, u[:, None] - v[None, :], float("-inf"))) * dweights
         dscores += flow * step[None, :]
-        through = flow * scores
+        through = tl.where(first_tile, flow * scores.to(MATH), 0)
         gained += tl.sum(through * step[None, :], 1)
         gave += tl.sum(through, 0)
 
@@ -542,7 +571,11 @@ def chunk_gradients(
         if SHIFTED:
             log_decay -= gained
         step_gradient = gave + rate * log_decay
-        step_gradient = tl.where(free == step, step_gradient, 0)  # clamped
+        raw, free, clamped = _step(
+            dt, dt_bias, direction, row, begin + i, head, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h, SOFTPLUS, LOW,
+            HIGH, MATH,
+        )  # fmt: skip
+        step_gradient = tl.where(free == clamped, step_gradient, 0)
         if SOFTPLUS:
             step_gradient *= 1 / (1 + tl.exp(-raw))
         step_gradient = tl.where(valid, step_gradient, 0)
@@ -550,11 +583,21 @@ def chunk_gradients(
         own = sums + head * slots
         tl.store(own, tl.sum(tl.where(valid, step * log_decay, 0), 0))
         tl.store(own + sums_size, tl.sum(step_gradient, 0))
-        tl.store(own + 2 * sums_size, tl.sum(skip, 0))
+        skip = tl.zeros([Q], MATH)
+        for start in range(0, headdim, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            dy_tile = _tile(
+                dy, direction, row, begin + i, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, MATH, False
+            )  # fmt: skip
+            x_tile = _tile(x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, MATH, False)
+            skip += tl.sum(dy_tile * x_tile, 1)
+        tl.store(own + 2 * sums_size, tl.where(first_tile, tl.sum(skip, 0), 0))
 
     dscores = dscores.to(OPERAND)
     dC_sum = tl.dot(dscores, B_tile, dC_sum, input_precision=PRECISION, out_dtype=MATH)
     dB_sum = tl.dot(tl.trans(dscores), C_tile, dB_sum, input_precision=PRECISION, out_dtype=MATH)
+    dB_offset = ((part_line + i) * groups + group)[:, None] * dstate + n[None, :]
+    kept = stored[:, None] & (n < dstate)[None, :]
     tl.store(dB + dB_offset, tl.where(valid[:, None], dB_sum, 0), mask=kept)
     if SHIFTED:
         # The first step's result has no C. Its row zeroes that of the last frame, which no result takes.
@@ -570,18 +613,18 @@ def _sum_terms(parts, out, terms, size, program, BLOCK: tl.constexpr):
     offset = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = offset < size
     total = tl.zeros([BLOCK], parts.dtype.element_ty)
-    for term in range(terms):
+    for _ in range(terms):
         total += tl.load(parts + offset, mask=kept, other=0)
         parts += size
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
-def _sum_slots(parts, out, directions, heads, slots, program, BLOCK: tl.constexpr):
-    """out[program] = the sum of parts[program + directions heads, slot] over directions and slots."""
+def _sum_slots(parts, out, terms, size, slots, program, BLOCK: tl.constexpr):
+    """out[program] = the sum of parts[term, program, slot] over terms and slots."""
     total = tl.zeros([BLOCK], parts.dtype.element_ty)
-    for direction in range(directions):
-        own = parts + (direction * heads + program).to(tl.int64) * slots
+    for term in range(terms):
+        own = parts + (term * size + program).to(tl.int64) * slots
         for start in range(0, slots, BLOCK):
             offset = start + tl.arange(0, BLOCK)
             total += tl.load(own + offset, mask=offset < slots, other=0)
@@ -592,9 +635,9 @@ def _sum_slots(parts, out, directions, heads, slots, program, BLOCK: tl.constexp
 def sum_parts(
     dB_parts, dC_parts, ddt_parts, per_head, dB, dC, ddt, dA, ddt_bias, dD,
     B_terms, B_size, C_terms, C_size, dt_terms, dt_size, A_terms, A_size, bias_terms, bias_size, D_terms, D_size,
-    heads, slots, directions, BLOCK: tl.constexpr,
+    heads, slots, kinds, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the parts of every gradient that is shared by heads, directions, chunks or sequences, in a fixed order."""
+    """Adds up the parts of gradients that heads, directions, chunks or sequences share, in a fixed order."""
     program = tl.program_id(0)
     B_programs = (B_size + BLOCK - 1) // BLOCK
     C_programs = (C_size + BLOCK - 1) // BLOCK
@@ -604,7 +647,7 @@ def sum_parts(
     A_first = dt_first + dt_programs
     bias_first = A_first + A_size
     D_first = bias_first + bias_size
-    kind = tl.full([], 1, tl.int64) * directions * heads * slots
+    kind = tl.full([], 1, tl.int64) * kinds * heads * slots
     if program < C_first:
         _sum_terms(dB_parts, dB, B_terms, B_size, program, BLOCK)
     elif program < dt_first:
@@ -612,8 +655,8 @@ def sum_parts(
     elif program < A_first:
         _sum_terms(ddt_parts, ddt, dt_terms, dt_size, program - dt_first, BLOCK)
     elif program < bias_first:
-        _sum_slots(per_head, dA, A_terms, heads, slots, program - A_first, BLOCK)
+        _sum_slots(per_head, dA, A_terms, A_size, slots, program - A_first, BLOCK)
     elif program < D_first:
-        _sum_slots(per_head + kind, ddt_bias, bias_terms, heads, slots, program - bias_first, BLOCK)
+        _sum_slots(per_head + kind, ddt_bias, bias_terms, bias_size, slots, program - bias_first, BLOCK)
     elif program < D_first + D_size:
-        _sum_slots(per_head + 2 * kind, dD, D_terms, heads, slots, program - D_first, BLOCK)
+        _sum_slots(per_head + 2 * kind, dD, D_terms, D_size, slots, program - D_first, BLOCK)

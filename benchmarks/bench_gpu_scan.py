@@ -1,0 +1,185 @@
+"""bidirectional_ssd on a GPU against two causal passes with flips and exact attention, in one run.
+
+    python benchmarks/bench_gpu_scan.py --out benchmarks/results/<gpu>/bidirectional_ssd.json
+
+The regime is hydra (x shared; dt, B, C per direction), bfloat16, batch 8, headdim 64. No speed is reported of a width
+whose results or gradients are wrong, nor of a peer whose are. Peers, each
+as a row of its own with the ratio of its time to ours:
+
+- two passes: `linconv.ops.ssd` forward, and over flipped copies, summed; ours, for want of a better one.
+- mamba_ssm: the same with mamba_ssm's chunk scan, where it can be imported.
+- simple_gla: flash-linear-attention's, one causal pass counted twice, where it can be imported.
+- sdpa flash, sdpa cudnn: exact attention of torch of the same width; one over the same frames.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from linconv import ops
+from linconv.benchmarking.record import run
+
+BATCH, HEADDIM = 8, 64
+WIDTHS = ((768, 64), (1024, 128))  # d, dstate
+ATTENTION_UP_TO = 16_384
+
+
+def arguments(width, dstate, length, batch=BATCH, dtype=torch.bfloat16):
+    heads = width // HEADDIM
+
+    def tensor(*shape):
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    x, dt = tensor(batch, length, heads, HEADDIM), tensor(2, batch, length, heads) - 3
+    A = -torch.rand(2, heads, device="cuda") - 1
+    return x, dt, A, tensor(2, batch, length, 1, dstate), tensor(2, batch, length, 1, dstate)
+
+
+def ours(x, dt, A, B, C):
+    return ops.bidirectional_ssd(x, dt, A, B, C, dt_softplus=True, backend="triton")
+
+
+def two_passes(scan):
+    def passes(x, dt, A, B, C):
+        forward = scan(x, dt[0], A[0], B[0], C[0])
+        return forward + scan(*(t.flip(1) for t in (x, dt[1])), A[1], *(t.flip(1) for t in (B[1], C[1]))).flip(1)
+
+    return passes
+
+
+def linear_peers():
+    """Peers by name, as functions of the same arguments."""
+    peers = {"two passes": two_passes(lambda *t: ops.ssd(*t, dt_softplus=True, backend="triton"))}
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError as error:
+        print(f"not compared with mamba_ssm: {error}")
+    else:
+        peers["mamba_ssm"] = two_passes(lambda *t: mamba_chunk_scan_combined(*t, chunk_size=256, dt_softplus=True))
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError as error:
+        print(f"not compared with simple_gla: {error}")
+    else:
+
+        def gla(x, dt, A, B, C):
+            step = F.softplus(dt[0].float())
+            key = B[0].expand(-1, -1, x.shape[2], -1)
+            query = C[0].expand_as(key)
+            return chunk_simple_gla(query, key, x * step[..., None].to(x.dtype), g=step * A[0], scale=1.0)[0]
+
+        peers["simple_gla"] = gla
+    return peers
+
+
+def plain(x, dt, A, B, C):
+    """The same chunked products in plain torch, in bfloat16 as tensor cores take them."""
+    with torch.autocast("cuda", torch.bfloat16):
+        return ops.bidirectional_ssd(x, dt, A, B, C, dt_softplus=True, backend="reference")
+
+
+def results(function, tensors):
+    """The result of function(*tensors) by name, and the gradients of what it depends on."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    torch.manual_seed(0)
+    upstream = torch.randn(y.shape, device="cuda").bfloat16().to(y)  # the same in every precision
+    gradients = torch.autograd.grad(y, leaves, upstream, allow_unused=True)
+    return {"y": y, **{n: g for n, g in zip(("dx", "ddt", "dA", "dB", "dC"), gradients) if g is not None}}
+
+
+def worst(got, torchs, exact):
+    """(what, its error over the error allowed) of the result or gradient that is worst by float64.
+
+    Allowed is twice the error of plain torch at this precision, thrice in gradients.
+    """
+    ratios = {}
+    for name, value in got.items():
+        mine, theirs = ((r.double() - exact[name]).abs().max().item() for r in (value, torchs[name]))
+        allowed = (2 if name == "y" else 3) * theirs
+        ratios[name] = float("inf") if math.isnan(mine) else mine / max(allowed, 1e-30)
+    return max(ratios.items(), key=lambda item: item[1])
+
+
+def check(width, dstate, peers):
+    """The peers whose results and gradients are right; an end where ours are not, so that no speed is reported."""
+    tensors = arguments(width, dstate, 499, batch=2)
+
+    def exact_of(function):
+        return results(function, [t.double() for t in tensors])
+
+    def exact(x, dt, A, B, C):
+        return ops.bidirectional_ssd(x, dt, A, B, C, dt_softplus=True, backend="reference")
+
+    def exact_one_way(x, dt, A, B, C):
+        return ops.ssd(x, dt[0], A[0], B[0], C[0], dt_softplus=True, backend="reference")
+
+    def plain_one_way(*tensors):
+        with torch.autocast("cuda", torch.bfloat16):
+            return exact_one_way(*tensors)
+
+    both = results(plain, tensors), exact_of(exact)
+    one_way = results(plain_one_way, tensors), exact_of(exact_one_way)
+    what, ratio = worst(results(ours, tensors), *both)
+    if ratio > 1:
+        raise SystemExit(f"d = {width}: {what} has {ratio:.2f} times the error allowed; no speed is reported")
+    right = {}
+    for name, peer in peers.items():
+        what, ratio = worst(results(peer, tensors), *(one_way if name == "simple_gla" else both))
+        # A peer may round more than we do; that is no reason to leave it out.
+        if ratio > 3:
+            print(f"not compared with {name} at d = {width}: {what} has {ratio:.1f} times the error allowed")
+        else:
+            right[name] = peer
+    return right
+
+
+def seconds(work):
+    from triton.testing import do_bench
+
+    return do_bench(work, return_mode="median") / 1e3
+
+
+def with_backward(function, tensors):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    upstream = torch.randn_like(function(*leaves))
+    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream, allow_unused=True)
+
+
+def body(record, lengths):
+    for width, dstate in WIDTHS:
+        peers = check(width, dstate, linear_peers())
+        for length in lengths:
+            tensors = arguments(width, dstate, length)
+            base = dict(width=width, length=length, gpu=torch.cuda.get_device_name())
+            taken = {}
+            for part in ("forward", "training"):
+                work = (lambda: ours(*tensors)) if part == "forward" else with_backward(ours, tensors)  # noqa: B023
+                taken[part] = seconds(work)
+                record.add(**base, part=part, seconds=taken[part])
+                for name, peer in peers.items():
+                    work = (lambda: peer(*tensors)) if part == "forward" else with_backward(peer, tensors)  # noqa: B023
+                    passes = 2 if name == "simple_gla" else 1
+                    time = passes * seconds(work)
+                    record.add(**base, part=part, peer=name, peer_seconds=time, speedup=time / taken[part])
+            if length > ATTENTION_UP_TO:
+                continue
+            q, k, v = (
+                torch.randn(BATCH, width // HEADDIM, length, HEADDIM, device="cuda", dtype=torch.bfloat16)
+                for _ in range(3)
+            )
+            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+                name = f"sdpa {backend.name.split('_')[0].lower()}"
+                with sdpa_kernel(backend):
+                    for part, work in (
+                        ("forward", lambda: F.scaled_dot_product_attention(q, k, v)),  # noqa: B023
+                        ("training", with_backward(F.scaled_dot_product_attention, (q, k, v))),
+                    ):
+                        time = seconds(work)
+                        record.add(**base, part=part, peer=name, peer_seconds=time, speedup=time / taken[part])
+
+
+if __name__ == "__main__":
+    run("bidirectional_ssd", __doc__.splitlines()[0], [499, 1_000, 3_000, 16_000, 64_000], body)

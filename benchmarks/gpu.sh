@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in parts of under ten minutes each. Needs this tree, nvcc, and a Python with torch and
+# triton; no network.
+#
+#   benchmarks/gpu.sh build       compiles csrc against that torch, into linconv/lib
+#   benchmarks/gpu.sh test        the operators' tests, CPU ones too; offsets past 2^31, repeats, CUDA graphs
+#   benchmarks/gpu.sh sanitize    compute-sanitizer: memcheck, racecheck, initcheck, on a small set
+#   benchmarks/gpu.sh bench       speeds against peers, correctness first, JSON into $OUT or benchmarks/results/<gpu>/
+#
+# PYTHON: which Python, else python3.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" LINCONV_POISON=1
+
+build() {
+  for tool in setuptools cmake ninja; do
+    "$python" -c "import $tool" 2>/dev/null || command -v "$tool" >/dev/null ||
+      { echo "gpu.sh build: $tool is missing: it builds csrc. Install setuptools, cmake and ninja, or bring linconv/lib" \
+             "built elsewhere for torch >= 2.11 (its ABI is stable)" >&2; exit 1; }
+  done
+  "$python" setup.py --quiet build_native --inplace
+  "$python" -c "import linconv.environment as e; print(e.report())"
+}
+
+tests() {
+  "$python" -m pytest -q tests/ops/test_triton.py -k gpu
+  "$python" -m pytest -q tests/ops --ignore=tests/ops/test_triton.py
+}
+
+sanitize() {
+  local sanitizer
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1 || true)
+  [ -n "$sanitizer" ] || { echo "gpu.sh sanitize: compute-sanitizer is not here" >&2; exit 1; }
+  for tool in memcheck racecheck initcheck; do
+    # torch's allocator would hide what lies between two tensors.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -q -p no:cacheprovider tests/ops/triton_ssd.py
+  done
+}
+
+bench() {
+  local gpu
+  gpu=$("$python" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
+  LINCONV_POISON=0 "$python" benchmarks/bench_gpu_scan.py --out "${OUT:-benchmarks/results/$gpu}/bidirectional_ssd.json"
+}
+
+case "${1:-}" in
+  build) build ;;
+  test) tests ;;
+  sanitize) sanitize ;;
+  bench) bench ;;
+  *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac
