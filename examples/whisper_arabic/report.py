@@ -24,13 +24,12 @@ def main():
     found = [json.loads(path.read_text()) for path in sorted((options.results / "cells").glob("*.json"))]
     if not found:
         parser.error(f"{options.results}: no finished cells in it")
-    recipe = found[0]["recipe"]
-    if any(cell["recipe"] != recipe for cell in found):
-        parser.error(f"{options.results}: its cells were trained by different recipes")
+    recipe = max((cell["recipe"] for cell in found), key=lambda r: sum(cell["recipe"] == r for cell in found))
     results = {(c["task"], c["mixer"], c["mode"], c["seed"]): c for c in found}
     options.name.parent.mkdir(parents=True, exist_ok=True)
     for cell in found:
-        del cell["recipe"]
+        if cell["recipe"] == recipe:  # one that was trained by another recipe keeps it
+            del cell["recipe"]
     document = {"recipe": recipe, "missing": missing(recipe, found), "cells": found}
     options.name.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     plot(recipe["grid"], results, options.name.with_suffix(".png"))
@@ -80,10 +79,27 @@ def markdown(document, results, notes, plot_name):
             lines.append(f"| {name} | {parameters:,} | {spread(validation)} | {spread(test)} | {gap} | {by_seed} |")
         parts += [f"## {TITLES.get(task, task)}", "\n".join(lines)]
     parts.append(f"Accuracy in per cent, mean ± standard deviation over seeds.\n\n![Test accuracy]({plot_name})")
+    for cell in document["cells"]:
+        if "recipe" in cell:
+            parts.append(
+                f"`{cell['cell']}` was trained by another recipe: " + differences(cell["recipe"], recipe) + "."
+            )
     if document["missing"]:
         parts.append("## Not run\n\n" + ", ".join(f"`{name}`" for name in document["missing"]))
     parts.append("## Provenance\n\n" + provenance(document["cells"]))
     return "\n\n".join(parts) + "\n"
+
+
+def differences(own, recipe, path=""):
+    """The settings of one recipe that are not those of the other."""
+    parts = []
+    for key, value in own.items():
+        other = recipe.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            parts.append(differences(value, other, f"{path}{key}."))
+        elif value != other:
+            parts.append(f"{path}{key} {value} in place of {other}")
+    return ", ".join(filter(None, parts))
 
 
 def spread(values):
@@ -111,8 +127,9 @@ def plot(grid, results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(grid["task"]), figsize=(5 * len(grid["task"]), 4), layout="constrained")
-    for axis, task in zip(axes, grid["task"], strict=True):
+    tasks = [task for task in grid["task"] if any(key[0] == task for key in results)]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4), layout="constrained", squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
         names, heights, dots = [], [], []
         for mixer, mode in rows(grid):
             values = scores(grid, results, task, mixer, mode)
@@ -120,8 +137,6 @@ def plot(grid, results, path):
                 names.append(f"{mixer}\n{MODES[mode]}" if mode else mixer)
                 heights.append(statistics.mean(values))
                 dots.append(values)
-        if not names:
-            continue
         axis.bar(names, heights, color=["0.5"] + ["tab:blue"] * (len(names) - 1), alpha=0.6)
         for index, values in enumerate(dots):
             axis.scatter([index] * len(values), values, color="black", s=12, zorder=3)
