@@ -242,13 +242,16 @@ def pass_states(
     slot = (direction * heads + head) * slots + _first_slot(sequence, bounds, frames, Q, KIND)
     p = (element // dstate).to(tl.int64)
     n = (element % dstate).to(tl.int64)
+    # By comparing elements: combined with a scalar's comparison, masks are integers in the interpreter of Triton 3.9.
+    of_states = element < tl.where(gradient == 0, size, 0)
+    of_gradients = element < tl.where(gradient == 0, 0, size)
     state = tl.zeros([BLOCK], MATH)
     if first is not None:
         pointer = first + sequence * first_s + head * first_h + p * first_p + n * first_n
-        state += tl.load(pointer, mask=kept & (gradient == 0), other=0).to(MATH)
+        state += tl.load(pointer, mask=of_states, other=0).to(MATH)
     if dlast is not None:
         pointer = dlast + sequence * dlast_s + head * dlast_h + p * dlast_p + n * dlast_n
-        state += tl.load(pointer, mask=kept & (gradient == 1), other=0).to(MATH)
+        state += tl.load(pointer, mask=of_gradients, other=0).to(MATH)
     against_time = _is_reversed(direction, FLIP) != (gradient == 1)
     own = states + (gradient * DIRECTIONS * heads * slots + slot) * size + element
     for c in tl.range(0, chunks, num_stages=STAGES):
@@ -259,9 +262,9 @@ def pass_states(
         state = state * decay + added
     result = (sequence * heads + head) * size + element
     if last is not None:
-        tl.store(last + result, state, mask=kept & (gradient == 0))
+        tl.store(last + result, state, mask=of_states)
     if dfirst is not None:
-        tl.store(dfirst + result, state, mask=kept & (gradient == 1))
+        tl.store(dfirst + result, state, mask=of_gradients)
 
 
 @triton.jit
