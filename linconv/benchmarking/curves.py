@@ -29,10 +29,11 @@ def audio_forward(checkpoint: str, audio: str, samples: int, padding: int = 0) -
     """
     import numpy as np
     import torch
-    from transformers import AutoModelForAudioClassification
+    from transformers import AutoModelForAudioClassification, logging
 
     import linconv.auto  # noqa: F401
 
+    logging.disable_progress_bar()  # of loading, in each of many processes: the caller shows its own
     model = AutoModelForAudioClassification.from_pretrained(checkpoint).eval()
     waveform = torch.from_numpy(np.load(audio, mmap_mode="r")[:samples].copy())[None]  # (1, samples)
     if waveform.shape[1] < samples:
