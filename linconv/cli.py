@@ -108,6 +108,7 @@ def _build_parser() -> _Parser:
     sub = command("report", _report, "Finished runs side by side: report.json, report.md and report.html.")
     sub.add_argument("runs", metavar="RUN", nargs="+", help="output folder of a finished finetune or distill")
     sub.add_argument("--output", default="report", help="folder for the report (default report)")
+    sub.add_argument("--title", default="Distillation runs", help="its headline")
 
     from linconv.benchmarking.command import add_arguments
 
@@ -230,7 +231,7 @@ def _eval(arguments) -> None:
 def _report(arguments) -> None:
     from linconv import report
 
-    made = report.build(arguments.runs)
+    made = report.build(arguments.runs, arguments.title)
     page = report.write(made, arguments.output)
     header, rows = report.table(made)
     _print_table([(row[0], "  ".join(filter(None, row[1:]))) for row in [header, *rows]])

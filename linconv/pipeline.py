@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTra
 
 import linconv.auto  # noqa: F401  converted checkpoints load by name from here on
 from linconv import mixers
+from linconv.benchmarking.machine import provenance
 from linconv.conversion import ConvertedModel, convert
 from linconv.conversion.families import FAMILIES, Family
 from linconv.data import Collator, SentenceCollator, Splits, build_tokenizer, load_splits
@@ -30,7 +31,18 @@ from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
 from linconv.progress import Progress
 from linconv.recipe import Recipe
 
-__all__ = ["Run", "distill", "evaluate", "finetune", "load_config", "load_model", "make_student", "save_preprocessing"]
+__all__ = [
+    "RESULTS_FILE",
+    "WAYPOINTS_FOLDER",
+    "Run",
+    "distill",
+    "evaluate",
+    "finetune",
+    "load_config",
+    "load_model",
+    "make_student",
+    "save_preprocessing",
+]
 
 RESULTS_FILE = "results.json"
 PROBE_CLIPS = 8
@@ -290,6 +302,7 @@ class Run:
                 "clips": self.trainer.compute_metrics.clips if scores else [],
                 "parameters": self.trainer.model.num_parameters(),
                 "recipe": asdict(self.recipe),
+                "provenance": provenance(),
             }
             (self.output / RESULTS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         return scores

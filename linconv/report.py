@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from linconv.benchmarking.machine import provenance
 from linconv.errors import UserError
 
 __all__ = ["RunFolder", "build", "read_run", "table", "write"]
@@ -36,6 +36,7 @@ class RunFolder:
     parameters: int
     records: list[dict]  # the training's log
     recipe: dict
+    provenance: dict  # of the training
     probe: dict[str, np.ndarray]  # "student/STEP", "teacher/STEP": (clips, layers, d); empty where there is none
 
     @property
@@ -75,6 +76,7 @@ def read_run(folder: str | Path) -> RunFolder:
         parameters=results["parameters"],
         records=[record for record in records if "loss" in record],
         recipe=recipe,
+        provenance=results.get("provenance", {}),
         probe=_read_probe(path / PROBE_FILE),
     )
 
@@ -98,11 +100,11 @@ def _mode_of(guide: dict) -> str:
 # ---- What they come to
 
 
-def build(folders: list[str | Path]) -> dict:
+def build(folders: list[str | Path], title: str = "Distillation runs") -> dict:
     """The report's content: runs, a row for each mode, and what the teachers' features advise.
 
-    Intervals are paired bootstraps: clips are drawn with replacement, RESAMPLES times, the same ones for a student, for
-    its teacher and for the other seeds, whose errors on one clip are not independent.
+    Intervals are paired bootstraps: seeds and clips are drawn with replacement, RESAMPLES times, the same ones for a
+    student and for its teacher; the same clips for all seeds, whose errors on one clip are not independent.
     """
     runs = [read_run(folder) for folder in folders]
     if len({run.score for run in runs}) > 1:
@@ -116,7 +118,7 @@ def build(folders: list[str | Path]) -> dict:
         key=lambda row: (row["mode"] != "teacher", -row["score"] if not runs[0].lower_is_better else row["score"])
     )
     return {
-        "title": "Distillation runs",
+        "title": title,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "score": runs[0].score,
         "lower_is_better": runs[0].lower_is_better,
@@ -126,12 +128,42 @@ def build(folders: list[str | Path]) -> dict:
         "trajectories": _trajectories(runs),
         "feature_shift": [_feature_shift(run) for run in runs if run.mode == "teacher" and run.probe],
         "runs": [
-            {"path": str(r.path), "mode": r.mode, "seed": r.seed, "score": r.value, "parameters": r.parameters}
-            for r in runs
+            {"path": path, "mode": r.mode, "seed": r.seed, "score": r.value, "parameters": r.parameters}
+            for path, r in zip(_short([run.path for run in runs]), runs)
         ],
-        "provenance": provenance(),
+        "recipe": _training_of(runs),
+        "provenance": _common([run.provenance for run in runs]),
         "model_card": _model_card(rows, runs),
     }
+
+
+def _short(paths: list[Path]) -> list[str]:
+    """Each path from the last folder that all have in common."""
+    whole = [path.resolve() for path in paths]
+    root = Path(os.path.commonpath(whole)) if len(whole) > 1 else whole[0].parent
+    return [str(path.relative_to(root)) for path in whole]
+
+
+def _training_of(runs: list[RunFolder]) -> dict:
+    """What all recipes say of the data, the conversion and the training; where they differ, what each of them says."""
+    blocks = [{k: run.recipe.get(k, {}) for k in ("conversion", "finetune", "distill")} for run in runs]
+    for block, run in zip(blocks, runs):
+        block["data"] = {k: v for k, v in run.recipe["data"].items() if k != "path"}
+    return {name: _common([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _common(found: list[dict]) -> dict:
+    """One dictionary of several: a value that all share as it is, others as a list of those that occur."""
+    merged = {}
+    for key in dict.fromkeys(key for entry in found for key in entry):
+        values = []
+        for entry in found:
+            if entry.get(key) not in values:
+                values.append(entry.get(key))
+        if key == "date":  # of many, the first and the last
+            values = sorted({min(values), max(values)})
+        merged[key] = values[0] if len(values) == 1 else values
+    return merged
 
 
 def _score(clips: np.ndarray, lower: bool) -> np.ndarray:
@@ -142,7 +174,7 @@ def _score(clips: np.ndarray, lower: bool) -> np.ndarray:
 
 def _row(mode: str, runs: list[RunFolder], teachers: dict) -> dict:
     lower = runs[0].lower_is_better
-    scores, differences, retained = [], [], []
+    scores, differences, retained = [], [], []  # each run's, (RESAMPLES,)
     paired = mode != "teacher" and all((run.teacher, run.seed) in teachers for run in runs)
     for run in runs:
         chosen = np.random.default_rng(0).integers(0, len(run.clips), (RESAMPLES, len(run.clips)))
@@ -179,9 +211,11 @@ def _retained(mine, theirs, lower: bool):
 
 
 def _interval(draws: list[np.ndarray]) -> list[float]:
-    """Of the mean over seeds, from each seed's draws."""
+    """Of the mean over seeds, from each seed's draws of clips: (RESAMPLES,) each."""
+    seeds = np.random.default_rng(1).integers(0, len(draws), (len(draws), RESAMPLES))
+    means = np.take_along_axis(np.stack(draws), seeds, axis=0).mean(0)
     tail = (1 - LEVEL) / 2
-    return [float(q) for q in np.quantile(np.mean(draws, axis=0), [tail, 1 - tail])]
+    return [float(q) for q in np.quantile(means, [tail, 1 - tail])]
 
 
 def _curve(run: RunFolder) -> dict:
@@ -255,7 +289,11 @@ def _feature_shift(run: RunFolder) -> dict:
 
 def _model_card(rows: list[dict], runs: list[RunFolder]) -> dict:
     """Metadata in the form of the hub's model cards, for each students' mode."""
-    task = {"classification": "audio-classification", "ctc": "automatic-speech-recognition"}[runs[0].recipe["task"]]
+    task = {
+        "classification": "audio-classification",
+        "ctc": "automatic-speech-recognition",
+        "text_classification": "text-classification",
+    }[runs[0].recipe["task"]]
     metric = runs[0].score.rpartition("_")[2]
     data = runs[0].recipe["data"]["path"] or ""
     return {
@@ -308,8 +346,8 @@ def table(report: dict) -> tuple[list[str], list[list[str]]]:
 
 
 NOTE = (
-    "Means over seeds. Intervals: paired bootstrap over the clips of the split ({resamples:,} draws), student and "
-    "teacher on the same draws; they tell what other clips could change, not what other seeds could."
+    "Means over seeds. Intervals: paired bootstrap over seeds and over the clips or sentences of the split "
+    "({resamples:,} draws), student and teacher on the same draws."
 )
 
 
@@ -326,7 +364,10 @@ def _last_values(report: dict) -> list[str]:
 
 
 def _provenance(report: dict) -> str:
-    return ", ".join(f"{k} {v}" for k, v in report["provenance"].items() if v is not None)
+    def shown(value) -> str:
+        return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return ", ".join(f"{k} {shown(v)}" for k, v in report["provenance"].items() if v is not None)
 
 
 def _markdown(report: dict) -> str:

@@ -113,3 +113,32 @@ def test_what_is_no_run_is_named(tmp_path, capsys):
     mixed = [run_folder(tmp_path, "teacher", 1), run_folder(tmp_path, "x", 1, score="test_wer")]
     with pytest.raises(UserError, match="scores of different kinds"):
         report.build(mixed)
+
+
+def test_seeds_are_drawn_too(tmp_path):
+    """Runs without a mistake but for one whole seed: no draw of clips changes the score, a draw of seeds does."""
+    folders = [run_folder(tmp_path, "teacher", wrong, seed=seed) for seed, wrong in enumerate([0, 0, 40])]
+    low, high = report.build(folders)["rows"][0]["interval"]
+    assert low == 0 and high == 1
+
+
+def test_what_runs_share_is_told_once_and_paths_start_where_they_part(tmp_path):
+    folders = [run_folder(tmp_path, "teacher", 1), run_folder(tmp_path, "guided", 2, guide={"init": "source"})]
+    for day, folder in enumerate(folders, start=1):
+        results = json.loads((folder / "results.json").read_text())
+        results["recipe"]["distill"] = {"learning_rate": 1e-3 * day, "max_steps": 5}
+        results["provenance"] = {"date": f"2026-01-0{day}", "torch": "2.13.0"}
+        (folder / "results.json").write_text(json.dumps(results))
+    made = report.build(folders, title="Two runs")
+    assert made["title"] == "Two runs" and [run["path"] for run in made["runs"]] == ["teacher", "guided"]
+    assert made["recipe"]["distill"] == {"learning_rate": [0.001, 0.002], "max_steps": 5}
+    assert made["provenance"] == {"date": ["2026-01-01", "2026-01-02"], "torch": "2.13.0"}
+    assert "torch 2.13.0" in report.write(made, tmp_path / "out").read_text()
+
+
+def test_text_runs_have_a_model_card(tmp_path):
+    folder = run_folder(tmp_path, "teacher", 1)
+    results = json.loads((folder / "results.json").read_text())
+    results["recipe"]["task"] = "text_classification"
+    (folder / "results.json").write_text(json.dumps(results))
+    assert report.build([folder])["model_card"]["pipeline_tag"] == "text-classification"

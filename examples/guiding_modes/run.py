@@ -1,16 +1,21 @@
-"""Every guiding mode on the demo's recorded speech, by the demo's recipe, and a report of all of them.
+#!/usr/bin/env python
+"""A teacher and a student of every guiding mode for each seed, and a report of them all.
 
-    python examples/guiding_modes/run.py --out runs/modes --steps 60 --seeds 0 1
+    run.py --out runs/spoken_language --seeds 0 1 2
+    run.py --out runs/minilm_sst2 --seeds 0 1 2 --recipe minilm_sst2.yaml --source MINILM --data SST2
 
-For each seed a teacher is trained from scratch on the language spoken (the demo has no pretrained model, so "source" is
-a new model of its shape); then each mode trains a student.
+Without --recipe it is the demo's, on the demo's recorded speech: which language is spoken, by a model trained from
+scratch, so that "source" is a new model of the teacher's shape. Finished runs are skipped: it can be stopped and
+started again.
 """
 
 import argparse
 import shutil
 from pathlib import Path
 
-from linconv import pipeline
+import transformers
+
+from linconv import pipeline, report
 from linconv.demo.fetch import fetch
 from linconv.demo.run import HYBRID_SHARE, RECIPE
 from linconv.recipe import load_recipe
@@ -23,36 +28,48 @@ MODES = {
     "waypoint-guided": {"name": "waypoint_guided"},
     "hybrid": {"name": "hybrid", "mode": "target_guided", "init": "target"},
 }
+WAYPOINTS = 6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the report")
-    parser.add_argument("--data", type=Path, help="audio folder; None: the demo's recordings, fetched")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of every run")
-    parser.add_argument("--batch", type=int, default=16, help="clips a batch")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="what to train (default: the demo's)")
+    parser.add_argument("--source", type=Path, help="the pretrained checkpoint, where the recipe has no model")
+    parser.add_argument("--data", type=Path, help="its data (default: the demo's recordings, fetched)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a teacher and its students for each")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: the recipe's)")
     options = parser.parse_args()
-    data = options.data or fetch()
+    transformers.logging.set_verbosity_error()  # every load reports the new head
+    shared = [("data.path", str(options.data or fetch()))]
+    if options.source is not None:
+        shared.append(("model.source", str(options.source)))
+    if options.steps is not None:
+        for block in ("finetune", "distill"):
+            shared += [(f"{block}.max_steps", options.steps), (f"{block}.warmup_steps", options.steps // 10)]
+    folders = []
     for seed in options.seeds:
         folder = options.out / f"seed-{seed}"
-        shared = [("data.path", str(data)), ("seed", seed), ("model.teacher", str(folder / "teacher"))]
-        for block in ("finetune", "distill"):
-            changes = {"max_steps": options.steps, "warmup_steps": options.steps // 10, "logging_steps": 5}
-            changes["per_device_train_batch_size"] = options.batch
-            shared += [(f"{block}.{key}", value) for key, value in changes.items()]
-        _execute(pipeline.finetune(load_recipe(RECIPE, [*shared, ("model.waypoints", 6)])))
+        of_seed = [*shared, ("seed", seed), ("model.teacher", str(folder / "teacher"))]
+        teacher = load_recipe(options.recipe, [*of_seed, ("model.waypoints", WAYPOINTS)])
+        folders.append(_execute(pipeline.finetune, teacher, folder / "teacher"))
         for name, guide in MODES.items():
             given = [(f"guide.{key}", value) for key, value in guide.items()]
-            if guide["name"] == "hybrid":
-                given.append(("guide.drop_layer_loss_at", round(HYBRID_SHARE * options.steps)))
-            _execute(pipeline.distill(load_recipe(RECIPE, [*shared, *given, ("output", str(folder / name))])))
-        for snapshot in folder.glob("teacher/waypoints"):
-            shutil.rmtree(snapshot)
+            if name == "hybrid":
+                given.append(("guide.drop_layer_loss_at", round(HYBRID_SHARE * teacher.distill["max_steps"])))
+            student = load_recipe(options.recipe, [*of_seed, *given, ("output", str(folder / name))])
+            folders.append(_execute(pipeline.distill, student, folder / name))
+        shutil.rmtree(folder / "teacher" / pipeline.WAYPOINTS_FOLDER, ignore_errors=True)
+    title = f"Every guiding mode on {Path(shared[0][1]).name}"
+    print(report.write(report.build(folders, title=title), options.out / "report"))
 
 
-def _execute(run: pipeline.Run) -> None:
-    print(run.title, {key: round(value, 4) for key, value in run.execute().items()}, flush=True)
+def _execute(prepare, recipe, folder: Path) -> Path:
+    """Runs it, unless it is finished."""
+    if not (folder / pipeline.RESULTS_FILE).exists():
+        scores = prepare(recipe).execute()
+        print(folder, {key: round(value, 4) for key, value in scores.items()}, flush=True)
+    return folder
 
 
 if __name__ == "__main__":
