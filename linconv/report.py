@@ -477,18 +477,24 @@ def _curve_figure(report: dict) -> bytes | None:
 
 
 def _trajectory_figure(report: dict) -> bytes | None:
-    """Students' paths, and their teachers', from a ring at the first step to a square at the last."""
+    """Students' paths, and in the same colour their teachers', dotted, from a ring at the first step to a square at the
+    last; a teacher that does not move is a star."""
     paths = report["trajectories"]
     if not paths:
         return None
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    modes = list(dict.fromkeys(path["name"].removeprefix("teacher of ") for path in paths))
     for path in paths:
         x, y = np.asarray(path["points"]).T
+        color = f"C{modes.index(path['name'].removeprefix('teacher of '))}"
+        if path["side"] == "teacher" and np.ptp(x) + np.ptp(y) < 1e-6:
+            axis.plot(x[0], y[0], "*", color=color, markersize=9)
+            continue
         style = "-" if path["side"] == "student" else ":"
-        [line] = axis.plot(x, y, style, marker=".", markersize=4, label=path["name"])
-        axis.plot(x[0], y[0], "o", color=line.get_color(), markerfacecolor="white")
-        axis.plot(x[-1], y[-1], "s", color=line.get_color())
+        axis.plot(x, y, style, color=color, marker=".", markersize=4, label=path["name"])
+        axis.plot(x[0], y[0], "o", color=color, markerfacecolor="white")
+        axis.plot(x[-1], y[-1], "s", color=color)
     shown = paths[0]["variance_shown"]
     axis.set(xlabel="first principal axis", ylabel="second principal axis", title=f"{shown:.0%} of the variance")
     axis.grid(alpha=0.3)
