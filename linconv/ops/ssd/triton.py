@@ -1,7 +1,8 @@
 """The scan on Triton kernels, for one direction of time or both: which tiles, which memory, which launches.
 
 Forward follows one of two plans. Chunk-parallel, it is three launches: what each chunk adds to the state, the states
-that enter each chunk, the outputs. In sweeps, where those fill the GPU, it is one, or two where directions are summed.
+that enter each chunk, the outputs. In sweeps, where those fill the GPU: the decays of each chunk, then a sweep over the
+chunks of each sequence, or one for each direction where their results are summed; no state is in memory.
 Backward saves nothing but its inputs and is five, by chunks: the first two again, for states and their gradients at
 once; dx, by the kernel of the outputs; the other gradients' parts; their sums. Nothing else runs on the device in
 between, nothing is read back to the host, and in one plan no result depends on the batch that a sequence stands in.
@@ -227,37 +228,47 @@ def _sweeps(scan: Scan, y):
     """Writes y; returns the last states of the one direction, or None."""
     tiles = scan.sweep_tiles
     slots = scan.slots(tiles.chunk)
-    shared = dict(
-        x=scan.x, dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, B=scan.B, **scan.sizes(slots),
-        **_x_strides(scan.x, "x"), **_dt_strides(scan), **_B_strides(scan.B, "B"),
-        **scan.options("KIND", *STEP_OPTIONS, *TYPES), Q=tiles.chunk,
-    )  # fmt: skip
-    states, last = None, scan.last_states()
-    if scan.summed:
-        states = scan.empty(scan.heads, slots, scan.headdim, scan.dstate, dtype=scan.operand)
-        p_tiles, n_tiles = triton.cdiv(scan.headdim, tiles.state_p), triton.cdiv(scan.dstate, tiles.state_n)
-        scan.run(
-            sweeps.sweep_states,
-            (scan.sequences * p_tiles * n_tiles, scan.heads),
-            dict(shared, states=states, BLOCK_P=tiles.state_p, BLOCK_N=tiles.state_n),
-            tiles.state_warps, tiles.stages,
-        )  # fmt: skip
-    out_strides = _x_strides(y, "out")
-    del out_strides["out_p"]
+    per_chunk = (scan.directions, scan.heads, slots)
+    v, step = scan.empty(*per_chunk, tiles.chunk), scan.empty(*per_chunk, tiles.chunk)
+    decays = dict(v_of=v, step_of=step, total_of=scan.empty(*per_chunk), Q=tiles.chunk)
+    sizes = scan.sizes(slots)
+    for name in ("group_heads", "headdim", "dstate"):
+        del sizes[name]
     scan.run(
-        sweeps.sweep_outputs,
-        (
-            scan.sequences * triton.cdiv(scan.headdim, tiles.block_p),
-            scan.heads * (1 if scan.summed else scan.directions),
-        ),
+        sweeps.chunk_decays,
+        (slots * scan.directions, scan.heads),
         dict(
-            shared, C=scan.C, D=scan.D, states=states, first=scan.initial_states, last=last, out=y,
-            **_B_strides(scan.C, "C"), **_strides(scan.D, "D", "h", 1), **_state_strides(scan.initial_states, "first"),
-            **out_strides, **scan.options("SUMMED", "SUM_D", "FLIP", "ONCE", "SHIFTED"),
-            BLOCK_P=tiles.block_p, BLOCK_N=power_of_two(scan.dstate),
+            dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, **decays, **sizes, **_dt_strides(scan),
+            **scan.options("DIRECTIONS", "FLIP", "KIND", "MATH", *STEP_OPTIONS),
         ),
-        tiles.warps, tiles.stages,
+        1, 1,
     )  # fmt: skip
+    last = scan.last_states()
+
+    def sweep(first_direction, directions, D, summand, out):
+        out_strides = _x_strides(out, "out")
+        del out_strides["out_p"]
+        scan.run(
+            sweeps.sweep,
+            (scan.sequences * triton.cdiv(scan.headdim, tiles.block_p), scan.heads * directions),
+            dict(
+                x=scan.x, A=scan.A, B=scan.B, C=scan.C, D=D, first=scan.initial_states, last=last, summand=summand,
+                out=out, first_direction=first_direction, **decays, **scan.sizes(slots), **_x_strides(scan.x, "x"),
+                **_strides(scan.A, "A", "h", 1), **_B_strides(scan.B, "B"), **_B_strides(scan.C, "C"),
+                **_strides(D, "D", "h", 1), **_state_strides(scan.initial_states, "first"), **out_strides,
+                **scan.options("FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
+                BLOCK_P=tiles.block_p, BLOCK_N=power_of_two(scan.dstate),
+            ),
+            tiles.warps, tiles.stages,
+        )  # fmt: skip
+
+    if scan.summed:
+        backward = scan.empty(*y.shape)
+        own_skip = scan.D is not None and scan.D.dim() == 2
+        sweep(1, 1, scan.D if own_skip else None, None, backward)
+        sweep(0, 1, scan.D, backward, y)
+    else:
+        sweep(0, scan.directions, scan.D, None, y)
     return last
 
 

@@ -80,9 +80,7 @@ def source_of(frame, valid, length, reverse, SHIFTED: tl.constexpr):
 def in_sight(i, j, reverse, strict):
     """Whether result i takes from frame j, both spread over rows and columns. Frames that are not valid are no matter:
     their B, C, x and dy are zero."""
-    at_least = tl.where(reverse, -1048576, strict)
-    at_most = tl.where(reverse, -strict, 1048576)
-    return (i - j >= at_least) & (i - j <= at_most)
+    return tl.where(reverse, i + strict <= j, i >= j + strict)
 
 
 @triton.jit

@@ -89,17 +89,13 @@ class SweepTiles:
 
     Attributes:
         chunk: frames of a chunk.
-        block_p: columns of headdim of a program of the outputs, which has all of dstate.
-        state_p, state_n: columns of headdim and dstate of a program of the backward direction's states.
-        warps, state_warps, stages: of each kernel.
+        block_p: columns of headdim of a program, which has all of dstate.
+        warps, stages: of the sweep.
     """
 
     chunk: int
     block_p: int
-    state_p: int
-    state_n: int
     warps: int = 4
-    state_warps: int = 4
     stages: int = 1
 
 
@@ -107,10 +103,10 @@ def choose_sweep_tiles(operand: torch.dtype, precision: str, headdim: int, dstat
     """The committed table of the two-sweep plan, as :func:`choose_tiles`."""
     P, N = power_of_two(headdim), power_of_two(dstate)
     if operand == torch.bfloat16:
-        return SweepTiles(chunk=64, block_p=min(P, 64), state_p=min(P, 64), state_n=min(N, 64))
+        return SweepTiles(chunk=64, block_p=min(P, 64))
     if operand == torch.float32 and precision == "tf32":
-        return SweepTiles(chunk=32, block_p=min(P, 32), state_p=min(P, 32), state_n=min(N, 64))
-    return SweepTiles(chunk=16, block_p=16, state_p=16, state_n=min(N, 32))
+        return SweepTiles(chunk=32, block_p=min(P, 32))
+    return SweepTiles(chunk=16, block_p=16)
 
 
 PLANS = ("chunks", "sweeps")
