@@ -384,8 +384,7 @@ def builds_of(scan_of, directions: int, capability: int):
             found.setdefault((build.name, str(build)), build)
 
         scan.launch = launch
-        # IEEE products are never swept, but by force.
-        for plan in PLANS if scan.precision != "ieee" else PLANS[:1]:
+        for plan in PLANS:
             scan_forward(replace(scan, plan=plan))
         scan_backward(scan, torch.empty_like(x))
     return iter(found.values())

@@ -95,18 +95,30 @@ class SweepTiles:
 
     chunk: int
     block_p: int
-    warps: int = 4
+    warps: int = 8
     stages: int = 1
 
 
+# (frames of a chunk, columns of headdim) for dstate up to 64, 128 and 256, by what tensor cores take and the GPU's major
+# compute capability. They leave registers for lengths, diagonals and skips, which builds differ by.
+SWEEPS = {
+    ("bf16", 8): ((64, 32), (32, 64), (32, 32)),
+    ("bf16", 9): ((64, 64), (64, 32), (64, 32)),
+    ("bf16", 10): ((64, 32), (64, 64), (64, 64)),
+    ("tf32", 8): ((32, 32), (32, 32), (16, 32)),
+    ("tf32", 9): ((32, 64), (32, 64), (16, 32)),
+    ("tf32", 10): ((64, 32), (64, 32), (16, 32)),
+}
+
+
 def choose_sweep_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> SweepTiles:
-    """The committed table of the two-sweep plan, as :func:`choose_tiles`."""
-    P, N = power_of_two(headdim), power_of_two(dstate)
-    if operand == torch.bfloat16:
-        return SweepTiles(chunk=64, block_p=min(P, 64))
-    if operand == torch.float32 and precision == "tf32":
-        return SweepTiles(chunk=32, block_p=min(P, 32))
-    return SweepTiles(chunk=16, block_p=16)
+    """The committed table of the two-sweep plan, as :func:`choose_tiles`. Other GPUs do as the oldest."""
+    products = "bf16" if operand == torch.bfloat16 else precision
+    if products == "ieee":
+        return SweepTiles(chunk=16, block_p=16)
+    by_dstate = SWEEPS.get((products, capability // 10), SWEEPS[products, 8])
+    chunk, block_p = by_dstate[0 if dstate <= 64 else 1 if dstate <= 128 else 2]
+    return SweepTiles(chunk, min(power_of_two(headdim), block_p))
 
 
 PLANS = ("chunks", "sweeps")
