@@ -51,9 +51,10 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
         half = operand == torch.bfloat16
         small = half or capability < 90
         return Tiles(
-            chunk=128 if half else 64, rows=32, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64),
-            state_n=min(N, 64), gradient_chunk=16 if small else 32, gradient_heads=8, gradient_p=16,
-            gradient_n=min(N, 32) if half else 16, warps=8, gradient_warps=4 if small else 8, gradient_stages=1,
+            chunk=128 if half else 64, rows=32, heads=4, block_p=min(P, 64), block_n=min(N, 32) if small else 16,
+            state_p=min(P, 64), state_n=min(N, 64), gradient_chunk=16 if small else 32, gradient_heads=8,
+            gradient_p=16, gradient_n=min(N, 32) if half else 16, warps=8, gradient_warps=4 if small else 8,
+            gradient_stages=1,
         )  # fmt: skip
     if operand == torch.bfloat16:
         return Tiles(
@@ -69,9 +70,12 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
         )  # fmt: skip
     if operand == torch.float32:  # products without tensor cores hold more in registers
         state = 64 if capability < 100 else 32
+        large = max(P, N) > 128
         return Tiles(
             chunk=64, rows=32, heads=4, block_p=min(P, 32), block_n=16, state_p=min(P, state), state_n=min(N, state),
-            gradient_chunk=32, gradient_heads=8, gradient_p=16, gradient_n=16, warps=8, stages=1, gradient_stages=1,
+            gradient_chunk=16 if large else 32, gradient_heads=8,
+            gradient_p=32 if large and capability // 10 == 9 else 16, gradient_n=16, warps=8, stages=1,
+            gradient_stages=1,
         )  # fmt: skip
     return Tiles(
         chunk=32, rows=32, heads=1, block_p=min(P, 32), block_n=min(N, 32), state_p=min(P, 32), state_n=min(N, 32),
@@ -99,7 +103,7 @@ class SweepTiles:
     stages: int = 1
 
 
-# (frames of a chunk, columns of headdim) for dstate up to 64, 128 and 256, by what tensor cores take and the GPU's major
+# (frames of a chunk, columns of headdim) for dstate up to 64, 128 and 256, by what tensor cores take and the major
 # compute capability. They leave registers for lengths, diagonals and skips, which builds differ by.
 SWEEPS = {
     ("bf16", 8): ((64, 32), (32, 64), (32, 32)),
