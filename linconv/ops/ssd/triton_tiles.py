@@ -70,11 +70,11 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
         )  # fmt: skip
     if operand == torch.float32:  # products without tensor cores hold more in registers
         state = 64 if capability < 100 else 32
-        large = max(P, N) > 128
+        large = max(P, N) > 128 and capability < 100
         return Tiles(
             chunk=64, rows=32, heads=4, block_p=min(P, 32), block_n=16, state_p=min(P, state), state_n=min(N, state),
             gradient_chunk=16 if large else 32, gradient_heads=8,
-            gradient_p=32 if large and capability // 10 == 9 else 16, gradient_n=16, warps=8, stages=1,
+            gradient_p=32 if large and capability >= 90 else 16, gradient_n=16, warps=8, stages=1,
             gradient_stages=1,
         )  # fmt: skip
     return Tiles(
