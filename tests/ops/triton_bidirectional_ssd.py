@@ -83,7 +83,7 @@ def test_matches_the_recurrence(plan, regime, diagonal, kind):
     kind=st.sampled_from(["all", "seq_lens", "cu_seqlens"]),
     length=st.integers(0, LONGEST),
     groups=st.integers(1, 2),
-    heads_per_group=st.sampled_from([1, 2, 3]),
+    heads_per_group=st.sampled_from([1, 2] if interpreter.INTERPRETING else [1, 2, 3]),
     headdim=st.sampled_from([1, 7, 16, 20]),
     dstate=st.sampled_from([1, 5, 16, 18]),
     softplus=st.booleans(),
@@ -144,7 +144,7 @@ def test_error_against_torch(dtype):
 def test_padded_equals_alone(plan, regime, diagonal):
     """Bit for bit, with NaN and Inf in the padding; padded outputs and gradients are zero."""
     lengths = [LONGEST, LONGEST * 4 // 5, 0]
-    arguments = on_device(scan_arguments(3, LONGEST, 2, 12, 1, 9, per_direction=REGIMES[regime], dtype=torch.bfloat16))
+    arguments = on_device(scan_arguments(3, LONGEST, 1, 12, 1, 9, per_direction=REGIMES[regime], dtype=torch.bfloat16))
     frames = frames_of(arguments)
     upstream = torch.randn_like(arguments["x"])
     for name, leading in frames.items():
@@ -216,7 +216,7 @@ def test_no_frames_and_no_rows():
 
 
 def test_repeats_bit_for_bit():
-    arguments = on_device(scan_arguments(1, LONGEST, 2, 5, 1, 3, per_direction=REGIMES["hydra"], dtype=torch.bfloat16))
+    arguments = on_device(scan_arguments(1, LONGEST, 1, 5, 1, 3, per_direction=REGIMES["hydra"], dtype=torch.bfloat16))
     first, gradients = with_gradients(kernels, arguments, dt_softplus=True)
     swept = kernels(arguments, "sweeps", dt_softplus=True)
     for _ in range(1 if interpreter.INTERPRETING else 20):
