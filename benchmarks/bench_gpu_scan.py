@@ -3,8 +3,9 @@
     python benchmarks/bench_gpu_scan.py --out benchmarks/results/<gpu>/bidirectional_ssd.json
 
 The regime is hydra (x shared; dt, B, C per direction), bfloat16, batch 8, headdim 64. No speed is reported of a width
-whose results or gradients are wrong, nor of a peer whose are. Peers, each
-as a row of its own with the ratio of its time to ours:
+whose results or gradients are wrong, nor of a peer whose are. Rows of "plans" set both plans of forward side by
+side over batches; all others are of the plan that is chosen. Peers, each as a row of its own with the ratio of its time
+to ours:
 
 - two passes: `linconv.ops.ssd` forward, and over flipped copies, summed; ours, for want of a better one.
 - mamba_ssm: the same with mamba_ssm's chunk scan, where it can be imported.
@@ -13,6 +14,7 @@ as a row of its own with the ratio of its time to ours:
 """
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,9 @@ from linconv.benchmarking.record import run
 BATCH, HEADDIM = 8, 64
 WIDTHS = ((768, 64), (1024, 128))  # d, dstate
 ATTENTION_UP_TO = 16_384
+PLANS = ("chunks", "sweeps")
+PLAN_BATCHES = (1, 2, 4, 8, 16, 32)  # rows for PROGRAMS_TO_SWEEP of linconv/ops/ssd/triton_tiles.py to be set by
+PLAN_FRAMES = 2**17  # in a batch at most
 
 
 def arguments(width, dstate, length, batch=BATCH, dtype=torch.bfloat16):
@@ -39,6 +44,19 @@ def arguments(width, dstate, length, batch=BATCH, dtype=torch.bfloat16):
 
 def ours(x, dt, A, B, C):
     return ops.bidirectional_ssd(x, dt, A, B, C, dt_softplus=True, backend="triton")
+
+
+def by_plan(plan):
+    """Ours by a plan, whichever would be chosen."""
+
+    def planned(*tensors):
+        os.environ["LINCONV_SCAN_PLAN"] = plan
+        try:
+            return ours(*tensors)
+        finally:
+            del os.environ["LINCONV_SCAN_PLAN"]
+
+    return planned
 
 
 def two_passes(scan):
@@ -122,9 +140,12 @@ def check(width, dstate, peers):
 
     both = results(plain, tensors), exact_of(exact)
     one_way = results(plain_one_way, tensors), exact_of(exact_one_way)
-    what, ratio = worst(results(ours, tensors), *both)
-    if ratio > 1:
-        raise SystemExit(f"d = {width}: {what} has {ratio:.2f} times the error allowed; no speed is reported")
+    for plan in PLANS:
+        what, ratio = worst(results(by_plan(plan), tensors), *both)
+        if ratio > 1:
+            raise SystemExit(
+                f"d = {width}, {plan}: {what} has {ratio:.2f} times the error allowed; no speed is reported"
+            )
     right = {}
     for name, peer in peers.items():
         what, ratio = worst(results(peer, tensors), *(one_way if name == "simple_gla" else both))
@@ -148,12 +169,28 @@ def with_backward(function, tensors):
     return lambda: torch.autograd.grad(function(*leaves), leaves, upstream, allow_unused=True)
 
 
+def time_plans(record, width, dstate, length, base):
+    """Forward by each plan, over batches: sweeps have as many programs as there are sequences and heads."""
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    for batch in PLAN_BATCHES:
+        if batch * length > max(PLAN_FRAMES, length):
+            break
+        tensors = arguments(width, dstate, length, batch)
+        taken = {plan: seconds(lambda: by_plan(plan)(*tensors)) for plan in PLANS}  # noqa: B023
+        record.add(
+            **base, part="plans", batch=batch, heads=width // HEADDIM, multiprocessors=multiprocessors, **taken,
+            sweeps_over_chunks=taken["sweeps"] / taken["chunks"],
+        )  # fmt: skip
+
+
 def body(record, lengths):
+    os.environ.pop("LINCONV_SCAN_PLAN", None)
     for width, dstate in WIDTHS:
         peers = check(width, dstate, linear_peers())
         for length in lengths:
             tensors = arguments(width, dstate, length)
             base = dict(width=width, length=length, gpu=torch.cuda.get_device_name())
+            time_plans(record, width, dstate, length, base)
             taken = {}
             for part in ("forward", "training"):
                 work = (lambda: ours(*tensors)) if part == "forward" else with_backward(ours, tensors)  # noqa: B023

@@ -7,6 +7,7 @@ without it too. By hand: ``TRITON_INTERPRET=1 python -m pytest tests/ops/triton_
 """
 
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -64,9 +65,19 @@ def small_scan_tiles(monkeypatch):
     """In the interpreter, which is slow, the scans have small chunks; a GPU runs the tiles that are shipped."""
     if INTERPRETING:
         from linconv.ops.ssd import triton as scan
+        from linconv.ops.ssd.triton_tiles import SweepTiles, Tiles
 
-        tiles = scan.Tiles(
-            chunk=32, rows=16, heads=2, block_p=16, block_n=16, state_p=16, state_n=16, gradient_chunk=16,
+        tiles = Tiles(
+            chunk=16, rows=8, heads=2, block_p=16, block_n=16, state_p=16, state_n=16, gradient_chunk=16,
             gradient_heads=2, gradient_p=16, gradient_n=16,
         )  # fmt: skip
         monkeypatch.setattr(scan, "choose_tiles", lambda *_: tiles)
+        monkeypatch.setattr(scan, "choose_sweep_tiles", lambda *_: SweepTiles(chunk=16, block_p=16))
+
+
+SCAN_PLANS = ("chunks", "sweeps")
+
+
+def by_plan(plan):
+    """A context in which the scans follow a plan."""
+    return mock.patch.dict(os.environ, LINCONV_SCAN_PLAN=plan)

@@ -32,7 +32,7 @@ def oracle(arguments, **options):
 
 @settings(deadline=None, max_examples=25)
 @given(
-    backend=st.sampled_from(["cpu", "reference"]),
+    backend=st.sampled_from(["compiled", "reference"]),
     reverse=st.booleans(),
     kind=st.sampled_from(["all", "seq_lens", "cu_seqlens"]),
     length=st.integers(0, 140),
@@ -54,7 +54,7 @@ def test_matches_the_recurrence(backend, reverse, kind, length, groups, headdim,
         arguments["initial_states"] = torch.randn(
             3 if kind == "cu_seqlens" else batch, 2 * groups, headdim, dstate
         ).double()
-    (y, states), gradients = with_gradients(ssd(backend), arguments, **options)
+    (y, states), gradients = with_gradients(ssd(here(backend)), arguments, **options)
     (wanted_y, wanted_states), wanted = with_gradients(oracle, arguments, **options)
     assert_close({"y": y, "states": states, **gradients}, {"y": wanted_y, "states": wanted_states, **wanted})
 
@@ -98,7 +98,7 @@ def test_gradcheck():
     leaves = [t.requires_grad_() for t in arguments.values()]
 
     def function(options, *tensors):
-        return ssd("cpu")(dict(zip(arguments, tensors)), dt_softplus=True, **options)
+        return ssd(here())(dict(zip(arguments, tensors)), dt_softplus=True, **options)
 
     for options in ({"reverse": True}, {"seq_lens": torch.tensor([4])}):
         assert torch.autograd.gradcheck(functools.partial(function, options), leaves)
@@ -109,7 +109,7 @@ def test_error_against_torch(dtype):
     """At most twice the error of plain torch at the same precision, thrice in gradients."""
     arguments = scan_arguments(2, 300, 4, 64, 1, 32, dtype=dtype)
     exact, exact_gradients = with_gradients(oracle, to_double(arguments), dt_softplus=True)
-    ours, our_gradients = with_gradients(ssd("cpu"), arguments, dt_softplus=True)
+    ours, our_gradients = with_gradients(ssd(here()), arguments, dt_softplus=True)
     torchs, torch_gradients = with_gradients(ssd("reference"), arguments, dt_softplus=True)
     assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
 

@@ -1,9 +1,11 @@
 """ssd on its Triton kernels; run by test_triton.py."""
 
+import dataclasses
+
 import interpreter
 import pytest
 import torch
-from scan_cases import assert_close, oracle_one_direction, scan_arguments, split, with_gradients
+from scan_cases import NAMES, REGIMES, assert_close, oracle_one_direction, scan_arguments, split, with_gradients
 
 from linconv import ops
 
@@ -17,11 +19,12 @@ def on_device(arguments):
     return {n: t.to(interpreter.DEVICE) for n, t in arguments.items()}
 
 
-def kernels(arguments, **options):
+def kernels(arguments, plan="chunks", **options):
     arguments = dict(arguments)
     states = {"initial_states": arguments.pop("initial_states", None)}
     tensors, rest = split(arguments)
-    return ops.ssd(*tensors, **rest, **states, return_final_states=True, backend="triton", **options)
+    with interpreter.by_plan(plan):
+        return ops.ssd(*tensors, **rest, **states, return_final_states=True, backend="triton", **options)
 
 
 def oracle(arguments, **options):
@@ -32,7 +35,7 @@ def oracle(arguments, **options):
 
 @pytest.mark.parametrize(
     "kind, reverse, started, groups, length",
-    [("all", False, True, 1, 35), ("seq_lens", True, True, 2, 35), ("cu_seqlens", True, False, 1, 35),
+    [("all", False, True, 1, 20), ("seq_lens", True, True, 2, 20), ("cu_seqlens", True, False, 1, 20),
      ("cu_seqlens", False, True, 1, 17), ("all", True, True, 1, 0)],
 )  # fmt: skip
 def test_matches_the_recurrence(kind, reverse, started, groups, length):
@@ -50,18 +53,65 @@ def test_matches_the_recurrence(kind, reverse, started, groups, length):
     (y, states), gradients = with_gradients(kernels, arguments, **options)
     (wanted_y, wanted_states), wanted = with_gradients(oracle, arguments, **options)
     assert_close({"y": y, "states": states, **gradients}, {"y": wanted_y, "states": wanted_states, **wanted})
+    y, states = kernels(arguments, "sweeps", **options)  # backward is the same after either plan
+    assert_close({"y": y, "states": states}, {"y": wanted_y, "states": wanted_states})
 
 
-def test_padding_is_never_read():
+@pytest.mark.parametrize("plan", interpreter.SCAN_PLANS)
+def test_padding_is_never_read(plan):
     arguments = scan_arguments(2, 40, 1, 5, 1, 3, dtype=torch.float32)
     arguments["initial_states"] = torch.randn(2, 1, 5, 3)
     arguments = on_device(arguments)
     for name in ("x", "dt", "B", "C"):
         arguments[name][1, 17:] = float("nan")
     for reverse in (False, True):
-        y, states = kernels(arguments, seq_lens=torch.tensor([40, 17], device=interpreter.DEVICE), reverse=reverse)
+        lengths = torch.tensor([40, 17], device=interpreter.DEVICE)
+        y, states = kernels(arguments, plan, seq_lens=lengths, reverse=reverse)
         own = {n: t[1:, :17] if n in ("x", "dt", "B", "C") else t for n, t in arguments.items()}
         own["initial_states"] = arguments["initial_states"][1:]
-        alone, alone_states = kernels(own, reverse=reverse)
+        alone, alone_states = kernels(own, plan, reverse=reverse)
         assert torch.equal(y[1:, :17], alone) and torch.equal(states[1:], alone_states)
         assert not y[1, 17:].any()
+
+
+def test_sweeps_are_taken_where_they_fill_the_gpu(monkeypatch):
+    from linconv.ops.ssd.triton_tiles import PROGRAMS_TO_SWEEP, choose_plan
+
+    monkeypatch.delenv("LINCONV_SCAN_PLAN", raising=False)
+    for major, least in PROGRAMS_TO_SWEEP.items():
+        assert choose_plan(100 * least, 100, 10 * major, "tf32") == "sweeps"
+        assert choose_plan(100 * least - 1, 100, 10 * major, "tf32") == "chunks"
+        assert choose_plan(100 * least, 100, 10 * major, "ieee") == "chunks"
+    assert choose_plan(10**6, 100, 120, "tf32") == "sweeps"  # no row of its own
+    assert choose_plan(10**6, 0, 90, "tf32") == "chunks"  # no GPU
+
+
+def test_plan_by_environment(monkeypatch):
+    from linconv.ops.ssd.triton_tiles import PLANS, choose_plan
+
+    assert PLANS == interpreter.SCAN_PLANS
+    for plan in PLANS:
+        monkeypatch.setenv("LINCONV_SCAN_PLAN", plan)
+        assert {choose_plan(n, 100, 90, p) for n in (1, 10**6) for p in ("ieee", "tf32")} == {plan}
+    monkeypatch.setenv("LINCONV_SCAN_PLAN", "sweep")
+    with pytest.raises(ValueError, match="LINCONV_SCAN_PLAN is 'sweep', wanted one of 'chunks', 'sweeps', or nothing"):
+        choose_plan(1, 100, 90, "tf32")
+
+
+@pytest.mark.parametrize("regime, directions", [("hydra", 1), ("separate", 2)])
+def test_launches_of_each_plan(monkeypatch, regime, directions):
+    """Three at most; programs are counted for the choice as they are launched."""
+    from linconv.ops.ssd import triton as scan
+
+    counted, launched = [], []
+    monkeypatch.setattr(scan, "choose_plan", lambda programs, *_: counted.append(programs) or "sweeps")
+    arguments = scan_arguments(3, 40, 4, 20, 2, 3, per_direction=REGIMES[regime])
+    tensors = [arguments[n].to("meta") for n in NAMES]
+    one = scan.Scan(*tensors, False, 0.0, 1.0, None, None, None, directions=2)
+    one.launch = lambda kernel, grid, *_: launched.append((kernel.__name__, grid[0] * grid[1]))
+    scan.scan_forward(one)
+    assert [name for name, _ in launched] == ["chunk_decays"] + ["sweep"] * (3 - directions)
+    assert {programs for name, programs in launched if name == "sweep"} == {*counted} == {3 * 4 * 2 * directions}
+    launched.clear()
+    scan.scan_forward(dataclasses.replace(one, plan="chunks"))
+    assert [name for name, _ in launched] == ["chunk_states", "pass_states", "chunk_outputs"]

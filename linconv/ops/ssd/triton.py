@@ -1,9 +1,11 @@
 """The scan on Triton kernels, for one direction of time or both: which tiles, which memory, which launches.
 
-Forward is three launches: what each chunk adds to the state, the states that enter each chunk, the outputs. Backward
-saves nothing but its inputs and is five: the first two again, for states and their gradients at once; dx, by the kernel
-of the outputs; the other gradients' parts; their sums. Nothing else runs on the device in between, nothing is read back
-to the host, and no result depends on the batch that a sequence stands in.
+Forward follows one of two plans. Chunk-parallel, it is three launches: what each chunk adds to the state, the states
+that enter each chunk, the outputs. In sweeps, where those fill the GPU: the decays of each chunk, then a sweep over the
+chunks of each sequence, or one for each direction where their results are summed; no state is in memory.
+Backward saves nothing but its inputs and is five, by chunks: the first two again, for states and their gradients at
+once; dx, by the kernel of the outputs; the other gradients' parts; their sums. Nothing else runs on the device in
+between, nothing is read back to the host, and in one plan no result depends on the batch that a sequence stands in.
 """
 
 import os
@@ -14,6 +16,8 @@ import triton
 import triton.language as tl
 
 from linconv.ops.ssd import triton_kernels as kernels
+from linconv.ops.ssd import triton_sweeps as sweeps
+from linconv.ops.ssd.triton_tiles import PLANS, choose_plan, choose_sweep_tiles, choose_tiles, power_of_two
 from linconv.ops.triton_builds import build_of
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16}
@@ -21,80 +25,6 @@ MATH = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl
 PRECISIONS = {"highest": "ieee", "high": "ieee", "medium": "tf32"}
 STEP_OPTIONS = ("SOFTPLUS", "LOW", "HIGH")
 TYPES = ("MATH", "OPERAND", "PRECISION")
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How the work is cut. Fields of the forward chunk decide results' last bits, so none depends on batch or length.
-
-    Attributes:
-        chunk, gradient_chunk: frames of a chunk, forward and backward.
-        rows: frames of a chunk that one program of the outputs takes.
-        heads: at most so many heads of a group share one program's products of B and C.
-        block_p, block_n: columns of headdim and dstate of a tile of the outputs.
-        state_p, state_n: of a tile of the states.
-        gradient_p, gradient_n: columns of headdim and dstate of a tile of the gradients.
-        warps, state_warps, gradient_warps, stages, gradient_stages: of each kernel.
-    """
-
-    chunk: int
-    rows: int
-    heads: int
-    block_p: int
-    block_n: int
-    state_p: int
-    state_n: int
-    gradient_chunk: int
-    gradient_heads: int
-    gradient_p: int
-    gradient_n: int
-    warps: int = 4
-    state_warps: int = 4
-    gradient_warps: int = 8
-    stages: int = 2
-    gradient_stages: int = 2
-
-
-def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> Tiles:
-    """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability.
-
-    They spill no registers, of which products take fewer on Hopper than elsewhere; no GPU has told which are fast.
-    """
-    P, N = _power(headdim), _power(dstate)
-    if capability // 10 != 9 and (operand == torch.bfloat16 or precision == "tf32"):
-        half = operand == torch.bfloat16
-        small = half or capability < 90
-        return Tiles(
-            chunk=128 if half else 64, rows=32, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64),
-            state_n=min(N, 64), gradient_chunk=16 if small else 32, gradient_heads=8, gradient_p=16,
-            gradient_n=min(N, 32) if half else 16, warps=8, gradient_warps=4 if small else 8, gradient_stages=1,
-        )  # fmt: skip
-    if operand == torch.bfloat16:
-        return Tiles(
-            chunk=128, rows=64, heads=4, block_p=min(P, 64), block_n=min(max(N // 2, 16), 64),
-            state_p=min(P, 64), state_n=min(N, 128), gradient_chunk=64, gradient_heads=8, gradient_p=min(P, 32),
-            gradient_n=min(N, 64), warps=8,
-        )  # fmt: skip
-    if operand == torch.float32 and precision == "tf32":
-        return Tiles(
-            chunk=64, rows=64, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64), state_n=min(N, 64),
-            gradient_chunk=64, gradient_heads=8, gradient_p=min(P, 32), gradient_n=min(N, 32), warps=8,
-            gradient_stages=1,
-        )  # fmt: skip
-    if operand == torch.float32:  # products without tensor cores hold more in registers
-        state = 64 if capability < 100 else 32
-        return Tiles(
-            chunk=64, rows=32, heads=4, block_p=min(P, 32), block_n=16, state_p=min(P, state), state_n=min(N, state),
-            gradient_chunk=32, gradient_heads=8, gradient_p=16, gradient_n=16, warps=8, stages=1, gradient_stages=1,
-        )  # fmt: skip
-    return Tiles(
-        chunk=32, rows=32, heads=1, block_p=min(P, 32), block_n=min(N, 32), state_p=min(P, 32), state_n=min(N, 32),
-        gradient_chunk=16, gradient_heads=1, gradient_p=min(P, 16), gradient_n=min(N, 32), stages=1, gradient_stages=1,
-    )  # fmt: skip
-
-
-def _power(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
 
 
 def _divisor(number: int, at_most: int) -> int:
@@ -130,6 +60,7 @@ class Scan:
     shifted: bool = False
     precision: str = ""
     capability: int = 0  # the compute capability that tiles are for, else that of the device
+    plan: str = ""  # one of PLANS for forward to follow, else that of the committed table
     launch: object = None  # called with (kernel, grid, arguments, num_warps, num_stages), if it is not to be run
 
     def __post_init__(self):
@@ -140,17 +71,24 @@ class Scan:
         types = {t.dtype for t in (self.x, self.B, self.C)}
         self.operand = torch.bfloat16 if types == {torch.bfloat16} else self.math
         # Results of fp16 arguments may be beyond its range, but TF32 has its mantissa.
-        self.precision = self.precision or (
-            "tf32" if types <= {torch.float16, torch.bfloat16} else PRECISIONS[torch.get_float32_matmul_precision()]
-        )
+        if self.math == torch.float64:
+            self.precision = "ieee"
+        elif not self.precision:
+            half = types <= {torch.float16, torch.bfloat16}
+            self.precision = "tf32" if half else PRECISIONS[torch.get_float32_matmul_precision()]
         self.bounds = self.cu_seqlens if self.cu_seqlens is not None else self.seq_lens
         self.kind = "cu_seqlens" if self.cu_seqlens is not None else "seq_lens" if self.seq_lens is not None else ""
         self.sequences = self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        device = torch.cuda.get_device_properties(self.x.device) if self.x.device.type == "cuda" else None
         if not self.capability:
-            on_gpu = self.x.device.type == "cuda"
-            major, minor = torch.cuda.get_device_capability(self.x.device) if on_gpu else (9, 0)
-            self.capability = 10 * major + minor
-        self.tiles = choose_tiles(self.operand, self.precision, self.headdim, self.dstate, self.capability)
+            self.capability = 10 * device.major + device.minor if device else 90
+        sizes = (self.operand, self.precision, self.headdim, self.dstate, self.capability)
+        self.tiles, self.sweep_tiles = choose_tiles(*sizes), choose_sweep_tiles(*sizes)
+        if not self.plan:
+            blocks = triton.cdiv(self.headdim, self.sweep_tiles.block_p)
+            programs = self.sequences * self.heads * blocks * (1 if self.summed else self.directions)
+            multiprocessors = device.multi_processor_count if device else 0
+            self.plan = choose_plan(programs, multiprocessors, self.capability, self.precision)
 
     def slots(self, chunk: int) -> int:
         if self.cu_seqlens is not None:
@@ -159,6 +97,10 @@ class Scan:
 
     def empty(self, *shape, dtype=None):
         return _empty(shape, self.x, dtype or self.math)
+
+    def last_states(self):
+        """Memory for the states after the last step, where there is one direction."""
+        return self.empty(self.sequences, self.heads, self.headdim, self.dstate) if self.directions == 1 else None
 
     def run(self, kernel, grid, arguments, num_warps, num_stages):
         if 0 in grid:
@@ -178,7 +120,8 @@ class Scan:
         options = dict(
             DIRECTIONS=self.directions, FLIP=self.flip, ONCE=self.once, SHIFTED=self.shifted, SOFTPLUS=self.dt_softplus,
             LOW=self.dt_min, HIGH=self.dt_max, KIND=self.kind, MATH=MATH[self.math], OPERAND=MATH[self.operand],
-            PRECISION=self.precision,
+            PRECISION=self.precision, SUMMED=self.summed,
+            SUM_D=self.summed and self.D is not None and self.D.dim() == 2,
         )  # fmt: skip
         return {name: options[name] for name in names}
 
@@ -207,6 +150,11 @@ def _dt_strides(scan):
     }
 
 
+def _state_strides(tensor, prefix) -> dict:
+    values = (0, 0, 0, 0) if tensor is None else tensor.stride()
+    return {f"{prefix}_{letter}": stride for letter, stride in zip("shpn", values)}
+
+
 def _states(scan: Scan, chunk: int, dy=None, dlast=None):
     """(states that enter each chunk, v, step and total of each, last states, gradient of the first states).
 
@@ -232,13 +180,8 @@ def _states(scan: Scan, chunk: int, dy=None, dlast=None):
         tiles.state_warps, tiles.stages,
     )  # fmt: skip
     per_sequence = (scan.sequences, scan.heads, scan.headdim, scan.dstate)
-    one_way = scan.directions == 1
-    last = scan.empty(*per_sequence) if one_way and dy is None else None
+    last = scan.last_states() if dy is None else None
     dfirst = scan.empty(*per_sequence) if dy is not None and scan.initial_states is not None else None
-
-    def strides(tensor, prefix):
-        values = (0, 0, 0, 0) if tensor is None else tensor.stride()
-        return {f"{prefix}_{letter}": stride for letter, stride in zip("shpn", values)}
 
     sizes = scan.sizes(slots)
     for name in ("sequences", "group_heads"):
@@ -249,7 +192,7 @@ def _states(scan: Scan, chunk: int, dy=None, dlast=None):
         (scan.sequences * triton.cdiv(scan.headdim * scan.dstate, block), scan.heads * scan.directions * kinds),
         dict(
             states=states, total_of=total, first=scan.initial_states, last=last, dlast=dlast, dfirst=dfirst, **sizes,
-            **strides(scan.initial_states, "first"), **strides(dlast, "dlast"),
+            **_state_strides(scan.initial_states, "first"), **_state_strides(dlast, "dlast"),
             **scan.options("DIRECTIONS", "FLIP", "KIND", "MATH"), Q=chunk, BLOCK=block, STAGES=4,
         ),
         4, 4,
@@ -274,17 +217,66 @@ def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool):
             z=z, rows=left, columns=right, A=scan.A, D=scan.D, states=states, v_of=v, step_of=step, total_of=total,
             out=out, **scan.sizes(slots), **_x_strides(z, "z"), **_B_strides(left, "r"), **_B_strides(right, "c"),
             **_strides(scan.A, "A", "h", 1), **_strides(scan.D, "D", "h", 1), **out_strides,
-            **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
-            SUMMED=scan.summed, SUM_D=scan.summed and scan.D is not None and scan.D.dim() == 2, GRADIENT=gradient,
-            Q=chunk, ROWS=rows, HEADS=heads, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
+            **scan.options("DIRECTIONS", "SUMMED", "SUM_D", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
+            GRADIENT=gradient, Q=chunk, ROWS=rows, HEADS=heads, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
         ),
         tiles.warps, tiles.stages,
     )  # fmt: skip
 
 
+def _sweeps(scan: Scan, y):
+    """Writes y; returns the last states of the one direction, or None."""
+    tiles = scan.sweep_tiles
+    slots = scan.slots(tiles.chunk)
+    per_chunk = (scan.directions, scan.heads, slots)
+    v, step = scan.empty(*per_chunk, tiles.chunk), scan.empty(*per_chunk, tiles.chunk)
+    decays = dict(v_of=v, step_of=step, total_of=scan.empty(*per_chunk), Q=tiles.chunk)
+    sizes = scan.sizes(slots)
+    for name in ("group_heads", "headdim", "dstate"):
+        del sizes[name]
+    scan.run(
+        sweeps.chunk_decays,
+        (slots * scan.directions, scan.heads),
+        dict(
+            dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, **decays, **sizes, **_dt_strides(scan),
+            **scan.options("DIRECTIONS", "FLIP", "KIND", "MATH", *STEP_OPTIONS),
+        ),
+        1, 1,
+    )  # fmt: skip
+    last = scan.last_states()
+
+    def sweep(first_direction, directions, D, summand, out):
+        out_strides = _x_strides(out, "out")
+        del out_strides["out_p"]
+        scan.run(
+            sweeps.sweep,
+            (scan.sequences * triton.cdiv(scan.headdim, tiles.block_p), scan.heads * directions),
+            dict(
+                x=scan.x, A=scan.A, B=scan.B, C=scan.C, D=D, first=scan.initial_states, last=last, summand=summand,
+                out=out, first_direction=first_direction, **decays, **scan.sizes(slots), **_x_strides(scan.x, "x"),
+                **_strides(scan.A, "A", "h", 1), **_B_strides(scan.B, "B"), **_B_strides(scan.C, "C"),
+                **_strides(D, "D", "h", 1), **_state_strides(scan.initial_states, "first"), **out_strides,
+                **scan.options("FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
+                BLOCK_P=tiles.block_p, BLOCK_N=power_of_two(scan.dstate),
+            ),
+            tiles.warps, tiles.stages,
+        )  # fmt: skip
+
+    if scan.summed:
+        backward = scan.empty(*y.shape)
+        own_skip = scan.D is not None and scan.D.dim() == 2
+        sweep(1, 1, scan.D if own_skip else None, None, backward)
+        sweep(0, 1, scan.D, backward, y)
+    else:
+        sweep(0, scan.directions, scan.D, None, y)
+    return last
+
+
 def scan_forward(scan: Scan):
     """(y as x, contiguous; the last states of the one direction, or None)."""
     y = scan.empty(*scan.x.shape, dtype=scan.x.dtype)
+    if scan.plan == "sweeps":
+        return y, _sweeps(scan, y)
     chunk = scan.tiles.chunk
     states, steps, last, _ = _states(scan, chunk)
     _outputs(scan, chunk, scan.tiles.rows, scan.x, y, states, steps, gradient=False)
@@ -392,7 +384,9 @@ def builds_of(scan_of, directions: int, capability: int):
             found.setdefault((build.name, str(build)), build)
 
         scan.launch = launch
-        scan_forward(scan)
+        # Float32 as IEEE is swept by force only, and may then spill.
+        for plan in PLANS if scan.precision != "ieee" else PLANS[:1]:
+            scan_forward(replace(scan, plan=plan))
         scan_backward(scan, torch.empty_like(x))
     return iter(found.values())
 

@@ -1,143 +1,28 @@
-"""Triton kernels of the scan, for one direction of time or both.
+"""Triton kernels of the chunk-parallel scan, forward and backward: a program has one chunk, states stand in memory.
 
-Frames are cut into chunks of Q from each sequence's own first frame on, in both directions, so what a sequence gives
-does not depend on what it is batched with. A *slot* is where a chunk's intermediate results stand; the slots of packed
-sequence s begin at cu_seqlens[s] // Q + s, which leaves room for every sequence's last, partial chunk.
-
-A direction's own order of frames is their order in time, or the reverse of it. In that order v is the inclusive prefix
-sum of A dt in the chunk, and u is v, or the exclusive sum where results are shifted by one step. Result i then takes
-e^{u_i - v_j} dt_j (C_i . B_j) x_j from frame j and e^{u_i} C_i S from the state S that enters the chunk; the state that
-leaves it takes e^{total - v_j} dt_j x_j B_j^T. Shifted, C_i is that of the frame one step before.
+The arithmetic is that of triton_chunk.py.
 """
 
 import triton
 import triton.language as tl
 
+from linconv.ops.ssd.triton_chunk import (
+    added_by,
+    decays_of,
+    first_slot,
+    frames_of,
+    in_sight,
+    is_reversed,
+    is_strict,
+    load_state,
+    load_step,
+    load_tile,
+    sequence_of,
+    source_of,
+    weights_of,
+)
+
 HEAD_STAGES = tl.constexpr(1)  # loads of the next head ahead of time would take registers that there are not
-
-
-@triton.constexpr_function
-def _divides(block, size):
-    return size % block == 0
-
-
-@triton.jit
-def _frames(sequence, bounds, frames, KIND: tl.constexpr):
-    """(row of the batch, first frame, frames) of a sequence, within the tensors whatever the bounds say."""
-    if KIND == "cu_seqlens":
-        begin = tl.minimum(tl.maximum(tl.load(bounds + sequence).to(tl.int64), 0), frames)
-        end = tl.minimum(tl.load(bounds + sequence + 1).to(tl.int64), frames)
-        return sequence * 0, begin, tl.maximum(end - begin, 0)
-    elif KIND == "seq_lens":
-        length = tl.minimum(tl.maximum(tl.load(bounds + sequence).to(tl.int64), 0), frames)
-        return sequence, sequence * 0, length
-    else:
-        return sequence, sequence * 0, sequence * 0 + frames
-
-
-@triton.jit
-def _first_slot(sequence, bounds, frames, Q: tl.constexpr, KIND: tl.constexpr):
-    if KIND == "cu_seqlens":
-        start = tl.minimum(tl.maximum(tl.load(bounds + sequence).to(tl.int64), 0), frames)
-        return start // Q + sequence
-    else:
-        return sequence * ((frames + Q - 1) // Q)
-
-
-@triton.jit
-def _sequence_of(slot, bounds, frames, sequences, Q: tl.constexpr, KIND: tl.constexpr):
-    """The sequence that a slot is of: the last one whose slots begin at it or before."""
-    if KIND == "cu_seqlens":
-        low = slot * 0
-        high = slot * 0 + sequences - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            before = _first_slot(middle, bounds, frames, Q, KIND) <= slot
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle - 1)
-        return low
-    else:
-        return slot // ((frames + Q - 1) // Q)
-
-
-@triton.jit
-def _is_reversed(direction, FLIP: tl.constexpr):
-    if FLIP:
-        return direction == 0
-    else:
-        return direction == 1
-
-
-@triton.jit
-def _tile(
-    pointer, direction, row, frame, head, column, valid, columns: tl.constexpr, s_d, s_b, s_t, s_h, s_c,
-    OPERAND: tl.constexpr, BY_COLUMN: tl.constexpr,
-):  # fmt: skip
-    """Frames of one head: (frames, columns), or (columns, frames) if BY_COLUMN; zero at frames that are not valid."""
-    pointer += direction * s_d + row * s_b + head * s_h
-    frame_offset = frame.to(tl.int64) * s_t
-    column_offset = column.to(tl.int64) * s_c
-    if BY_COLUMN:
-        mask = valid[None, :]
-        if not _divides(column.shape[0], columns):
-            mask &= (column < columns)[:, None]
-        return tl.load(pointer + column_offset[:, None] + frame_offset[None, :], mask=mask, other=0).to(OPERAND)
-    else:
-        mask = valid[:, None]
-        if not _divides(column.shape[0], columns):
-            mask &= (column < columns)[None, :]
-        return tl.load(pointer + frame_offset[:, None] + column_offset[None, :], mask=mask, other=0).to(OPERAND)
-
-
-@triton.jit
-def _state(states, at, p, n, headdim: tl.constexpr, dstate: tl.constexpr, BY_COLUMN: tl.constexpr):
-    """A tile of the state of one chunk of one head: (headdim, dstate), or (dstate, headdim) if BY_COLUMN."""
-    states += at * (headdim * dstate)
-    whole: tl.constexpr = _divides(p.shape[0], headdim) and _divides(n.shape[0], dstate)
-    if BY_COLUMN:
-        offset = p[None, :] * dstate + n[:, None]
-        kept = (p < headdim)[None, :] & (n < dstate)[:, None]
-    else:
-        offset = p[:, None] * dstate + n[None, :]
-        kept = (p < headdim)[:, None] & (n < dstate)[None, :]
-    if whole:
-        return tl.load(states + offset)
-    else:
-        return tl.load(states + offset, mask=kept, other=0)
-
-
-@triton.jit
-def _softplus(x, MATH: tl.constexpr):
-    """max(x, 0) + log(1 + e^-|x|), by log(1 + e) = 2 atanh(e / (2 + e)): tl.log is inexact near 1."""
-    e = tl.exp(-tl.abs(x))
-    s = e / (2 + e)
-    square = s * s
-    total = tl.zeros_like(s)
-    TERMS: tl.constexpr = 18 if tl.float64 == MATH else 8
-    for k in tl.static_range(TERMS):
-        total = total * square + 1.0 / (2 * (TERMS - 1 - k) + 1)
-    return tl.maximum(x, 0) + 2 * s * total
-
-
-@triton.jit
-def _step(
-    dt, dt_bias, direction, row, frame, head, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h,
-    SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
-    """(dt + bias, softplus of it, clamped: the step) of one head."""
-    offset = direction * dt_d + row * dt_b + head * dt_h + frame.to(tl.int64) * dt_t
-    raw = tl.load(dt + offset, mask=valid, other=0).to(MATH)
-    if dt_bias is not None:
-        raw += tl.load(dt_bias + direction * bias_d + head * bias_h).to(MATH)
-    free = raw
-    if SOFTPLUS:
-        free = _softplus(raw, MATH)
-    step = free
-    if float("-inf") != LOW:
-        step = tl.maximum(step, tl.full([], LOW, MATH))
-    if float("inf") != HIGH:
-        step = tl.minimum(step, tl.full([], HIGH, MATH))
-    return raw, free, tl.where(valid, step, 0)
 
 
 @triton.jit
@@ -162,23 +47,19 @@ def chunk_states(
     n_tiles = (dstate + BLOCK_N - 1) // BLOCK_N
     head = (tl.program_id(1) // (p_tiles * n_tiles)).to(tl.int64)
     tile = tl.program_id(1) % (p_tiles * n_tiles)
-    sequence = _sequence_of(slot, bounds, frames, sequences, Q, KIND)
-    row, begin, length = _frames(sequence, bounds, frames, KIND)
-    chunk = slot - _first_slot(sequence, bounds, frames, Q, KIND)
+    sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
+    row, begin, length = frames_of(sequence, bounds, frames, KIND)
+    chunk = slot - first_slot(sequence, bounds, frames, Q, KIND)
     if chunk * Q >= length:
         return
-    reverse = _is_reversed(direction, FLIP)
+    reverse = is_reversed(direction, FLIP)
     position = tl.arange(0, Q)
     frame = chunk * Q + position
     valid = frame < length
-    _, _, step = _step(
-        dt, dt_bias, direction, row, begin + frame, head, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h, SOFTPLUS, LOW,
-        HIGH, MATH,
+    rate, step, v, total = decays_of(
+        dt, dt_bias, A, direction, row, begin + frame, head, valid, reverse, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d,
+        bias_h, SOFTPLUS, LOW, HIGH, MATH,
     )  # fmt: skip
-    # In float64, and each direction in its own order: weights are e to the power of differences of these sums.
-    log_decay = step.to(tl.float64) * tl.load(A + direction * A_d + head * A_h).to(tl.float64)
-    total = tl.sum(log_decay, 0).to(MATH)
-    v = tl.where(reverse, tl.cumsum(log_decay, 0, reverse=True), tl.cumsum(log_decay, 0)).to(MATH)
     at = (direction * heads + head) * slots + slot
     if tile == 0:
         tl.store(v_of + at * Q + position, v)
@@ -189,29 +70,24 @@ def chunk_states(
     out = states + at * (headdim * dstate) + p[:, None] * dstate + n[None, :]
     kept = (p < headdim)[:, None] & (n < dstate)[None, :]
 
-    scale = tl.exp(total - v) * step
-    rows = _tile(x, direction, row, begin + frame, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, MATH, True)
-    factor = _tile(
+    nothing = tl.zeros([BLOCK_P, BLOCK_N], MATH)
+    rows = load_tile(x, direction, row, begin + frame, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, MATH, True)
+    factor = load_tile(
         B, direction, row, begin + frame, head // group_heads, n, valid, dstate, B_d, B_b, B_t, B_g, B_n, OPERAND, False
     )  # fmt: skip
-    added = tl.dot((rows * scale[None, :]).to(OPERAND), factor, input_precision=PRECISION, out_dtype=MATH)
+    added = added_by(rows, factor, tl.exp(total - v) * step, nothing, MATH, OPERAND, PRECISION)
     tl.store(out, added.to(OPERAND), mask=kept)
     if GRADIENT:
-        source = frame
-        there = valid
-        if SHIFTED:
-            source = tl.where(reverse, frame + 1, frame - 1)
-            there = valid & (source >= 0) & (source < length)
-            v -= log_decay.to(MATH)
-        rows = _tile(
+        source, there = source_of(frame, valid, length, reverse, SHIFTED)
+        u = v - step * rate if SHIFTED else v
+        rows = load_tile(
             dy, direction, row, begin + frame, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, MATH, True
         )  # fmt: skip
-        factor = _tile(
+        factor = load_tile(
             C, direction, row, begin + source, head // group_heads, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND,
             False,
         )  # fmt: skip
-        scale = tl.where(valid, tl.exp(v), 0)
-        added = tl.dot((rows * scale[None, :]).to(OPERAND), factor, input_precision=PRECISION, out_dtype=MATH)
+        added = added_by(rows, factor, tl.where(valid, tl.exp(u), 0), nothing, MATH, OPERAND, PRECISION)
         out += tl.full([], DIRECTIONS, tl.int64) * heads * slots * headdim * dstate
         tl.store(out, added.to(OPERAND), mask=kept)
 
@@ -237,9 +113,9 @@ def pass_states(
     head = (tl.program_id(1) % heads).to(tl.int64)
     direction = (tl.program_id(1) // heads % DIRECTIONS).to(tl.int64)
     gradient = (tl.program_id(1) // heads // DIRECTIONS).to(tl.int64)
-    row, begin, length = _frames(sequence, bounds, frames, KIND)
+    row, begin, length = frames_of(sequence, bounds, frames, KIND)
     chunks = ((length + Q - 1) // Q).to(tl.int32)
-    slot = (direction * heads + head) * slots + _first_slot(sequence, bounds, frames, Q, KIND)
+    slot = (direction * heads + head) * slots + first_slot(sequence, bounds, frames, Q, KIND)
     p = (element // dstate).to(tl.int64)
     n = (element % dstate).to(tl.int64)
     # By comparing elements: combined with a scalar's comparison, masks are integers in the interpreter of Triton 3.9.
@@ -252,7 +128,7 @@ def pass_states(
     if dlast is not None:
         pointer = dlast + sequence * dlast_s + head * dlast_h + p * dlast_p + n * dlast_n
         state += tl.load(pointer, mask=of_gradients, other=0).to(MATH)
-    against_time = _is_reversed(direction, FLIP) != (gradient == 1)
+    against_time = is_reversed(direction, FLIP) != (gradient == 1)
     own = states + (gradient * DIRECTIONS * heads * slots + slot) * size + element
     for c in tl.range(0, chunks, num_stages=STAGES):
         chunk = tl.where(against_time, chunks - 1 - c, c).to(tl.int64)
@@ -268,16 +144,6 @@ def pass_states(
 
 
 @triton.jit
-def _source(frame, valid, length, reverse, SHIFTED: tl.constexpr):
-    """The frames whose C a chunk's results take, and which there are."""
-    if SHIFTED:
-        source = tl.where(reverse, frame + 1, frame - 1)
-        return source, valid & (source >= 0) & (source < length)
-    else:
-        return frame, valid
-
-
-@triton.jit
 def _scores(
     rows, columns, direction, row, begin, i, j, valid_i, valid_j, group,
     r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
@@ -287,23 +153,14 @@ def _scores(
     scores = tl.zeros([i.shape[0], j.shape[0]], MATH)
     for start in range(0, dstate, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        left = _tile(
+        left = load_tile(
             rows, direction, row, begin + i, group, n, valid_i, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
         )
-        right = _tile(
+        right = load_tile(
             columns, direction, row, begin + j, group, n, valid_j, dstate, c_d, c_b, c_t, c_g, c_n, OPERAND, True
         )
         scores = tl.dot(left, right, scores, input_precision=PRECISION, out_dtype=MATH)
     return scores
-
-
-@triton.jit
-def _in_sight(i, j, reverse, strict):
-    """Whether result i takes from frame j, both spread over rows and columns. Frames that are not valid are no matter:
-    their B, C, x and dy are zero."""
-    at_least = tl.where(reverse, -1048576, strict)
-    at_most = tl.where(reverse, -strict, 1048576)
-    return (i - j >= at_least) & (i - j <= at_most)
 
 
 @triton.jit
@@ -314,8 +171,8 @@ def _direction_terms(
     BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One direction's weights (rows, Q) of a chunk, and what its rows take from the states (rows, headdim)."""
-    reverse = _is_reversed(direction, FLIP)
-    strict = 1 if SHIFTED else ((direction == 1).to(tl.int32) if ONCE else 0)
+    reverse = is_reversed(direction, FLIP)
+    strict = is_strict(direction, ONCE, SHIFTED)
     at = (direction * heads + head) * slots + slot
     valid_i = i < length
     v_i = tl.load(v_of + at * Q + q)
@@ -324,28 +181,18 @@ def _direction_terms(
     v_j = tl.load(v_of + at * Q + j)
     step_j = tl.load(step_of + at * Q + j)
     rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
-    if GRADIENT:
-        # Rows are frames, columns results: dx is the scan turned round, with B and C in each other's place.
-        u_j = v_j - step_j * rate if SHIFTED else v_j
-        seen = _in_sight(j[None, :], q[:, None], reverse, strict)
-        exponent = u_j[None, :] - v_i[:, None]
-        weights = tl.exp(tl.where(seen, exponent, float("-inf"))) * scores * step_i[:, None]
-        entered = tl.exp(tl.load(total_of + at) - v_i) * step_i
-        source, there = i, valid_i
-    else:
-        u_i = v_i - step_i * rate if SHIFTED else v_i
-        seen = _in_sight(q[:, None], j[None, :], reverse, strict)
-        exponent = u_i[:, None] - v_j[None, :]
-        weights = tl.exp(tl.where(seen, exponent, float("-inf"))) * scores * step_j[None, :]
-        entered = tl.where(valid_i, tl.exp(u_i), 0)
-        source, there = _source(i, valid_i, length, reverse, SHIFTED)
+    total = tl.load(total_of + at)
+    weights, entered = weights_of(
+        scores, v_i, step_i, v_j, step_j, total, rate, valid_i, q, j, reverse, strict, SHIFTED, GRADIENT
+    )
+    source, there = source_of(i, valid_i, length, reverse, SHIFTED and not GRADIENT)
     from_state = tl.zeros([i.shape[0], p.shape[0]], MATH)
     for start in range(0, dstate, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        left = _tile(
+        left = load_tile(
             rows, direction, row, begin + source, group, n, there, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
         )
-        state = _state(states, at, p, n, headdim, dstate, True)
+        state = load_state(states, at, p, n, headdim, dstate, True)
         from_state = tl.dot(left, state, from_state, input_precision=PRECISION, out_dtype=MATH)
     return weights, from_state * entered[:, None]
 
@@ -376,9 +223,9 @@ def chunk_outputs(
     first_head = (tl.program_id(1) // p_tiles % head_blocks).to(tl.int64) * HEADS
     direction = (tl.program_id(1) // p_tiles // head_blocks).to(tl.int64)
     group = first_head // group_heads
-    sequence = _sequence_of(slot, bounds, frames, sequences, Q, KIND)
-    row, begin, length = _frames(sequence, bounds, frames, KIND)
-    chunk = slot - _first_slot(sequence, bounds, frames, Q, KIND)
+    sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
+    row, begin, length = frames_of(sequence, bounds, frames, KIND)
+    chunk = slot - first_slot(sequence, bounds, frames, Q, KIND)
     q = block * ROWS + tl.arange(0, ROWS)
     i = (chunk * Q).to(tl.int32) + q
     j = (chunk * Q).to(tl.int32) + tl.arange(0, Q)
@@ -396,16 +243,16 @@ def chunk_outputs(
 
     SHIFTED_ROWS: tl.constexpr = SHIFTED and not GRADIENT
     SHIFTED_COLUMNS: tl.constexpr = SHIFTED and GRADIENT
-    reverse = _is_reversed(direction, FLIP)
-    source_i, there_i = _source(i, valid_i, length, reverse, SHIFTED_ROWS)
-    source_j, there_j = _source(j, valid_j, length, reverse, SHIFTED_COLUMNS)
+    reverse = is_reversed(direction, FLIP)
+    source_i, there_i = source_of(i, valid_i, length, reverse, SHIFTED_ROWS)
+    source_j, there_j = source_of(j, valid_j, length, reverse, SHIFTED_COLUMNS)
     scores = _scores(
         rows, columns, direction, row, begin, source_i, source_j, there_i, there_j, group,
         r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
     )  # fmt: skip
     if SUMMED:
-        source_i, there_i = _source(i, valid_i, length, True, SHIFTED_ROWS)
-        source_j, there_j = _source(j, valid_j, length, True, SHIFTED_COLUMNS)
+        source_i, there_i = source_of(i, valid_i, length, True, SHIFTED_ROWS)
+        source_j, there_j = source_of(j, valid_j, length, True, SHIFTED_COLUMNS)
         other_scores = _scores(
             rows, columns, direction + 1, row, begin, source_i, source_j, there_i, there_j, group,
             r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
@@ -425,13 +272,15 @@ def chunk_outputs(
             )  # fmt: skip
             weights += other_weights
             result += other_result
-        values = _tile(z, direction, row, begin + j, head, p, valid_j, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND, False)
+        values = load_tile(
+            z, direction, row, begin + j, head, p, valid_j, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND, False
+        )
         result = tl.dot(weights.to(OPERAND), values, result, input_precision=PRECISION, out_dtype=MATH)
         if D is not None:
             skip = tl.load(D + direction * D_d + head * D_h).to(MATH)
             if SUM_D:
                 skip += tl.load(D + D_d + head * D_h).to(MATH)
-            result += skip * _tile(
+            result += skip * load_tile(
                 z, direction, row, begin + i, head, p, valid_i, headdim, z_d, z_b, z_t, z_h, z_p, MATH, False
             )
         result = tl.where(valid_i[:, None], result, 0)
@@ -463,11 +312,11 @@ def chunk_gradients(
     tile = (tl.program_id(1) % n_tiles).to(tl.int64)
     group = (tl.program_id(1) // n_tiles % groups).to(tl.int64)
     head_block = (tl.program_id(1) // n_tiles // groups).to(tl.int64)
-    sequence = _sequence_of(slot, bounds, frames, sequences, Q, KIND)
-    row, begin, length = _frames(sequence, bounds, frames, KIND)
-    chunk = slot - _first_slot(sequence, bounds, frames, Q, KIND)
-    reverse = _is_reversed(direction, FLIP)
-    strict = 1 if SHIFTED else ((direction == 1).to(tl.int32) if ONCE else 0)
+    sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
+    row, begin, length = frames_of(sequence, bounds, frames, KIND)
+    chunk = slot - first_slot(sequence, bounds, frames, Q, KIND)
+    reverse = is_reversed(direction, FLIP)
+    strict = is_strict(direction, ONCE, SHIFTED)
     i = (chunk * Q).to(tl.int32) + tl.arange(0, Q)
     n = tile.to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = i < length
@@ -498,9 +347,11 @@ def chunk_gradients(
                 tl.store(sums + which * sums_size + (first_head + h) * slots + tl.arange(0, 1), zero)
         return
 
-    source, there = _source(i, valid, length, reverse, SHIFTED)
-    B_tile = _tile(B, direction, row, begin + i, group, n, valid, dstate, B_d, B_b, B_t, B_g, B_n, OPERAND, False)
-    C_tile = _tile(C, direction, row, begin + source, group, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND, False)
+    source, there = source_of(i, valid, length, reverse, SHIFTED)
+    B_tile = load_tile(B, direction, row, begin + i, group, n, valid, dstate, B_d, B_b, B_t, B_g, B_n, OPERAND, False)
+    C_tile = load_tile(
+        C, direction, row, begin + source, group, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND, False
+    )
     FLAT: tl.constexpr = 2048
     scores = _scores(
         C, B, direction, row, begin, source, i, there, valid, group, C_d, C_b, C_t, C_g, C_n, B_d, B_b, B_t, B_g, B_n,
@@ -511,7 +362,7 @@ def chunk_gradients(
     dB_sum = tl.zeros([Q, BLOCK_N], MATH)
     dC_sum = tl.zeros([Q, BLOCK_N], MATH)
     q = tl.arange(0, Q)
-    seen = _in_sight(q[:, None], q[None, :], reverse, strict)
+    seen = in_sight(q[:, None], q[None, :], reverse, strict)
     for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
         head = first_head + h
         at = (direction * heads + head) * slots + slot
@@ -537,14 +388,14 @@ def chunk_gradients(
             carried += state.to(MATH) * other.to(MATH)
         for start in range(0, headdim, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            dy_tile = _tile(
+            dy_tile = load_tile(
                 dy, direction, row, begin + i, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, OPERAND, False
             )  # fmt: skip
-            x_tile = _tile(
+            x_tile = load_tile(
                 x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, OPERAND, False
             )
-            state = _state(states, at, p, n, headdim, dstate, False)
-            dstate_tile = _state(states, gradient_at, p, n, headdim, dstate, False)
+            state = load_state(states, at, p, n, headdim, dstate, False)
+            dstate_tile = load_state(states, gradient_at, p, n, headdim, dstate, False)
             # What rows gained from the state is dy . (C S): of the tile's size, where (dy S) . C is of dstate's.
             scaled = (dy_tile.to(MATH) * entered[:, None]).to(OPERAND)
             dC_sum = tl.dot(scaled, state, dC_sum, input_precision=PRECISION, out_dtype=MATH)
@@ -574,7 +425,7 @@ def chunk_gradients(
         if SHIFTED:
             log_decay -= gained
         step_gradient = gave + rate * log_decay
-        raw, free, clamped = _step(
+        raw, free, clamped = load_step(
             dt, dt_bias, direction, row, begin + i, head, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h, SOFTPLUS, LOW,
             HIGH, MATH,
         )  # fmt: skip
@@ -589,10 +440,12 @@ def chunk_gradients(
         skip = tl.zeros([Q], MATH)
         for start in range(0, headdim, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            dy_tile = _tile(
+            dy_tile = load_tile(
                 dy, direction, row, begin + i, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, MATH, False
             )  # fmt: skip
-            x_tile = _tile(x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, MATH, False)
+            x_tile = load_tile(
+                x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, MATH, False
+            )
             skip += tl.sum(dy_tile * x_tile, 1)
         tl.store(own + 2 * sums_size, tl.where(first_tile, tl.sum(skip, 0), 0))
 

@@ -1,0 +1,158 @@
+"""The committed tables of the scan on Triton: how work is cut, and which of two plans it follows."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the work of the chunk-parallel plan is cut, and that of backward.
+
+    Fields of the forward chunk decide results' last bits, so none depends on batch or length.
+
+    Attributes:
+        chunk, gradient_chunk: frames of a chunk, forward and backward.
+        rows: frames of a chunk that one program of the outputs takes.
+        heads: at most so many heads of a group share one program's products of B and C.
+        block_p, block_n: columns of headdim and dstate of a tile of the outputs.
+        state_p, state_n: of a tile of the states.
+        gradient_p, gradient_n: columns of headdim and dstate of a tile of the gradients.
+        warps, state_warps, gradient_warps, stages, gradient_stages: of each kernel.
+    """
+
+    chunk: int
+    rows: int
+    heads: int
+    block_p: int
+    block_n: int
+    state_p: int
+    state_n: int
+    gradient_chunk: int
+    gradient_heads: int
+    gradient_p: int
+    gradient_n: int
+    warps: int = 4
+    state_warps: int = 4
+    gradient_warps: int = 8
+    stages: int = 2
+    gradient_stages: int = 2
+
+
+def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> Tiles:
+    """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability.
+
+    They spill no registers, of which products take fewer on Hopper than elsewhere; no GPU has told which are fast.
+    """
+    P, N = power_of_two(headdim), power_of_two(dstate)
+    if capability // 10 != 9 and (operand == torch.bfloat16 or precision == "tf32"):
+        half = operand == torch.bfloat16
+        small = half or capability < 90
+        return Tiles(
+            chunk=128 if half else 64, rows=32, heads=4, block_p=min(P, 64), block_n=min(N, 32) if small else 16,
+            state_p=min(P, 64), state_n=min(N, 64), gradient_chunk=16 if small else 32, gradient_heads=8,
+            gradient_p=16, gradient_n=min(N, 32) if half else 16, warps=8, gradient_warps=4 if small else 8,
+            gradient_stages=1,
+        )  # fmt: skip
+    if operand == torch.bfloat16:
+        return Tiles(
+            chunk=128, rows=64, heads=4, block_p=min(P, 64), block_n=min(max(N // 2, 16), 64),
+            state_p=min(P, 64), state_n=min(N, 128), gradient_chunk=64, gradient_heads=8, gradient_p=min(P, 32),
+            gradient_n=min(N, 64), warps=8,
+        )  # fmt: skip
+    if operand == torch.float32 and precision == "tf32":
+        return Tiles(
+            chunk=64, rows=64, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64), state_n=min(N, 64),
+            gradient_chunk=64, gradient_heads=8, gradient_p=min(P, 32), gradient_n=min(N, 32), warps=8,
+            gradient_stages=1,
+        )  # fmt: skip
+    if operand == torch.float32:  # products without tensor cores hold more in registers
+        state = 64 if capability < 100 else 32
+        large = max(P, N) > 128 and capability < 100
+        return Tiles(
+            chunk=64, rows=32, heads=4, block_p=min(P, 32), block_n=16, state_p=min(P, state), state_n=min(N, state),
+            gradient_chunk=16 if large else 32, gradient_heads=8,
+            gradient_p=32 if large and capability >= 90 else 16, gradient_n=16, warps=8, stages=1,
+            gradient_stages=1,
+        )  # fmt: skip
+    return Tiles(
+        chunk=32, rows=32, heads=1, block_p=min(P, 32), block_n=min(N, 32), state_p=min(P, 32), state_n=min(N, 32),
+        gradient_chunk=16, gradient_heads=1, gradient_p=min(P, 16), gradient_n=min(N, 32), stages=1, gradient_stages=1,
+    )  # fmt: skip
+
+
+def power_of_two(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+@dataclass(frozen=True)
+class SweepTiles:
+    """How the work of the two-sweep plan is cut; the same holds.
+
+    Attributes:
+        chunk: frames of a chunk.
+        block_p: columns of headdim of a program, which has all of dstate.
+        warps, stages: of the sweep.
+    """
+
+    chunk: int
+    block_p: int
+    warps: int = 8
+    stages: int = 1
+
+
+# (frames of a chunk, columns of headdim) for dstate up to 64, 128 and 256, by what tensor cores take and the major
+# compute capability. They leave registers for lengths, diagonals and skips, which builds differ by.
+SWEEPS = {
+    ("bf16", 8): ((64, 32), (32, 64), (32, 32)),
+    ("bf16", 9): ((64, 64), (64, 32), (64, 32)),
+    ("bf16", 10): ((64, 32), (64, 64), (64, 64)),
+    ("tf32", 8): ((32, 32), (32, 32), (16, 32)),
+    ("tf32", 9): ((32, 64), (32, 64), (16, 32)),
+    ("tf32", 10): ((64, 32), (64, 32), (16, 32)),
+}
+
+
+def choose_sweep_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> SweepTiles:
+    """The committed table of the two-sweep plan, as :func:`choose_tiles`. Other GPUs do as the oldest."""
+    products = "bf16" if operand == torch.bfloat16 else precision
+    if products == "ieee":
+        return SweepTiles(chunk=16, block_p=16)
+    by_dstate = SWEEPS.get((products, capability // 10), SWEEPS[products, 8])
+    chunk, block_p = by_dstate[0 if dstate <= 64 else 1 if dstate <= 128 else 2]
+    return SweepTiles(chunk, min(power_of_two(headdim), block_p))
+
+
+PLANS = ("chunks", "sweeps")
+# Programs for each multiprocessor, by major compute capability, from which on two sweeps are taken to keep a GPU busy:
+# a guess, which no GPU has been asked yet. Others do as the newest.
+PROGRAMS_TO_SWEEP = {8: 2, 9: 2, 10: 2}
+
+
+def choose_plan(programs: int, multiprocessors: int, capability: int, precision: str) -> str:
+    """ "sweeps", whose states stay in registers, where its programs fill the GPU, else "chunks", which has many more.
+
+    Args:
+        programs: those that two sweeps would have: sequences x heads x tiles of headdim (x directions).
+        multiprocessors: of the GPU; 0 where there is none.
+        capability: its compute capability, such as 90.
+        precision: of products. IEEE ones take no tensor cores, and more registers than a sweep leaves.
+
+    Environment variable LINCONV_SCAN_PLAN, "chunks" or "sweeps", overrules it.
+
+    Raises:
+        ValueError: LINCONV_SCAN_PLAN is something else.
+    """
+    forced = os.environ.get("LINCONV_SCAN_PLAN", "")
+    if forced:
+        if forced not in PLANS:
+            raise ValueError(
+                f"LINCONV_SCAN_PLAN is {forced!r}, wanted one of {', '.join(map(repr, PLANS))}, or nothing"
+            )
+        return forced
+    if not multiprocessors or precision == "ieee":
+        return "chunks"
+    least = PROGRAMS_TO_SWEEP.get(capability // 10, PROGRAMS_TO_SWEEP[max(PROGRAMS_TO_SWEEP)])
+    return "sweeps" if programs >= least * multiprocessors else "chunks"
