@@ -139,7 +139,7 @@ def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, s
     indices = _indices(mask)
     scale = (grad / max(len(statistics), 1)).to(math).expand(len(statistics))
     scratch = _Scratch(hidden_s, math)
-    of_hidden = torch.zeros(hidden_s.shape, dtype=math, device=hidden_s.device)
+    of_hidden = torch.zeros(len(statistics), hidden_s.shape[1], dtype=math, device=hidden_s.device)  # rows that count
     of_weight = torch.empty_like(weight_s, memory_format=torch.contiguous_format)
     # Classes outside, so that the sum over all rows of a tile of weights is rounded once.
     for start in range(0, len(weight_s), CLASSES):
@@ -151,13 +151,14 @@ def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, s
             logits_s, logits_t = scratch.product("logits_s", s, w_s.T), scratch.product("logits_t", t, w_t.T)
             tile = torch.ops.linconv.kd_gradient(logits_s, logits_t, statistics[place], scale[place], temperature)
             total.addmm_(tile.T, s)
-            if indices is None:
-                of_hidden[index].addmm_(tile, w_s)
-            else:
-                of_hidden[index] += tile @ w_s
+            of_hidden[place].addmm_(tile, w_s)
             del tile  # before the next one is made
         of_weight[classes] = total
-    return of_hidden.to(hidden_s.dtype), of_weight
+    if indices is None:
+        return of_hidden.to(hidden_s.dtype), of_weight
+    of_all = hidden_s.new_zeros(hidden_s.shape)
+    of_all[indices] = of_hidden.to(hidden_s.dtype)
+    return of_all, of_weight
 
 
 def _fake(hidden_s, weight_s, hidden_t, weight_t, mask, temperature):
