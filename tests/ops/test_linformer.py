@@ -98,7 +98,7 @@ def test_oracle_of_long_sequences(headdim, rank, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("length, headdim, rank", [(300, 64, 128), (77, 33, 20)])
+@pytest.mark.parametrize("length, headdim, rank", [(300, 64, 128), (77, 33, 20), (40, 130, 300)])
 def test_oracle_low_precision(dtype, length, headdim, rank):
     """Errors are those of torch's own operators in the same precision, at most twice; three times for gradients."""
     inputs = tensors(2, 2, length, headdim, rank, dtype=dtype)
