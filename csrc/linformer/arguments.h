@@ -26,7 +26,7 @@ void require_rank_and_columns(const Args& a) {
 }
 
 template <class Args>
-Args project_arguments(const Tensor& x, const Tensor& proj, bool normalize) {
+Args read_project_arguments(const Tensor& x, const Tensor& proj, bool normalize) {
   Args a{};
   a.x = view<4>(x, "x");
   a.proj = view<3>(proj, "proj");
@@ -49,8 +49,8 @@ void add_gradient(Args& a, const Tensor& grad, const int64_t (&sizes)[4], const 
 
 // All but the seed, which only kernels can read where it is on a GPU.
 template <class Args>
-Args attend_arguments(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double dropout_p,
-                      const std::optional<Tensor>& seed) {
+Args read_attend_arguments(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double dropout_p,
+                           const std::optional<Tensor>& seed) {
   Args a{};
   a.q = view<4>(q, "q");
   a.k = view<4>(k, "k");

@@ -18,7 +18,7 @@ int64_t most_splits(const std::vector<Span>& spans) {
 // `spans` must outlive the result.
 LinformerProjectArgs project_arguments(const Tensor& x, const Tensor& proj, bool normalize, const Optional& seq_lens,
                                        std::vector<Span>& spans) {
-  auto a = project_arguments<LinformerProjectArgs>(x, proj, normalize);
+  auto a = read_project_arguments<LinformerProjectArgs>(x, proj, normalize);
   spans = sequence_spans(seq_lens, std::nullopt, a.batch, a.frames);
   a.spans = spans.data();
   a.splits = most_splits(spans);
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> project_backward(Tensor grad, Tensor x, Tensor proj, 
 
 LinformerAttendArgs attend_arguments(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double dropout_p,
                                      const Optional& seed, const Optional& seq_lens, std::vector<Span>& spans) {
-  auto a = attend_arguments<LinformerAttendArgs>(q, k, v, scale, dropout_p, seed);
+  auto a = read_attend_arguments<LinformerAttendArgs>(q, k, v, scale, dropout_p, seed);
   if (dropout_p > 0) a.dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
   spans = sequence_spans(seq_lens, std::nullopt, a.batch, a.frames);
   a.spans = spans.data();

@@ -366,13 +366,27 @@ class Queries {
                Right{column_by_column(y, at(y, row, head, rank)), a_.rank - rank, right}, a_.headdim, sums);
   }
 
+  // Calls f(i, j, run) for the scores of the keys from rank on: a thread's j-th key, and its queries from the i-th on.
+  template <class F>
+  __device__ __forceinline__ void each_run(int64_t rank, F&& f) const {
+    const int y = threadIdx.x / kSide, x = threadIdx.x % kSide;
+#pragma unroll
+    for (int j = 0; j < kRankItems; ++j) {
+      const int64_t r = rank + position<kRankItems>(x, j);
+      if (r >= a_.rank) continue;
+#pragma unroll
+      for (int i = 0; i < M; i += kRun<M>) f(i, j, *reinterpret_cast<Run<T, kRun<M>>*>(scores + r * kRow + position<M>(y, i)));
+    }
+  }
+
   // exp(scores - the query's greatest), the greatest and the reciprocal of the sum.
   __device__ void attend() const {
     for (int64_t rank = 0; rank < a_.rank; rank += kRanks) {
       T sums[M][kRankItems] = {};
       products(a_.q, a_.k, rank, sums);
-      each(sums, [&](int t, int r, T sum) {
-        if (rank + r < a_.rank) scores[(rank + r) * kRow + t] = sum * static_cast<T>(a_.scale);
+      each_run(rank, [&](int i, int j, auto& run) {
+#pragma unroll
+        for (int k = 0; k < kRun<M>; ++k) run.item[k] = sums[i + k][j] * static_cast<T>(a_.scale);
       });
     }
     // Each query is a thread's of every team; teams take ranks in turn.
@@ -467,19 +481,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) attend_queries(const Att
         for (int j = 0; j < N; ++j) dweights[i][j] *= kept(rank + position<N>(x, j));
       }
     };
-    // Calls f(i, dweight, score) for each key of the tile from `rank` on, and each of a thread's queries i.
-    const auto each_score = [&](int64_t rank, auto&& f) {
-#pragma unroll
-      for (int i = 0; i < M; ++i)
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-          const int64_t r = rank + position<N>(x, j);
-          if (r < a.rank) f(i, dweights[i][j], tile.scores[r * Tile::kRow + position<M>(y, i)]);
-        }
-    };
     for (int64_t rank = 0; rank < a.rank; rank += Tile::kRanks) {
       differentiate(rank);
-      each_score(rank, [&](int i, T dweight, T weight) { mean[i] += weight * dweight; });
+      tile.each_run(rank, [&](int i, int j, const auto& run) {
+#pragma unroll
+        for (int k = 0; k < kRun<M>; ++k) mean[i + k] += run.item[k] * dweights[i + k][j];
+      });
     }
     T reciprocal[M];
 #pragma unroll
@@ -491,7 +498,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) attend_queries(const Att
     }
     for (int64_t rank = 0; rank < a.rank; rank += Tile::kRanks) {
       if (a.rank > Tile::kRanks) differentiate(rank);
-      each_score(rank, [&](int i, T dweight, T& score) { score *= reciprocal[i] * (dweight - mean[i]); });
+      tile.each_run(rank, [&](int i, int j, auto& run) {
+#pragma unroll
+        for (int k = 0; k < kRun<M>; ++k) run.item[k] *= reciprocal[i + k] * (dweights[i + k][j] - mean[i + k]);
+      });
     }
     const int64_t queries = a.batch * a.heads * a.frames;
     T* statistics = static_cast<T*>(a.statistics) + tile.row_and_head() * a.frames + tile.first;
@@ -517,7 +527,7 @@ struct Keys {
   static constexpr int64_t kBytes = (2 * kFrames * kRow + Stage::kElements + Right::kElements) * sizeof(T);
 };
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads, 1) attend_keys(const AttendArguments a) {
+__global__ void __launch_bounds__(kThreads, N == 4 ? kBlocks<T> : 1) attend_keys(const AttendArguments a) {
   using Tile = Keys<T, N>;
   constexpr int kFrames = Tile::kFrames, kRow = Tile::kRow;
   int64_t index = blockIdx.x;
@@ -651,7 +661,7 @@ class Parts {
 };
 
 ProjectArguments arguments(const Tensor& x, const Tensor& proj, bool normalize, const Optional& seq_lens) {
-  auto a = project_arguments<ProjectArguments>(x, proj, normalize);
+  auto a = read_project_arguments<ProjectArguments>(x, proj, normalize);
   a.sequences = sequences_of(seq_lens, std::nullopt, a.batch, a.frames);
   a.splits = linformer_most_splits(a.frames);
   return a;
@@ -709,7 +719,7 @@ std::tuple<Tensor, Tensor> linformer_project_backward(Tensor grad, Tensor x, Ten
 
 AttendArguments arguments(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double dropout_p, const Optional& seed,
                           const Optional& seq_lens) {
-  auto a = attend_arguments<AttendArguments>(q, k, v, scale, dropout_p, seed);
+  auto a = read_attend_arguments<AttendArguments>(q, k, v, scale, dropout_p, seed);
   if (dropout_p > 0) a.seed = static_cast<const int64_t*>(seed->data_ptr());
   a.sequences = sequences_of(seq_lens, std::nullopt, a.batch, a.frames);
   return a;

@@ -57,9 +57,7 @@ def choose_tiles(operand: torch.dtype, headdim: int, capability: int) -> Tiles:
         return Tiles(frames=64, ranks=64, columns=D, gradient_frames=64, gradient_ranks=64)
     if D <= 128:
         return Tiles(frames=64, ranks=32, columns=64, gradient_frames=64, gradient_ranks=32, warps=8, stages=1)
-    return Tiles(
-        frames=64, ranks=32, columns=64, gradient_frames=16, gradient_ranks=16, warps=8, gradient_warps=4, stages=1
-    )
+    return Tiles(frames=64, ranks=32, columns=64, gradient_frames=32, gradient_ranks=16, warps=8, stages=1)
 
 
 def _power(size: int) -> int:
