@@ -457,7 +457,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) attend(const AttendArgum
 }
 
 // dq of a tile of queries, and the statistics that attend_keys needs of them. With P the weights, dP their gradients:
-// d scores = P (dP - sum P dP), in place of the scores. dP of all keys is computed twice rather than held.
+// d scores = P (dP - sum P dP), in place of the scores, and divided by the normaliser in the end. dP of all keys is computed twice rather than held.
 template <class T, int M>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) attend_queries(const AttendArguments a) {
   using Tile = Queries<T, M>;
@@ -488,19 +488,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) attend_queries(const Att
         for (int k = 0; k < kRun<M>; ++k) mean[i + k] += run.item[k] * dweights[i + k][j];
       });
     }
-    T reciprocal[M];
 #pragma unroll
     for (int i = 0; i < M; ++i) {
-      reciprocal[i] = tile.reciprocal(position<M>(y, i));
 #pragma unroll
       for (int lane = kSide / 2; lane > 0; lane /= 2) mean[i] += __shfl_xor_sync(0xffffffff, mean[i], lane);
-      mean[i] *= reciprocal[i];
+      mean[i] *= tile.reciprocal(position<M>(y, i));
     }
     for (int64_t rank = 0; rank < a.rank; rank += Tile::kRanks) {
       if (a.rank > Tile::kRanks) differentiate(rank);
       tile.each_run(rank, [&](int i, int j, auto& run) {
 #pragma unroll
-        for (int k = 0; k < kRun<M>; ++k) run.item[k] *= reciprocal[i + k] * (dweights[i + k][j] - mean[i + k]);
+        for (int k = 0; k < kRun<M>; ++k) run.item[k] *= dweights[i + k][j] - mean[i + k];
       });
     }
     const int64_t queries = a.batch * a.heads * a.frames;
@@ -510,11 +508,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) attend_queries(const Att
       const int t = position<M>(y, i);
       if (x > 0 || t >= tile.valid) continue;
       statistics[t] = tile.most(t);
-      statistics[queries + t] = reciprocal[i];
+      statistics[queries + t] = tile.reciprocal(t);
       statistics[2 * queries + t] = mean[i];
     }
   }
-  tile.times(a.k, a.dq, [&](int) { return static_cast<T>(a.scale); });
+  tile.times(a.k, a.dq, [&](int t) { return tile.reciprocal(t) * static_cast<T>(a.scale); });
 }
 
 // What the queries of one split add to the gradients of a tile of keys and values: kColumns of them, kSide * N columns.
