@@ -457,7 +457,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) attend(const AttendArgum
 }
 
 // dq of a tile of queries, and the statistics that attend_keys needs of them. With P the weights, dP their gradients:
-// d scores = P (dP - sum P dP), in place of the scores, and divided by the normaliser in the end. dP of all keys is computed twice rather than held.
+// d scores = P (dP - sum P dP), in place of the scores, to be divided by the normaliser in the end. dP of all keys is
+// computed twice rather than held.
 template <class T, int M>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) attend_queries(const AttendArguments a) {
   using Tile = Queries<T, M>;

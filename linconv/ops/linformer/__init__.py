@@ -276,8 +276,8 @@ def _attend_gradients(ctx, grad, q, k, v, seed, seq_lens):
     return ctx.backward_operator(grad, q, k, v, *ctx.options, seed, seq_lens)
 
 
-# On CUDA tensors Triton comes first: products are nearly all of the work, and its kernels take them on tensor cores, those
-# of csrc/linformer/cuda.cu on CUDA cores. Neither has been measured.
+# On CUDA tensors Triton comes first: products are nearly all of the work, and its kernels take them on tensor cores;
+# those of csrc/linformer/cuda.cu take CUDA cores. Neither has been measured.
 PREFER = ("triton", "cuda")
 dispatch.register(
     "linformer_project",
