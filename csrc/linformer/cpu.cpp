@@ -1,8 +1,7 @@
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 
-#include "common/tensor.h"
+#include "linformer/arguments.h"
 #include "linformer/kernel.h"
 
 namespace linconv {
@@ -10,39 +9,16 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kMostRanks = 512, kMostColumns = 256;
-
-// (batch, heads, L, headdim), in memory (batch, L, heads, headdim): a frame's heads lie side by side, as one projection of
-// them reads them.
-Tensor empty_frames(const View<4>& like) {
-  Tensor out = empty({like.size[0], like.size[2], like.size[1], like.size[3]}, like.dtype);
-  return torch::stable::transpose(out, 1, 2);
-}
-
 int64_t most_splits(const std::vector<Span>& spans) {
   int64_t most = 1;
   for (const Span& span : spans) most = std::max(most, linformer_splits(span.end));
   return most;
 }
 
-void require_rank_and_columns(int64_t rank, int64_t headdim) {
-  require(rank >= 1 && rank <= kMostRanks, "r is ", rank, ", wanted 1 to ", kMostRanks);
-  require(headdim >= 1 && headdim <= kMostColumns, "headdim is ", headdim, ", wanted 1 to ", kMostColumns);
-}
-
 // `spans` must outlive the result.
 LinformerProjectArgs project_arguments(const Tensor& x, const Tensor& proj, bool normalize, const Optional& seq_lens,
                                        std::vector<Span>& spans) {
-  LinformerProjectArgs a{};
-  a.x = view<4>(x, "x");
-  a.proj = view<3>(proj, "proj");
-  a.batch = a.x.size[0], a.heads = a.x.size[1], a.frames = a.x.size[2], a.headdim = a.x.size[3];
-  a.rank = a.proj.size[2];
-  a.normalize = normalize;
-  require_rank_and_columns(a.rank, a.headdim);
-  require(a.proj.size[0] == 1 || a.proj.size[0] == a.heads, "proj has ", a.proj.size[0], " heads, wanted 1 or ", a.heads);
-  require(a.frames <= a.proj.size[1], "x has ", a.frames, " frames, wanted at most ", a.proj.size[1], ", those of proj");
-  require(math_type(a.x.dtype) == math_type(a.proj.dtype), "x and proj: wanted both or none in Double");
+  auto a = read_project_arguments<LinformerProjectArgs>(x, proj, normalize);
   spans = sequence_spans(seq_lens, std::nullopt, a.batch, a.frames);
   a.spans = spans.data();
   a.splits = most_splits(spans);
@@ -79,9 +55,7 @@ std::tuple<Tensor, Tensor> project_backward(Tensor grad, Tensor x, Tensor proj, 
   LinformerProjectArgs a = project_arguments(x, proj, normalize, seq_lens, spans);
   const DType math = math_type(a.x.dtype);
   const bool fp64 = math == DType::kFloat64;
-  a.grad = view<4>(grad, "grad");
-  require_sizes(a.grad, {a.batch, a.heads, a.rank, a.headdim}, "grad");
-  require(math_type(a.grad.dtype) == math, "grad and x: wanted both or none in Double");
+  add_gradient(a, grad, {a.batch, a.heads, a.rank, a.headdim}, a.x, "x");
   Tensor dx = empty_frames(a.x), dproj = empty({a.proj.size[0], a.proj.size[1], a.rank}, a.proj.dtype);
   Tensor packed = empty({a.batch, a.heads, linformer_packed(a.rank, a.headdim)}, math);
   a.dx = view<4>(dx, "dx");
@@ -101,31 +75,10 @@ std::tuple<Tensor, Tensor> project_backward(Tensor grad, Tensor x, Tensor proj, 
   return {dx, dproj};
 }
 
-Dropout dropout_of(double p, const Optional& seed) {
-  require(p >= 0 && p < 1, "dropout_p is ", p, ", wanted 0 <= dropout_p < 1");
-  if (p == 0) return {};
-  require(seed.has_value(), "seed is absent, wanted one for dropout_p above 0");
-  require_strided(*seed, 0, "seed");
-  require(seed->scalar_type() == ScalarType::Long, "seed has another dtype than Long");
-  const auto threshold = static_cast<uint32_t>(std::min(std::round(p * 4294967296.0), 4294967295.0));
-  return {threshold, 1 / (1 - p), static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()))};
-}
-
 LinformerAttendArgs attend_arguments(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double dropout_p,
                                      const Optional& seed, const Optional& seq_lens, std::vector<Span>& spans) {
-  LinformerAttendArgs a{};
-  a.q = view<4>(q, "q");
-  a.k = view<4>(k, "k");
-  a.v = view<4>(v, "v");
-  a.batch = a.q.size[0], a.heads = a.q.size[1], a.frames = a.q.size[2], a.headdim = a.q.size[3];
-  a.rank = a.k.size[2];
-  a.scale = scale;
-  require_rank_and_columns(a.rank, a.headdim);
-  require_sizes(a.k, {a.batch, a.heads, a.rank, a.headdim}, "k");
-  require_sizes(a.v, {a.batch, a.heads, a.rank, a.headdim}, "v");
-  const DType math = math_type(a.q.dtype);
-  require(math_type(a.k.dtype) == math && math_type(a.v.dtype) == math, "q, k and v: wanted all or none in Double");
-  a.dropout = dropout_of(dropout_p, seed);
+  auto a = read_attend_arguments<LinformerAttendArgs>(q, k, v, scale, dropout_p, seed);
+  if (dropout_p > 0) a.dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
   spans = sequence_spans(seq_lens, std::nullopt, a.batch, a.frames);
   a.spans = spans.data();
   return a;
@@ -149,9 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Tensor grad, Tensor q, Tensor
   LinformerAttendArgs a = attend_arguments(q, k, v, scale, dropout_p, seed, seq_lens, spans);
   const DType math = math_type(a.q.dtype);
   const bool fp64 = math == DType::kFloat64;
-  a.grad = view<4>(grad, "grad");
-  require_sizes(a.grad, {a.batch, a.heads, a.frames, a.headdim}, "grad");
-  require(math_type(a.grad.dtype) == math, "grad and q: wanted both or none in Double");
+  add_gradient(a, grad, {a.batch, a.heads, a.frames, a.headdim}, a.q, "q");
   a.splits = most_splits(spans);
   Tensor dq = empty_frames(a.q), dk = empty_as(k, a.k.dtype), dv = empty_as(v, a.v.dtype);
   Tensor parts = empty({2, a.batch, a.heads, a.splits, a.rank, a.headdim}, math);

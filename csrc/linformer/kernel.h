@@ -11,14 +11,19 @@ namespace linconv {
 
 // How the sum over a sequence's frames is cut: by its own length alone, so that neither the batch nor the number of
 // threads has a say in the bits of a result.
-static inline int64_t linformer_split_frames(int64_t length) {
-  constexpr int64_t kLeast = 512, kMost = 16;  // frames of a split; splits of a sequence
-  const int64_t even = (length + kMost - 1) / kMost;
-  return even < kLeast ? kLeast : (even + 127) / 128 * 128;
+constexpr int64_t kLinformerSplitFrames = 512, kLinformerSplits = 16;  // the least frames of a split; the most splits
+LINCONV_HOST_DEVICE static inline int64_t linformer_split_frames(int64_t length) {
+  const int64_t even = (length + kLinformerSplits - 1) / kLinformerSplits;
+  return even < kLinformerSplitFrames ? kLinformerSplitFrames : (even + 127) / 128 * 128;
 }
-static inline int64_t linformer_splits(int64_t length) {
+LINCONV_HOST_DEVICE static inline int64_t linformer_splits(int64_t length) {
   const int64_t frames = linformer_split_frames(length);
   return length <= frames ? 1 : (length + frames - 1) / frames;
+}
+// The most that any sequence of up to so many frames has: the longest need not be the one.
+static inline int64_t linformer_most_splits(int64_t frames) {
+  const int64_t splits = (frames + kLinformerSplitFrames - 1) / kLinformerSplitFrames;
+  return splits < 1 ? 1 : splits < kLinformerSplits ? splits : kLinformerSplits;
 }
 
 constexpr int kLinformerBlock = 64;     // frames that one task of a gradient over frames takes

@@ -22,10 +22,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 # The tests of each operator that hold for what its cuda.cu has. Left out: instruction sets, which CUDA has none of;
-# lengths outside the tensor, which only a host can refuse; and gradients of the scan, which are Triton's.
+# lengths outside the tensor, which only a host can refuse; gradients of the scan, which are Triton's; and of Linformer
+# attention what judges the reference, and the largest sizes, which take a host without vectors too long.
 TESTS = {
     "short_conv": "not instruction_set and not outside_the_tensor",
     "gated_rms_norm": "not instruction_set",
+    "linformer": "not instruction_set and not number_of_threads and not drops_that_share and not 256-512",
     "ssd": "forward or padding_is_never_read or handed_over",
 }
 
@@ -46,6 +48,9 @@ def keep(name, run, *inputs):
 keep("conv", lambda *t: ops.bidirectional_short_conv(*t, seq_lens=lens), x, weight)
 keep("norm", lambda *t: ops.gated_rms_norm(*t, seq_lens=lens, group_size=100), x, torch.randn(2, 2, 300, 200).to(dtype),
      torch.randn(2, 200).to(dtype))
+lens = torch.tensor([600, 37])
+keep("linformer", lambda *t: ops.linformer_attention(*t, seq_lens=lens, dropout_p=0.1),
+     *torch.randn(3, 2, 2, 600, 72).to(dtype), torch.randn(700, 70).to(dtype))
 tensors, rest = split(scan_arguments(2, 9, 4, 40, 2, 33, dtype=dtype))
 found["ssd"] = ops.ssd(*tensors, **rest, return_final_states=True)
 torch.save(found, sys.argv[1])

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import DTYPES, gradients, no_worse_than_torch, on_instruction_set, same_bits
+from judge import DTYPES, device, gradients, here, no_worse_than_torch, on_instruction_set, same_bits  # noqa: F401
 
 from linconv.ops import dispatch, linformer_attention, linformer_self_attention
 from linconv.ops.linformer import reference, rewrite_pays
 
 OPERATORS = ("linformer_project", "linformer_attend")
 pytestmark = pytest.mark.skipif(not all(map(dispatch.compiled, OPERATORS)), reason="the compiled library is not there")
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("compiled", "reference")
 
 
 def by_formula(q, k, v, proj_k, proj_v=None, *, seq_lens=None, scale=None, normalize=True):
@@ -72,7 +72,7 @@ def test_oracle(batch, heads, length, headdim, rank, per_head, shared, lengths, 
         options["seq_lens"] = torch.tensor([min(lengths + 5 * i, length) for i in range(batch)], dtype=torch.int64)
     upstream = random(batch, heads, length, headdim)
     wanted = gradients(lambda *t: by_formula(*t, **options), inputs, upstream)
-    got = gradients(lambda *t: linformer_attention(*t, **options, backend=backend), inputs, upstream)
+    got = gradients(lambda *t: linformer_attention(*t, **options, backend=here(backend)), inputs, upstream)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
 
 
@@ -93,12 +93,12 @@ def test_oracle_of_long_sequences(headdim, rank, backend):
         return valid * ((q @ k.mT / math.sqrt(headdim)).softmax(-1) @ v)
 
     wanted = gradients(in_torch, inputs, upstream)
-    got = gradients(lambda *t: linformer_attention(*t, seq_lens=lengths, backend=backend), inputs, upstream)
+    got = gradients(lambda *t: linformer_attention(*t, seq_lens=lengths, backend=here(backend)), inputs, upstream)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("length, headdim, rank", [(300, 64, 128), (77, 33, 20)])
+@pytest.mark.parametrize("length, headdim, rank", [(300, 64, 128), (77, 33, 20), (40, 130, 300)])
 def test_oracle_low_precision(dtype, length, headdim, rank):
     """Errors are those of torch's own operators in the same precision, at most twice; three times for gradients."""
     inputs = tensors(2, 2, length, headdim, rank, dtype=dtype)
@@ -110,7 +110,7 @@ def test_oracle_low_precision(dtype, length, headdim, rank):
 
     exact, exact_gradients = gradients(in_torch, [t.double() for t in inputs], upstream.double())
     theirs, their_gradients = gradients(in_torch, inputs, upstream)
-    ours, our_gradients = gradients(lambda *t: linformer_attention(*t, backend="cpu"), inputs, upstream)
+    ours, our_gradients = gradients(lambda *t: linformer_attention(*t, backend=here()), inputs, upstream)
     no_worse_than_torch(ours, theirs, exact, 2, "y")
     for name, *parts in zip(["q", "k", "v", "proj_k", "proj_v"], our_gradients, their_gradients, exact_gradients):
         no_worse_than_torch(*parts, 3, f"gradient of {name}")
@@ -134,13 +134,13 @@ def test_padded_is_alone(dtype, shared, per_head):
             t[row, :, n:] = torch.nan if row % 2 else torch.inf
     *padded, padded_upstream = padded
     y, grads = gradients(
-        lambda *t: linformer_attention(*t, seq_lens=torch.tensor(lengths), backend="cpu"),
+        lambda *t: linformer_attention(*t, seq_lens=torch.tensor(lengths), backend=here()),
         [*padded, *proj],
         padded_upstream,
     )
     for row, n in enumerate(lengths):
         alone, alone_grads = gradients(
-            lambda *t: linformer_attention(*t, backend="cpu"),
+            lambda *t: linformer_attention(*t, backend=here()),
             [*(t[row : row + 1, :, :n] for t in (q, k, v)), *proj],
             upstream[row : row + 1, :, :n],
         )
@@ -175,10 +175,10 @@ def test_strides(dtype):
         ),
     ):
         upstream = random(1, 1, 1, headdim, dtype=dtype).expand(batch, heads, length, headdim)
-        got = gradients(lambda *t: linformer_attention(*t, backend="cpu"), inputs, upstream)
+        got = gradients(lambda *t: linformer_attention(*t, backend=here()), inputs, upstream)
         copies = [t.contiguous() for t in inputs]
-        wanted = gradients(lambda *t: linformer_attention(*t, backend="cpu"), copies, upstream.contiguous())
-        same_bits(linformer_attention(*inputs, backend="cpu"), wanted[0])
+        wanted = gradients(lambda *t: linformer_attention(*t, backend=here()), copies, upstream.contiguous())
+        same_bits(linformer_attention(*inputs, backend=here()), wanted[0])
         for g, w in zip((got[0], *got[1]), (wanted[0], *wanted[1])):
             same_bits(g, w)
 
@@ -188,11 +188,14 @@ def test_frames_far_apart():
     far = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided((1, 1, 2, 8), (0, 0, 2**31, 1))
     far.copy_(random(1, 1, 2, 8))
     proj, near = random(2, 3, dtype=torch.bfloat16), far.contiguous()
-    same_bits(linformer_attention(far, far, far, proj, backend="cpu"), linformer_attention(near, near, near, proj))
+    same_bits(
+        linformer_attention(far, far, far, proj, backend=here()),
+        linformer_attention(near, near, near, proj, backend=here()),
+    )
 
 
 def test_layout_feeds_one_projection():
-    out = linformer_attention(*tensors(2, 3, 7, 4, 5), backend="cpu")
+    out = linformer_attention(*tensors(2, 3, 7, 4, 5), backend=here())
     side_by_side = out.transpose(1, 2).flatten(-2)
     assert side_by_side.is_contiguous() and side_by_side.data_ptr() == out.data_ptr()
 
@@ -200,7 +203,7 @@ def test_layout_feeds_one_projection():
 def test_extreme_scores():
     """Scores of a thousand neither overflow nor lose the largest."""
     q, k, v, proj, _ = (t if t is None else t.float() for t in tensors(1, 1, 40, 8, 6, shared=True))
-    got = linformer_attention(1e3 * q, k, v, proj, backend="cpu")
+    got = linformer_attention(1e3 * q, k, v, proj, backend=here())
     torch.testing.assert_close(got.double(), by_formula_softmax(1e3 * q, k, v, proj), rtol=1e-4, atol=1e-5)
 
 
@@ -213,9 +216,9 @@ def by_formula_softmax(q, k, v, proj):
 def test_parameters_in_another_precision():
     """fp32 projections on bf16 activations, as under autocast, are not rounded; gradients come in each one's dtype."""
     inputs = [t.bfloat16() if i < 3 else t.float() for i, t in enumerate(tensors(1, 2, 20, 16, 8))]
-    with torch.autocast("cpu", torch.bfloat16):
-        y, grads = gradients(lambda *t: linformer_attention(*t, backend="cpu"), inputs, random(1, 2, 20, 16))
-    same_bits(y, linformer_attention(*(t.float() for t in inputs), backend="cpu").bfloat16())
+    with torch.autocast(here(), torch.bfloat16):
+        y, grads = gradients(lambda *t: linformer_attention(*t, backend=here()), inputs, random(1, 2, 20, 16))
+    same_bits(y, linformer_attention(*(t.float() for t in inputs), backend=here()).bfloat16())
     assert [g.dtype for g in grads] == [torch.bfloat16] * 3 + [torch.float32] * 2
 
 
@@ -229,7 +232,7 @@ def test_dropout_is_the_references(dtype):
     found = []
     for backend in BACKENDS:
         torch.manual_seed(5)
-        options = dict(dropout_p=0.3, seq_lens=torch.tensor([90, 41]), backend=backend)
+        options = dict(dropout_p=0.3, seq_lens=torch.tensor([90, 41]), backend=here(backend))
         found.append(gradients(lambda *t, options=options: linformer_attention(*t, **options), inputs, upstream))
     loose = {} if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(*found, **loose)
@@ -252,7 +255,7 @@ def test_dropout_drops_that_share_and_keeps_the_mean():
     value = tensors(1, 1, 200, 4, 400, shared=True)
     value[2] = torch.ones_like(value[2])
     value[0], value[3] = torch.zeros_like(value[0]), value[3].abs()  # every key has the same weight
-    outputs = torch.stack([linformer_attention(*value, dropout_p=0.5, backend="cpu") for _ in range(60)])
+    outputs = torch.stack([linformer_attention(*value, dropout_p=0.5, backend=here()) for _ in range(60)])
     torch.testing.assert_close(outputs.mean(0), linformer_attention(*value), rtol=0.05, atol=0)
 
 
@@ -260,7 +263,7 @@ def test_dropout_repeats_with_the_seed_and_under_checkpointing():
     inputs, upstream = tensors(2, 2, 30, 8, 10), random(2, 2, 30, 8)
 
     def attention(*t):
-        return linformer_attention(*t, dropout_p=0.4, backend="cpu")
+        return linformer_attention(*t, dropout_p=0.4, backend=here())
 
     def checkpointed(*t):
         return torch.utils.checkpoint.checkpoint(attention, *t, use_reentrant=False)
@@ -283,7 +286,7 @@ def test_deterministic_for_any_number_of_threads():
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            y, grads = gradients(lambda *t: linformer_attention(*t, backend="cpu"), inputs, upstream)
+            y, grads = gradients(lambda *t: linformer_attention(*t, backend=here()), inputs, upstream)
             results.append([y, *grads])
     finally:
         torch.set_num_threads(threads)
@@ -296,19 +299,20 @@ def test_deterministic_for_any_number_of_threads():
 def test_gradcheck(per_head):
     inputs = [t.requires_grad_() for t in tensors(2, 2, 5, 3, 4, per_head=per_head)]
     lengths = torch.tensor([5, 3])
-    assert torch.autograd.gradcheck(lambda *t: linformer_attention(*t, seq_lens=lengths, backend="cpu"), inputs)
+    assert torch.autograd.gradcheck(lambda *t: linformer_attention(*t, seq_lens=lengths, backend=here()), inputs)
 
 
 def test_second_derivative_is_refused():
     q, *rest = tensors(1, 1, 4, 3, 2)
     q.requires_grad_()
-    (grad,) = torch.autograd.grad(linformer_attention(q, *rest, backend="cpu").sum(), q, create_graph=True)
+    (grad,) = torch.autograd.grad(linformer_attention(q, *rest, backend=here()).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("lengths", [None, torch.tensor([5, 4])])
+@pytest.mark.parametrize("lengths", [None, [5, 4]])
 def test_opcheck(lengths):
+    lengths = None if lengths is None else torch.tensor(lengths)
     q, x, k, v = random(2, 3, 5, 6), random(2, 3, 5, 6), random(2, 3, 4, 6), random(2, 3, 4, 6)
     proj, seed = random(1, 7, 4), torch.tensor(3)
     ops = torch.ops.linconv
@@ -327,7 +331,7 @@ def test_compile():
     inputs, upstream = [t.float() for t in tensors(2, 2, 20, 8, 6)], random(2, 2, 20, 8)
 
     def attention(q, k, v, proj_k, proj_v):
-        return linformer_attention(2 * q, k, v, proj_k, proj_v, seq_lens=torch.tensor([20, 11]), backend="cpu")
+        return linformer_attention(2 * q, k, v, proj_k, proj_v, seq_lens=torch.tensor([20, 11]), backend=here())
 
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
@@ -367,19 +371,22 @@ def test_bad_arguments(arguments, options, error, message):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda ops: ops.linformer_project(X, P, True, None), "proj has 2 dimensions"),
-        (lambda ops: ops.linformer_project(X, P[None, :4], True, None), "x has 5 frames, wanted at most 4"),
-        (lambda ops: ops.linformer_project(X, P.expand(2, 6, 7), True, None), "proj has 2 heads, wanted 1 or 3"),
-        (lambda ops: ops.linformer_project(X, P[None, :, :0], True, None), "r is 0"),
-        (lambda ops: ops.linformer_attend(X, X[:1], X, 1.0, 0.0, None, None), "k has size 1 in dimension 0, wanted 2"),
-        (lambda ops: ops.linformer_attend(X, X, X, 1.0, 0.5, None, None), "seed is absent"),
-        (lambda ops: ops.linformer_attend(X, X, X, 1.0, 0.5, torch.tensor(1.0), None), "seed has another dtype"),
-        (lambda ops: ops.linformer_attend(X, X, X.double(), 1.0, 0.0, None, None), "all or none in Double"),
+        (lambda ops, x, p: ops.linformer_project(x, p, True, None), "proj has 2 dimensions"),
+        (lambda ops, x, p: ops.linformer_project(x, p[None, :4], True, None), "x has 5 frames, wanted at most 4"),
+        (lambda ops, x, p: ops.linformer_project(x, p.expand(2, 6, 7), True, None), "proj has 2 heads, wanted 1 or 3"),
+        (lambda ops, x, p: ops.linformer_project(x, p[None, :, :0], True, None), "r is 0"),
+        (
+            lambda ops, x, p: ops.linformer_attend(x, x[:1], x, 1.0, 0.0, None, None),
+            "k has size 1 in dimension 0, wanted 2",
+        ),
+        (lambda ops, x, p: ops.linformer_attend(x, x, x, 1.0, 0.5, None, None), "seed is absent"),
+        (lambda ops, x, p: ops.linformer_attend(x, x, x, 1.0, 0.5, torch.tensor(1.0), None), "seed has another dtype"),
+        (lambda ops, x, p: ops.linformer_attend(x, x, x.double(), 1.0, 0.0, None, None), "all or none in Double"),
     ],
 )
 def test_operator_checks_what_it_reads(call, message):
     with pytest.raises(RuntimeError, match=message):
-        call(torch.ops.linconv)
+        call(torch.ops.linconv, *(t.to(here()) for t in (X, P)))
 
 
 # ---- With the projections of hidden states
@@ -422,7 +429,7 @@ def test_rewrite_is_exact(batch, length, heads, headdim, d, bias, shared, length
     upstream = random(batch, length, heads * headdim)
 
     def ours(*t):
-        return linformer_self_attention(*t, **options, rewrite=rewrite, backend=backend)
+        return linformer_self_attention(*t, **options, rewrite=rewrite, backend=here(backend))
 
     wanted = gradients(lambda *t: self_attention_by_formula(*t, **options), inputs, upstream)
     torch.testing.assert_close(gradients(ours, inputs, upstream), wanted, rtol=1e-9, atol=1e-9)
@@ -434,7 +441,7 @@ def test_what_stands_in_the_padding_of_hidden_states_reaches_nothing():
     padded[1, 13:] = torch.nan
     upstream, lengths = random(2, 20, 12), torch.tensor([20, 13])
     for rewrite in (True, False):
-        options = dict(num_heads=3, seq_lens=lengths, rewrite=rewrite, backend="cpu")
+        options = dict(num_heads=3, seq_lens=lengths, rewrite=rewrite, backend=here())
         found = [
             gradients(lambda *t, options=options: linformer_self_attention(*t, **options), [h, *parameters], upstream)
             for h in (hidden, padded)
@@ -455,15 +462,15 @@ def test_the_cheaper_order_is_taken(monkeypatch):
     for length, sums in ((4, [2, 2]), (400, [1, 1])):  # heads of keys and values; columns of hidden states, and ones
         rows.clear()
         inputs = [random(1, length, 24), *weights(24, 24), random(400, 8)]
-        linformer_self_attention(*inputs, num_heads=2, backend="cpu")
+        linformer_self_attention(*inputs, num_heads=2, backend=here())
         assert rows == sums, length
 
 
 def test_self_attention_under_autocast_and_compiled():
     inputs = [random(2, 40, 16).float(), *weights(16, 16, dtype=torch.float32), random(40, 4).float()]
-    options = dict(num_heads=2, seq_lens=torch.tensor([40, 9]), rewrite=True, backend="cpu")
+    options = dict(num_heads=2, seq_lens=torch.tensor([40, 9]), rewrite=True, backend=here())
     plain = linformer_self_attention(*inputs, **options)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(here(), torch.bfloat16):
         mixed = linformer_self_attention(*inputs, **options)
     assert mixed.dtype == torch.bfloat16
     assert (mixed.float() - plain).norm() < 0.02 * plain.norm()

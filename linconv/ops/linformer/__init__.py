@@ -276,6 +276,9 @@ def _attend_gradients(ctx, grad, q, k, v, seed, seq_lens):
     return ctx.backward_operator(grad, q, k, v, *ctx.options, seed, seq_lens)
 
 
+# On CUDA tensors Triton comes first: products are nearly all of the work, and its kernels take them on tensor cores;
+# those of csrc/linformer/cuda.cu take CUDA cores. Neither has been measured.
+PREFER = ("triton", "cuda")
 dispatch.register(
     "linformer_project",
     fake=_fake_project,
@@ -283,6 +286,7 @@ dispatch.register(
     setup_context=_save_project,
     backward=_project_backward,
     triton="linconv.ops.linformer.triton",
+    prefer=PREFER,
 )
 dispatch.register(
     "linformer_attend",
@@ -291,4 +295,5 @@ dispatch.register(
     setup_context=_save_attend,
     backward=_attend_backward,
     triton="linconv.ops.linformer.triton",
+    prefer=PREFER,
 )

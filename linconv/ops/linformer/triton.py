@@ -7,7 +7,7 @@ for the parts of dk and dv, one for their sums. Nothing is read back to the host
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -42,24 +42,24 @@ class Tiles:
     stages: int = 2
 
 
-def choose_tiles(operand: torch.dtype, headdim: int, capability: int) -> Tiles:
+def choose_tiles(operand: torch.dtype, precision: str, headdim: int, capability: int) -> Tiles:
     """The committed table: tiles by the type that products are taken in, the size of a head, and the GPU."""
     D = _power(headdim)
     if operand == torch.float64:
         return Tiles(frames=16, ranks=16, columns=min(D, 32), gradient_frames=16, gradient_ranks=16, stages=1)
     if operand == torch.float32:
         small = 32 if D <= 64 else 16
+        wide = D > 128 and precision == "tf32"
         return Tiles(
-            frames=small, ranks=32, columns=min(D, 64), gradient_frames=small, gradient_ranks=small,
-            warps=4 if D <= 64 else 8, gradient_warps=4 if D >= 128 else 8, stages=1,
+            frames=small, ranks=32, columns=min(D, 64), gradient_frames=32 if wide else small, gradient_ranks=small,
+            warps=4 if D <= 64 else 8, gradient_warps=4 if D == 128 else 8, stages=1,
         )  # fmt: skip
     if D <= 64:
-        return Tiles(frames=64, ranks=64, columns=D, gradient_frames=64, gradient_ranks=64)
+        gradient_ranks = 64 if capability >= 90 else 32
+        return Tiles(frames=64, ranks=64, columns=D, gradient_frames=64, gradient_ranks=gradient_ranks)
     if D <= 128:
         return Tiles(frames=64, ranks=32, columns=64, gradient_frames=64, gradient_ranks=32, warps=8, stages=1)
-    return Tiles(
-        frames=64, ranks=32, columns=64, gradient_frames=16, gradient_ranks=16, warps=8, gradient_warps=4, stages=1
-    )
+    return Tiles(frames=64, ranks=32, columns=64, gradient_frames=32, gradient_ranks=16, warps=8, stages=1)
 
 
 def _power(size: int) -> int:
@@ -83,14 +83,22 @@ def _splits(frames: int) -> int:
     return min(MOST_SPLITS, max(1, triton.cdiv(frames, LEAST_FRAMES))) if frames > size else 1
 
 
-_record = None  # where launches go if they are not to be run
+@dataclass
+class _Recording:
+    """Launches that are not to be run, for GPUs of a compute capability."""
+
+    capability: int
+    launches: list = field(default_factory=list)
+
+
+_recording = None
 
 
 def _run(kernel, grid, arguments, num_warps, num_stages):
     if 0 in grid:
         return
-    if _record is not None:
-        _record.append((kernel, arguments, num_warps, num_stages))
+    if _recording is not None:
+        _recording.launches.append((kernel, arguments, num_warps, num_stages))
         return
     kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
 
@@ -112,10 +120,13 @@ def _options(x: torch.Tensor) -> tuple[torch.dtype, dict]:
     return operand, {"MATH": MATH[_math(x)], "OPERAND": MATH[operand], "PRECISION": precision}
 
 
-def _tiles(x: torch.Tensor, operand: torch.dtype) -> Tiles:
-    on_gpu = x.device.type == "cuda"
-    major, minor = torch.cuda.get_device_capability(x.device) if on_gpu else (9, 0)
-    return choose_tiles(operand, x.shape[-1], 10 * major + minor)
+def _tiles(x: torch.Tensor, operand: torch.dtype, options: dict) -> Tiles:
+    if _recording is not None:
+        capability = _recording.capability
+    else:
+        major, minor = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (9, 0)
+        capability = 10 * major + minor
+    return choose_tiles(operand, options["PRECISION"], x.shape[-1], capability)
 
 
 def _strides(name: str, tensor: torch.Tensor, axes: str) -> dict:
@@ -147,7 +158,7 @@ def linformer_project(x, proj, normalize, seq_lens):
     batch, heads, frames, headdim = x.shape
     rank, splits = proj.shape[2], _splits(frames)
     operand, options = _options(x)
-    tiles = _tiles(x, operand)
+    tiles = _tiles(x, operand, options)
     parts = _empty((batch, heads, splits, rank, headdim), x, _math(x))
     blocks = triton.cdiv(headdim, tiles.columns)
     _run(
@@ -176,7 +187,7 @@ def linformer_project_backward(grad, x, proj, normalize, seq_lens):
     batch, heads, frames, headdim = x.shape
     proj_heads, most, rank = proj.shape
     operand, options = _options(x)
-    tiles = _tiles(x, operand)
+    tiles = _tiles(x, operand, options)
     dx, dproj = _empty_frames(x), _empty(proj.shape, proj, proj.dtype)
     blocks = triton.cdiv(headdim, tiles.columns)
     common = dict(
@@ -218,7 +229,7 @@ def _attention(q, k, v, scale, dropout_p, seed, seq_lens):
         keep_scale=1 / (1 - dropout_p), **_strides("q", q, "bhtc"), **_strides("k", k, "bhrc"),
         **_strides("v", v, "bhrc"), BD=_power(q.shape[3]), **options,
     )  # fmt: skip
-    return common, _tiles(q, operand)
+    return common, _tiles(q, operand, options)
 
 
 def linformer_attend(q, k, v, scale, dropout_p, seed, seq_lens):
@@ -268,9 +279,9 @@ def linformer_attend_backward(grad, q, k, v, scale, dropout_p, seed, seq_lens):
     return dq, dk, dv
 
 
-def shipped():
-    """The builds for the usual sizes: heads of 64, 128 and 256, with dropout and lengths."""
-    global _record
+def shipped(capability: int = 90):
+    """The builds for a compute capability and the usual sizes: heads of 64, 128 and 256, with dropout and lengths."""
+    global _recording
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for headdim in (64, 128, 256):
             frames, rank = 4096, 256
@@ -279,14 +290,13 @@ def shipped():
             k = torch.empty(2, 4, rank, headdim, dtype=torch.float32, device="meta")
             lengths = torch.empty(2, dtype=torch.int64, device="meta")
             seed = torch.empty((), dtype=torch.int64, device="meta")
-            _record, launches = [], []
+            recording = _recording = _Recording(capability)
             try:
                 linformer_project(q, proj, True, lengths)
                 linformer_project_backward(k, q, proj, True, lengths)
                 linformer_attend(q, k, k, 0.125, 0.1, seed, lengths)
                 linformer_attend_backward(q, q, k, k, 0.125, 0.1, seed, lengths)
-                launches = _record
             finally:
-                _record = None
-            for kernel, arguments, warps, stages in launches:
+                _recording = None
+            for kernel, arguments, warps, stages in recording.launches:
                 yield build_of(kernel, arguments, warps, stages, f"{dtype} headdim {headdim}".removeprefix("torch."))
