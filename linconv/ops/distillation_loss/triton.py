@@ -40,7 +40,7 @@ def choose_tile(width: int, math: torch.dtype, held: bool) -> Tile:
     """
     size = 4 // (2 if math == torch.float64 else 1)  # K elements a tile at most, logits
     columns = min(triton.next_power_of_2(width), (4 if held else 1) * size * 1024)
-    rows = max(1, size * 512 // columns)
+    rows = min(32, max(1, size * 512 // columns))  # of 64 rows of logits, what is kept of each spills
     warps = 4 if rows * columns <= size * 512 else 8 if rows * columns <= size * 1024 else 16
     return Tile(rows, columns, warps)
 
