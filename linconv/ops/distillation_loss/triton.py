@@ -1,7 +1,7 @@
 """The distillation losses on Triton kernels: which tiles, which memory, which launches.
 
 Hidden states are one launch for each pair of dtypes that the two sides have, whatever the layers' number, widths and
-strides, and one for the sums; logits are one, and one for theirs; backward is one each. A layer's pointers travel in
+strides, and two for the sums; logits are one, and one for theirs; backward is one each. A layer's pointers travel in
 the launch itself: no table is copied to the device, nothing is read back to the host, so a CUDA graph can hold it all.
 """
 
@@ -147,12 +147,14 @@ def _layers_forward(student, teacher, mask, layer_norm) -> tuple[torch.Tensor, t
     math = _math(*student, *teacher)
     batch, frames = student[0].shape[:2]
     _, blocks = _layer_tile(student, teacher)
-    means = empty((2, len(student)), student[0], math)
     parts = empty((2, len(student), batch, blocks), student[0], torch.float64)
     arguments = dict(**_mask(mask), parts=parts, layers=len(student), batch=batch)
     _launch_layers(kernels.layers_forward, student, teacher, {}, layer_norm, arguments)
-    _mean_over_rows(parts.flatten(0, 1), means.flatten(), _counted(mask, frames), batch * frames)
-    return means.unbind()
+    errors, cosines = (empty((len(student),), student[0], math) for _ in range(2))
+    counted = _counted(mask, frames)
+    for part, out in zip(parts, (errors, cosines)):
+        _mean_over_rows(part, out, counted, batch * frames)
+    return errors, cosines
 
 
 # ---- Logits
