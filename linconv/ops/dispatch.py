@@ -24,6 +24,7 @@ __all__ = [
     "backends",
     "build_info",
     "compiled",
+    "define_triton",
     "operator",
     "pick",
     "register",
@@ -137,12 +138,7 @@ def register(op, *, fake, fake_backward, setup_context, backward, triton=None, p
     backend_of = {op: None} if op in kernels else {}
     if triton is not None:
         for name in (op, f"{op}_backward"):
-            schema = str(getattr(torch.ops.linconv, name).default._schema).split("(", 1)[1]
-            torch.library.define(f"linconv::{name}_triton", f"({schema}")
-            torch.library.impl(
-                f"linconv::{name}_triton", "CompositeExplicitAutograd", functools.partial(_run_triton, triton, name)
-            )
-            _triton_operators[name] = triton
+            define_triton(name, triton)
         backend_of[f"{op}_triton"] = "triton"
     _gpu_preference[op] = prefer
     for name, backend in backend_of.items():
@@ -155,6 +151,21 @@ def register(op, *, fake, fake_backward, setup_context, backward, triton=None, p
         torch.library.register_fake(f"linconv::{name}", fake)
         torch.library.register_fake(f"linconv::{op}_backward{suffix}", fake_backward)
         torch.library.register_autograd(f"linconv::{name}", with_operator, setup_context=setup_context)
+
+
+def define_triton(name: str, module: str, run=None) -> None:
+    """Defines ``linconv::<name>_triton``, of the schema of ``linconv::<name>``.
+
+    Args:
+        name: the operator's name.
+        module: the module of its Triton kernels, or of those that it is made of.
+        run: what it does; the module's function of that name if None, imported at the first call.
+    """
+    schema = str(getattr(torch.ops.linconv, name).default._schema).split("(", 1)[1]
+    torch.library.define(f"linconv::{name}_triton", f"({schema}")
+    run = run or functools.partial(_run_triton, module, name)
+    torch.library.impl(f"linconv::{name}_triton", "CompositeExplicitAutograd", run)
+    _triton_operators[name] = module
 
 
 def _run_triton(module: str, name: str, *arguments):

@@ -27,19 +27,21 @@ class Build:
 
     Attributes:
         kernel: the ``triton.jit`` function.
-        signature: type of each argument that is no constant, such as ``"*bf16"``, ``"i32"``, ``"i64"``, ``"fp32"``.
-        constants: value of each other argument: ``tl.constexpr`` ones, strides of 1, pointers that are None.
+        signature: type of each argument that is no constant, such as ``"*bf16"``, ``"i32"``, ``"i64"``, ``"fp32"``; of
+            a tuple, a tuple of them, with ``"constexpr"`` for a constant.
+        constants: value of each other argument: ``tl.constexpr`` ones, strides of 1, pointers that are None; of an
+            element of a tuple by (name, index).
         aligned: arguments that are divisible by 16: pointers as torch allocates them, and most sizes and strides.
             None stands for every pointer and every integer.
         label: what tells this build from others of its kernel, in tables.
     """
 
     kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
+    signature: dict[str, str | tuple]
+    constants: dict[Any, Any]
     num_warps: int = 4
     num_stages: int = 3
-    aligned: tuple[str, ...] | None = None
+    aligned: tuple | None = None
     label: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -61,13 +63,21 @@ class Build:
         integers = ("i32", "i64")
         aligned = self.aligned
         if aligned is None:
-            aligned = [n for n, t in signature.items() if t.startswith("*") or t in integers]
+            aligned = [n for n, t in signature.items() if isinstance(t, str) and (t.startswith("*") or t in integers)]
+
+        def path(key):
+            return (names.index(key),) if isinstance(key, str) else (names.index(key[0]), key[1])
+
         return triton.compile(
             ASTSource(
                 self.kernel,
                 signature,
-                {(names.index(n),): value for n, value in self.constants.items()},
-                {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if signature[n] != "constexpr"},
+                {path(n): value for n, value in self.constants.items()},
+                {
+                    path(n): [["tt.divisibility", 16]]
+                    for n in aligned
+                    if not isinstance(n, str) or signature[n] != "constexpr"
+                },
             ),
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": self.num_warps, "num_stages": self.num_stages, **self.options},
@@ -83,18 +93,26 @@ def build_of(kernel, arguments: dict[str, Any], num_warps: int, num_stages: int,
 
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     signature, constants, aligned = {}, {}, []
-    for name, value in arguments.items():
+
+    def kind(key, value) -> str:
         if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            aligned.append(name)
-        elif name in constexprs or value is None or (isinstance(value, int) and value == 1):
-            constants[name] = value.value if isinstance(value, tl.constexpr) else value
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned.append(key)
+            return "*" + TYPES[value.dtype]
+        if key in constexprs or value is None or (isinstance(value, int) and value == 1):
+            constants[key] = value.value if isinstance(value, tl.constexpr) else value
+            return "constexpr"
+        if isinstance(value, int):
             if value % 16 == 0:
-                aligned.append(name)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
+                aligned.append(key)
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, float):
+            return "fp32"
+        raise TypeError(f"{kernel.__name__}: {key} is {type(value).__name__}, wanted a tensor, a number or a tuple")
+
+    for name, value in arguments.items():
+        if isinstance(value, tuple):
+            signature[name] = tuple(kind((name, i), v) for i, v in enumerate(value))
         else:
-            raise TypeError(f"{kernel.__name__}: {name} is {type(value).__name__}, wanted a tensor or a number")
+            signature[name] = kind(name, value)
+    signature = {name: t for name, t in signature.items() if t != "constexpr"}
     return Build(kernel, signature, constants, num_warps, num_stages, tuple(aligned), label, options)

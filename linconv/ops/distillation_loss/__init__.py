@@ -320,5 +320,10 @@ def _gradients(ctx, grad_mse, grad_kd, *saved):
 
 
 dispatch.register(
-    "distillation_loss", fake=_fake, fake_backward=_fake_backward, setup_context=_save, backward=_backward
+    "distillation_loss",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_save,
+    backward=_backward,
+    triton="linconv.ops.distillation_loss.triton",
 )

@@ -1,5 +1,6 @@
 """KL of outputs over a large vocabulary, from the hidden states before the last projection: logits tile by tile."""
 
+import functools
 from math import prod
 
 import torch
@@ -37,7 +38,8 @@ def linear_kd_loss(
         weight_s, weight_t: (classes, d) each; gradients go to ``hidden_s`` and ``weight_s``, never to the teacher.
         temperature, scale_by_t2: as for :func:`kd_loss`.
         mask: the valid rows: bool, the shape of ``hidden_s`` without its last axis; or int (batch,) lengths of
-            (batch, L, d). None: all. Its values are read on the host.
+            (batch, L, d). None: all. Rows that do not count are left out of every product, so their number is read on
+            the host: on CUDA a mask is one wait for the device in each of forward and backward, and no CUDA graph.
         backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
 
     Returns:
@@ -69,7 +71,7 @@ def linear_kd_loss(
     if backend == "reference":
         kd = reference.linear_kd(hidden_s, weight_s, hidden_t, weight_t, valid=valid, temperature=temperature)
     else:
-        kd, _ = torch.ops.linconv.linear_kd_loss(
+        kd, _ = _operator("linear_kd_loss", backend)(
             hidden_s.flatten(0, -2),
             weight_s,
             hidden_t.flatten(0, -2),
@@ -116,7 +118,15 @@ class _Scratch:
         return torch.mm(a, b, out=self.tensor(name, a.shape[0], b.shape[1]))
 
 
-def _forward(hidden_s, weight_s, hidden_t, weight_t, mask, temperature):
+def _operator(name: str, backend: str):
+    # Only the tiles' operators are kernels: with a compiled backend linear_kd_loss is the device's.
+    if name.startswith("linear"):
+        return getattr(torch.ops.linconv, f"{name}_triton" if backend == "triton" else name)
+    return dispatch.operator(name, backend)
+
+
+def _forward(hidden_s, weight_s, hidden_t, weight_t, mask, temperature, backend=None):
+    kd_statistics = _operator("kd_statistics", backend or hidden_s.device.type)
     math = torch.promote_types(hidden_s.dtype, torch.float32)
     indices = _indices(mask)
     rows = hidden_s.shape[0] if indices is None else len(indices)
@@ -128,13 +138,14 @@ def _forward(hidden_s, weight_s, hidden_t, weight_t, mask, temperature):
             classes = slice(start, start + CLASSES)
             logits_s = scratch.product("logits_s", s, scratch.cast("w_s", weight_s[classes]).T)
             logits_t = scratch.product("logits_t", t, scratch.cast("w_t", weight_t[classes]).T)
-            known = torch.ops.linconv.kd_statistics(logits_s, logits_t, known, temperature)
+            known = kd_statistics(logits_s, logits_t, known, temperature)
         found.append(known)
     statistics = torch.cat(found) if found else hidden_s.new_empty(0, 6, dtype=torch.float64)
     return (statistics[:, -1].sum() / max(rows, 1)).to(math)[None], statistics
 
 
-def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, statistics):
+def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, statistics, backend=None):
+    kd_gradient = _operator("kd_gradient", backend or hidden_s.device.type)
     math = torch.promote_types(hidden_s.dtype, torch.float32)
     indices = _indices(mask)
     scale = (grad / max(len(statistics), 1)).to(math).expand(len(statistics))
@@ -149,7 +160,7 @@ def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, s
         for index, place in _tiles(hidden_s.shape[0], indices):
             s, t = scratch.cast("s", hidden_s[index]), scratch.cast("t", hidden_t[index])
             logits_s, logits_t = scratch.product("logits_s", s, w_s.T), scratch.product("logits_t", t, w_t.T)
-            tile = torch.ops.linconv.kd_gradient(logits_s, logits_t, statistics[place], scale[place], temperature)
+            tile = kd_gradient(logits_s, logits_t, statistics[place], scale[place], temperature)
             total.addmm_(tile.T, s)
             of_hidden[place].addmm_(tile, w_s)
             del tile  # before the next one is made
@@ -177,14 +188,15 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx, grad, _):
-    return *_gradients(ctx, grad, *ctx.saved_tensors), None, None, None, None
+def _differentiate(ctx, grad, _, backend=None):
+    return *_gradients(ctx, backend, grad, *ctx.saved_tensors), None, None, None, None
 
 
 @once_differentiable
-def _gradients(ctx, grad, *saved):
+def _gradients(ctx, backend, grad, *saved):
     *tensors, statistics = saved
-    return torch.ops.linconv.linear_kd_loss_backward(grad, *tensors, ctx.temperature, statistics)
+    operator = _operator("linear_kd_loss_backward", backend or grad.device.type)
+    return operator(grad, *tensors, ctx.temperature, statistics)
 
 
 def _fake_statistics(student, teacher, before, temperature):
@@ -196,15 +208,23 @@ def _fake_gradient(student, teacher, statistics, scale, temperature):
 
 
 def _register() -> None:
-    torch.library.register_fake("linconv::kd_statistics", _fake_statistics)
-    torch.library.register_fake("linconv::kd_gradient", _fake_gradient)
-    for name, function, fake in (
-        ("linear_kd_loss", _forward, _fake),
-        ("linear_kd_loss_backward", _backward, _fake_backward),
-    ):
-        torch.library.impl(f"linconv::{name}", "cpu", function)
-        torch.library.register_fake(f"linconv::{name}", fake)
-    torch.library.register_autograd("linconv::linear_kd_loss", _differentiate, setup_context=_save)
+    fakes = {
+        "kd_statistics": _fake_statistics,
+        "kd_gradient": _fake_gradient,
+        "linear_kd_loss": _fake,
+        "linear_kd_loss_backward": _fake_backward,
+    }
+    made = {"linear_kd_loss": _forward, "linear_kd_loss_backward": _backward}  # of the tiles' operators
+    for name, fake in fakes.items():
+        run = functools.partial(made[name], backend="triton") if name in made else None
+        dispatch.define_triton(name, "linconv.ops.distillation_loss.triton", run)
+        if name in made:
+            torch.library.impl(f"linconv::{name}", ("cpu", "cuda"), made[name])
+        for suffix in ("", "_triton"):
+            torch.library.register_fake(f"linconv::{name}{suffix}", fake)
+    for suffix, backend in (("", None), ("_triton", "triton")):
+        differentiate = functools.partial(_differentiate, backend=backend)
+        torch.library.register_autograd(f"linconv::linear_kd_loss{suffix}", differentiate, setup_context=_save)
 
 
 if dispatch.compiled("kd_statistics"):

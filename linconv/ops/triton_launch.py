@@ -1,0 +1,41 @@
+"""How an operator's ``triton.py`` makes memory and launches kernels, or lists what it would launch."""
+
+import os
+
+import torch
+import triton.language as tl
+
+from linconv.ops.triton_builds import Build, build_of
+
+__all__ = ["MATH", "empty", "launch", "launched"]
+
+MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+_record: list | None = None  # where launches go if they are not to be run
+
+
+def empty(shape, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a result; NaN where LINCONV_POISON=1, so that tests see what a kernel forgets to write."""
+    memory = torch.empty(shape, dtype=dtype, device=like.device)
+    return memory.fill_(float("nan")) if os.environ.get("LINCONV_POISON") == "1" else memory
+
+
+def launch(kernel, grid: tuple, arguments: dict, num_warps: int, num_stages: int = 1, **options) -> None:
+    """Runs a kernel; a grid without blocks is not launched."""
+    if 0 in grid:
+        return
+    if _record is not None:
+        _record.append((kernel, arguments, num_warps, num_stages, options))
+        return
+    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **options)
+
+
+def launched(run, label: str) -> list[Build]:
+    """The builds that ``run()``, on tensors of the meta device, would launch; nothing is run."""
+    global _record
+    _record = []
+    try:
+        run()
+        return [build_of(*found[:4], label, **found[4]) for found in _record]
+    finally:
+        _record = None
