@@ -7,11 +7,12 @@ import triton.language as tl
 
 from linconv.ops.triton_builds import Build, build_of
 
-__all__ = ["MATH", "empty", "launch", "launched"]
+__all__ = ["MATH", "capability_of", "empty", "launch", "launched"]
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 _record: list | None = None  # where launches go if they are not to be run
+_recorded_capability = 0  # and the GPUs they are for
 
 
 def empty(shape, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -30,10 +31,18 @@ def launch(kernel, grid: tuple, arguments: dict, num_warps: int, num_stages: int
     kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **options)
 
 
-def launched(run, label: str) -> list[Build]:
-    """The builds that ``run()``, on tensors of the meta device, would launch; nothing is run."""
-    global _record
-    _record = []
+def capability_of(x: torch.Tensor) -> int:
+    """The compute capability of the GPU that ``x`` is on, such as 90; that of Hopper in the interpreter."""
+    if _record is not None:
+        return _recorded_capability
+    major, minor = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
+def launched(run, label: str, capability: int = 90) -> list[Build]:
+    """The builds that ``run()``, on tensors of the meta device, would launch on such a GPU; nothing is run."""
+    global _record, _recorded_capability
+    _record, _recorded_capability = [], capability
     try:
         run()
         return [build_of(*found[:4], label, **found[4]) for found in _record]

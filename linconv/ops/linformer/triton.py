@@ -6,17 +6,18 @@ stay in the L2 cache. Backward of attention recomputes the weights: one launch f
 for the parts of dk and dv, one for their sums. Nothing is read back to the host.
 """
 
-import os
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from linconv.ops import triton_launch
 from linconv.ops.linformer import triton_kernels as kernels
-from linconv.ops.triton_builds import build_of
+from linconv.ops.triton_launch import capability_of, empty, launch, launched
 
-MATH = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16}
+MATH = {**triton_launch.MATH, torch.bfloat16: tl.bfloat16}
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 LEAST_FRAMES, MOST_SPLITS, SPLIT_MULTIPLE = 512, 16, 128  # of a split, as in csrc/linformer/kernel.h
 
@@ -66,41 +67,15 @@ def _power(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _empty(shape, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for a result; NaN where LINCONV_POISON=1, so that tests see what a kernel forgets to write."""
-    memory = torch.empty(shape, dtype=dtype, device=like.device)
-    return memory.fill_(float("nan")) if os.environ.get("LINCONV_POISON") == "1" else memory
-
-
 def _empty_frames(like: torch.Tensor) -> torch.Tensor:
     batch, heads, length, headdim = like.shape
-    return _empty((batch, length, heads, headdim), like, like.dtype).transpose(1, 2)
+    return empty((batch, length, heads, headdim), like, like.dtype).transpose(1, 2)
 
 
 def _splits(frames: int) -> int:
     """The most splits that a sequence of at most so many frames has."""
     size = max(LEAST_FRAMES, triton.cdiv(triton.cdiv(frames, MOST_SPLITS), SPLIT_MULTIPLE) * SPLIT_MULTIPLE)
     return min(MOST_SPLITS, max(1, triton.cdiv(frames, LEAST_FRAMES))) if frames > size else 1
-
-
-@dataclass
-class _Recording:
-    """Launches that are not to be run, for GPUs of a compute capability."""
-
-    capability: int
-    launches: list = field(default_factory=list)
-
-
-_recording = None
-
-
-def _run(kernel, grid, arguments, num_warps, num_stages):
-    if 0 in grid:
-        return
-    if _recording is not None:
-        _recording.launches.append((kernel, arguments, num_warps, num_stages))
-        return
-    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
 
 
 def _math(x: torch.Tensor) -> torch.dtype:
@@ -121,12 +96,7 @@ def _options(x: torch.Tensor) -> tuple[torch.dtype, dict]:
 
 
 def _tiles(x: torch.Tensor, operand: torch.dtype, options: dict) -> Tiles:
-    if _recording is not None:
-        capability = _recording.capability
-    else:
-        major, minor = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (9, 0)
-        capability = 10 * major + minor
-    return choose_tiles(operand, options["PRECISION"], x.shape[-1], capability)
+    return choose_tiles(operand, options["PRECISION"], x.shape[-1], capability_of(x))
 
 
 def _strides(name: str, tensor: torch.Tensor, axes: str) -> dict:
@@ -141,7 +111,7 @@ def _sum(parts, out, seq_lens, frames, normalize):
     """out = the sum of each row's and head's own parts, over the root of its length if normalize."""
     batch, heads, splits, rank, headdim = parts.shape
     size, block = rank * headdim, 1024
-    _run(
+    launch(
         kernels.sum_parts,
         (triton.cdiv(size, block), batch * heads),
         dict(
@@ -159,9 +129,9 @@ def linformer_project(x, proj, normalize, seq_lens):
     rank, splits = proj.shape[2], _splits(frames)
     operand, options = _options(x)
     tiles = _tiles(x, operand, options)
-    parts = _empty((batch, heads, splits, rank, headdim), x, _math(x))
+    parts = empty((batch, heads, splits, rank, headdim), x, _math(x))
     blocks = triton.cdiv(headdim, tiles.columns)
-    _run(
+    launch(
         kernels.project,
         (triton.cdiv(rank, tiles.ranks) * blocks, splits, batch * heads),
         dict(
@@ -172,7 +142,7 @@ def linformer_project(x, proj, normalize, seq_lens):
         tiles.warps,
         tiles.stages,
     )  # fmt: skip
-    out = _empty((batch, heads, rank, headdim), x, _math(x))
+    out = empty((batch, heads, rank, headdim), x, _math(x))
     _sum(parts, out, seq_lens, frames, normalize)
     return out
 
@@ -188,21 +158,21 @@ def linformer_project_backward(grad, x, proj, normalize, seq_lens):
     proj_heads, most, rank = proj.shape
     operand, options = _options(x)
     tiles = _tiles(x, operand, options)
-    dx, dproj = _empty_frames(x), _empty(proj.shape, proj, proj.dtype)
+    dx, dproj = _empty_frames(x), empty(proj.shape, proj, proj.dtype)
     blocks = triton.cdiv(headdim, tiles.columns)
     common = dict(
         grad=grad, bounds=seq_lens, frames=frames, heads=heads, rank=rank, headdim=headdim,
         **_strides("g", grad, "bhrc"), NORMALIZE=normalize, BT=tiles.frames, BR=tiles.ranks, BC=tiles.columns,
         **options,
     )  # fmt: skip
-    _run(
+    launch(
         kernels.unproject,
         (triton.cdiv(frames, tiles.frames), blocks, batch * heads),
         dict(proj=proj, dx=dx, **common, **_head_strides(proj), **_strides("d", dx, "bhtc")),
         tiles.warps,
         tiles.stages,
     )
-    _run(
+    launch(
         kernels.project_weights,
         (triton.cdiv(most, tiles.frames), triton.cdiv(rank, tiles.ranks), proj_heads),
         dict(
@@ -236,7 +206,7 @@ def linformer_attend(q, k, v, scale, dropout_p, seed, seq_lens):
     """``linconv::linformer_attend_triton``."""
     common, tiles = _attention(q, k, v, scale, dropout_p, seed, seq_lens)
     out = _empty_frames(q)
-    _run(
+    launch(
         kernels.attend,
         (triton.cdiv(q.shape[2], tiles.frames), q.shape[0] * q.shape[1]),
         dict(out=out, **common, **_strides("o", out, "bhtc"), BT=tiles.frames, BR=tiles.ranks),
@@ -256,24 +226,24 @@ def linformer_attend_backward(grad, q, k, v, scale, dropout_p, seed, seq_lens):
     )  # fmt: skip
     dq = _empty_frames(q)
     # Of each query: the logarithm of its weights' normaliser, and the mean gradient of its scores.
-    normalisers, means = (_empty((batch, heads, frames), q, _math(q)) for _ in range(2))
+    normalisers, means = (empty((batch, heads, frames), q, _math(q)) for _ in range(2))
     common |= dict(normalisers=normalisers, means=means)
-    _run(
+    launch(
         kernels.attend_queries,
         (triton.cdiv(frames, tiles.gradient_frames), batch * heads),
         dict(dq=dq, **common, **_strides("o", dq, "bhtc")),
         tiles.gradient_warps,
         tiles.stages,
     )
-    dk_parts, dv_parts = (_empty((batch, heads, splits, rank, headdim), q, _math(q)) for _ in range(2))
-    _run(
+    dk_parts, dv_parts = (empty((batch, heads, splits, rank, headdim), q, _math(q)) for _ in range(2))
+    launch(
         kernels.attend_keys,
         (triton.cdiv(rank, tiles.gradient_ranks), splits, batch * heads),
         dict(dk_parts=dk_parts, dv_parts=dv_parts, splits=splits, **common, **_split_options()),
         tiles.gradient_warps,
         tiles.stages,
     )
-    dk, dv = (_empty(t.shape, t, t.dtype) for t in (k, v))
+    dk, dv = (empty(t.shape, t, t.dtype) for t in (k, v))
     _sum(dk_parts, dk, seq_lens, frames, False)
     _sum(dv_parts, dv, seq_lens, frames, False)
     return dq, dk, dv
@@ -281,7 +251,6 @@ def linformer_attend_backward(grad, q, k, v, scale, dropout_p, seed, seq_lens):
 
 def shipped(capability: int = 90):
     """The builds for a compute capability and the usual sizes: heads of 64, 128 and 256, with dropout and lengths."""
-    global _recording
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for headdim in (64, 128, 256):
             frames, rank = 4096, 256
@@ -290,13 +259,12 @@ def shipped(capability: int = 90):
             k = torch.empty(2, 4, rank, headdim, dtype=torch.float32, device="meta")
             lengths = torch.empty(2, dtype=torch.int64, device="meta")
             seed = torch.empty((), dtype=torch.int64, device="meta")
-            recording = _recording = _Recording(capability)
-            try:
-                linformer_project(q, proj, True, lengths)
-                linformer_project_backward(k, q, proj, True, lengths)
-                linformer_attend(q, k, k, 0.125, 0.1, seed, lengths)
-                linformer_attend_backward(q, q, k, k, 0.125, 0.1, seed, lengths)
-            finally:
-                _recording = None
-            for kernel, arguments, warps, stages in recording.launches:
-                yield build_of(kernel, arguments, warps, stages, f"{dtype} headdim {headdim}".removeprefix("torch."))
+            label = f"{dtype} headdim {headdim}".removeprefix("torch.")
+            calls = (
+                (linformer_project, (q, proj, True, lengths)),
+                (linformer_project_backward, (k, q, proj, True, lengths)),
+                (linformer_attend, (q, k, k, 0.125, 0.1, seed, lengths)),
+                (linformer_attend_backward, (q, q, k, k, 0.125, 0.1, seed, lengths)),
+            )
+            for function, arguments in calls:
+                yield from launched(functools.partial(function, *arguments), label, capability)
