@@ -384,3 +384,12 @@ def test_batch_on_the_command_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "layer", "--list", "--batch", "0"])
     assert "want a number from 1 up, or largest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_models_are_checked_as_they_are_timed(mixed, monkeypatch):
+    from linconv.benchmarking.suites import model
+
+    sizes = model._sizes(128, 2, 128, **model.LARGE)
+    monkeypatch.setitem(model.MODELS, "small", (model._wav2vec2, 1, sizes, ("hydra",)))
+    model.check("small", "hydra", Setting(batch=3, mixed=mixed))

@@ -132,10 +132,12 @@ def block(setting, length, name, mixer):
 def check(name, mixer, setting):
     """The blocks' mixer in its place: logits of a model of one layer over 2 s."""
     model = _on(setting, build(name, mixer, 1, 100))
-    [(key, given)] = inputs(setting, 100, model).items()
+    rest = inputs(setting, 100, model)  # a mask too, of batches of mixed lengths
+    key = model.main_input_name
+    given = rest.pop(key)
     if not given.is_floating_point():  # tokens have no gradient: their embeddings are the input
         key, given = "inputs_embeds", model.get_input_embeddings()(given).detach()
-    check_module(model, lambda module, x: module(**{key: x}).logits, [given])
+    check_module(model, lambda module, x: module(**{key: x}, **rest).logits, [given])
 
 
 def cases(device):
