@@ -21,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
     run.add_argument("--work", nargs="+", choices=("forward", "training", "step"), help="only these passes")
     run.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="only these dtypes")
-    run.add_argument("--batch", type=int, metavar="N", help="sequences at once, in place of each case's own number")
+    run.add_argument(
+        "--batch",
+        type=_batch,
+        metavar="N",
+        help="sequences at once, in place of each case's own number; or largest: as many as the limits take",
+    )
     run.add_argument("--lengths", nargs="+", type=int, metavar="L", help="measure at these lengths, predict the others")
     run.add_argument(
         "--without", nargs="+", metavar="TEXT", default=[], help="leave out implementations with this name"
@@ -48,6 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     after.add_argument(
         "--check", type=float, metavar="RATIO", help="with --compare: status 1 if anything became slower by more"
     )
+
+
+def _batch(text: str) -> int:
+    from linconv.benchmarking.suite import LARGEST
+
+    if text == "largest":
+        return LARGEST
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; want a number from 1 up, or largest")
+    return int(text)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -114,8 +129,8 @@ def _cases(suite: str, arguments) -> list:
     found = []
     for case in suites.get(suite, arguments.device):
         setting = case.setting
-        if arguments.batch:
-            setting = replace(setting, batch=arguments.batch)
+        if arguments.batch is not None:
+            setting = setting.with_batch(arguments.batch)
         case = replace(
             case,
             setting=replace(setting, seed=arguments.seed),

@@ -33,7 +33,9 @@ _METHOD = (
     "process of its own on CPU, by torch's allocator on CUDA. The floor is the operations over the measured rate of "
     "torch.mm, or the bytes over the measured rate of a copy, whichever is longer. ~ marks what was not measured but "
     "predicted from a + b·length + c·length², fitted to shorter lengths (c = 0 where growth is linear); † what is "
-    "composed, of a model of one layer and one block times the number of the others. Intervals are the middle "
+    "composed, of a model of one layer and one block times the number of the others. Of a largest batch, "
+    "the largest power of two of sequences that fits into the run's limits of memory and of time for a call, times and "
+    "memory are of one sequence. Intervals are the middle "
     "95 % of bootstrap draws of the repeats."
 )
 
@@ -167,6 +169,8 @@ def _latency_table(results: Results, case: str, series):
                 if s.seconds[at]:
                     mark = "~" if s.predicted[at] else ""
                     cell = f"{mark}{_seconds(s.seconds[at])}" + ("†" if s.composed[at] else "")
+                    if s.batch[at]:
+                        cell += f", {s.batch[at]} at once"
                     if baseline is not None and s.ours and (ratio := analysis.speedup(s, baseline).get(length)):
                         cell += f" ({ratio:.2f} ×)"
             cells.append(cell)

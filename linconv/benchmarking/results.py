@@ -22,6 +22,7 @@ class Series:
     seconds, extra_bytes: medians of a call, and the peak of memory above model and input; None where unknown.
     samples: the repeats, none where predicted. predicted, bytes_predicted: why a value is predicted, or None.
     composed: whether seconds are those of one block times the number of blocks.
+    batch: sequences at once where the case leaves that open, and seconds and bytes are of one of them; else None.
     """
 
     case: str
@@ -33,6 +34,7 @@ class Series:
     samples: tuple[tuple[float, ...], ...]
     predicted: tuple[str | None, ...]
     composed: tuple[bool, ...]
+    batch: tuple[int | None, ...]
     floor_seconds: tuple[float | None, ...]
     extra_bytes: tuple[float | None, ...]
     bytes_predicted: tuple[str | None, ...]
@@ -101,7 +103,7 @@ class Results:
             yield Series(
                 key, name, rows[0].get("ours", False), rows[0].get("degree", 1), column("length"), column("seconds"),
                 tuple(map(tuple, column("samples", ()))), column("seconds_predicted"), column("composed", False),
-                column("floor_seconds"), column("extra_bytes"), column("extra_bytes_predicted"),
+                column("batch"), column("floor_seconds"), column("extra_bytes"), column("extra_bytes_predicted"),
             )  # fmt: skip
 
     def _ours(self, case: str, name: str) -> bool:

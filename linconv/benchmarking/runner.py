@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from linconv.benchmarking.machine import memory_bytes, provenance, rates
 from linconv.benchmarking.memory import peak_extra_bytes, peak_extra_cuda_bytes
 from linconv.benchmarking.results import Results
 from linconv.benchmarking.scaling import fit, predict
-from linconv.benchmarking.suite import Absent, Case, CheckFailed, Implementation, work
+from linconv.benchmarking.suite import LARGEST, Absent, Case, CheckFailed, Implementation, Setting, work
 
 __all__ = ["Limits", "run"]
 
@@ -95,7 +96,7 @@ class _Runner:
 
     def _usable(self, case: Case, implementation: Implementation) -> bool:
         """Runs it once, short, and its check; files it under absent or failed if it will not do."""
-        name, setting = implementation.name, case.setting
+        name, setting = implementation.name, _of_one(case.setting)
         try:
             if implementation.reason:
                 raise Absent(implementation.reason)
@@ -124,6 +125,32 @@ class _Runner:
             self.results.absent.pop(key, None)
         return True
 
+    # ---- Batches
+
+    def _setting(self, case: Case, implementation: Implementation, length: int) -> Setting:
+        """The case's, its batch a number."""
+        if case.setting.batch != LARGEST:
+            return case.setting
+        row = self._row(case, implementation, length)
+        if "batch" not in row:
+            row["batch"] = self._largest(_of_one(case.setting), implementation, length)
+        return case.setting.with_batch(row["batch"])
+
+    def _sequences(self, case: Case, implementation: Implementation, length: int) -> int:
+        """How many times one sequence's a call's time and memory are."""
+        return self._setting(case, implementation, length).batch if case.setting.batch == LARGEST else 1
+
+    def _largest(self, one: Setting, implementation: Implementation, length: int) -> int:
+        """The largest power of two of sequences that take no more memory and time than the limits of one call."""
+        arguments = _arguments(implementation, length)
+        call = work(implementation.make, arguments, one, length)
+        _, leaves = implementation.make(one, length, *arguments)
+        bytes_of_one = self._extra_bytes(one, implementation, length) + sum(leaf.nbytes for leaf in leaves)
+        taken = compare({"": call}, clock=_clock(one), warmup=1, min_repeats=1, max_repeats=1)[""]
+        by_memory = self._memory_limit(one) / max(bytes_of_one, 1)
+        by_time = self.limits.call_seconds / taken.median
+        return 2 ** max(0, math.floor(math.log2(min(by_memory, by_time))))
+
     # ---- Latency
 
     def _latency(self, case: Case, usable: list[Implementation], length: int) -> None:
@@ -136,7 +163,8 @@ class _Runner:
                 self.why[case.key, implementation.name, length, "seconds"] = beyond
             else:
                 group.append(implementation)
-                expected[implementation.name] = self._call_seconds(case, implementation, length)
+                sequences = self._sequences(case, implementation, length)
+                expected[implementation.name] = sequences * self._call_seconds(case, implementation, length)
         slowest = max(expected.values(), default=0.0)
         repeats = _repeats(slowest)
         need = sum(expected.values()) * (repeats["min_repeats"] + repeats["warmup"] + 0.5)
@@ -149,10 +177,13 @@ class _Runner:
         said = []
         for implementation in group:
             samples, composed = taken[implementation.name]
+            sequences = self._sequences(case, implementation, length)
+            samples = [sample / sequences for sample in samples]
             row = self._row(case, implementation, length)
-            row.update(seconds=statistics.median(samples), samples=list(samples), run=len(self.results.runs) - 1)
+            row.update(seconds=statistics.median(samples), samples=samples, run=len(self.results.runs) - 1)
             if implementation.cost is not None:
-                row["floor_seconds"] = implementation.cost(case.setting, length).seconds(self.rates)
+                cost = implementation.cost(self._setting(case, implementation, length), length)
+                row["floor_seconds"] = cost.seconds(self.rates) / sequences
             if composed:
                 row["composed"] = True
             said.append(f"{implementation.name} {row['seconds'] * 1e3:,.2f} ms")
@@ -162,18 +193,15 @@ class _Runner:
         """Samples by implementation, and whether they are composed of one block's, all timed in turn."""
         works, composed = {}, {}
         for i in group:
-            shortcut = i.shortcut
-            if shortcut is None or length <= shortcut.up_to:
-                works[i.name, "whole"] = work(i.make, i.arguments, case.setting, length)
-            else:
-                works[i.name, "whole"] = work(i.make, shortcut.arguments, case.setting, length)
-                works[i.name, "block"] = work(shortcut.block, shortcut.block_arguments, case.setting, length)
+            shortcut, setting = i.shortcut, self._setting(case, i, length)
+            works[i.name, "whole"] = work(i.make, _arguments(i, length), setting, length)
+            if shortcut is not None and length > shortcut.up_to:
+                works[i.name, "block"] = work(shortcut.block, shortcut.block_arguments, setting, length)
                 composed[i.name] = shortcut.times
-        clock = cuda_events if case.setting.device == "cuda" else wall_clock
         if composed:  # alike in number: round by round they make up one call
             repeats = {**repeats, "min_repeats": repeats["max_repeats"] if length < 1000 else repeats["min_repeats"]}
             repeats["max_repeats"] = repeats["min_repeats"]
-        taken = compare(works, clock=clock, **repeats)
+        taken = compare(works, clock=_clock(case.setting), **repeats)
         samples = {}
         for i in group:
             whole = taken[i.name, "whole"].samples
@@ -190,21 +218,30 @@ class _Runner:
             return
         key = (case.key, implementation.name, length, "extra_bytes")
         beyond = self._beyond(case, implementation, length)
-        if not beyond and time.monotonic() + 2 * self._call_seconds(case, implementation, length) > self.end:
-            beyond = "the time of the runs was used up"
+        if not beyond:
+            seconds = self._sequences(case, implementation, length) * self._call_seconds(case, implementation, length)
+            if time.monotonic() + 2 * seconds > self.end:
+                beyond = "the time of the runs was used up"
         if beyond:
             self.why[key] = beyond
             return
+        extra = self._extra_bytes(self._setting(case, implementation, length), implementation, length)
+        extra //= self._sequences(case, implementation, length)
+        self._row(case, implementation, length)["extra_bytes"] = extra
+        self.report(f"  {length:>7,} {case.unit}: {implementation.name} {extra / 2**20:,.1f} MiB")
+
+    @staticmethod
+    def _extra_bytes(setting: Setting, implementation: Implementation, length: int) -> int:
         arguments = implementation.arguments
         if implementation.shortcut is not None:  # blocks work one after another: one needs what all need
             arguments = implementation.shortcut.arguments
-        build = functools.partial(warmed, implementation.make, arguments, case.setting, length)
-        if case.setting.device == "cuda":
-            extra = peak_extra_cuda_bytes(build())
-        else:
-            extra = peak_extra_bytes(build, preload=(implementation.make.__module__, "transformers"))
-        self._row(case, implementation, length)["extra_bytes"] = extra
-        self.report(f"  {length:>7,} {case.unit}: {implementation.name} {extra / 2**20:,.1f} MiB")
+        build = functools.partial(warmed, implementation.make, arguments, setting, length)
+        if setting.device == "cuda":
+            return peak_extra_cuda_bytes(build())
+        return peak_extra_bytes(build, preload=(implementation.make.__module__, "transformers"))
+
+    def _memory_limit(self, setting: Setting) -> float:
+        return self.limits.memory_bytes or 0.8 * memory_bytes(setting.device)
 
     def _call_seconds(self, case, implementation, length) -> float:
         """What one call that is timed may take, going by shorter lengths."""
@@ -218,10 +255,10 @@ class _Runner:
         seconds, most = self._call_seconds(case, implementation, length), self.limits.call_seconds
         if seconds > most:
             return f"a call would take about {seconds:,.0f} s, the limit is {most:g} s"
-        limit = self.limits.memory_bytes or 0.8 * memory_bytes(case.setting.device)
+        limit = self._memory_limit(case.setting)
         extra = self._expected(case, implementation, "extra_bytes", length)
         if extra is None and implementation.memory is not None:
-            extra = implementation.memory(case.setting, length)
+            extra = implementation.memory(_of_one(case.setting), length)
         if extra is not None and extra > limit:
             return f"it would need about {extra / 2**30:,.0f} GiB, the limit is {limit / 2**30:,.0f} GiB"
         return None
@@ -253,6 +290,20 @@ class _Runner:
                         row[f"{what}_predicted"] = why
                         # Below the shortest length, or from fewer values than terms, a fit says nothing.
                         row[what] = predict(terms, length) if enough and length > min(lengths) else None
+
+
+def _of_one(setting: Setting) -> Setting:
+    """The setting itself; of a largest batch, that of one sequence."""
+    return setting.with_batch(1) if setting.batch == LARGEST else setting
+
+
+def _arguments(implementation: Implementation, length: int) -> tuple:
+    shortcut = implementation.shortcut
+    return implementation.arguments if shortcut is None or length <= shortcut.up_to else shortcut.arguments
+
+
+def _clock(setting: Setting) -> Callable:
+    return cuda_events if setting.device == "cuda" else wall_clock
 
 
 def warmed(make, arguments, setting, length):

@@ -8,8 +8,20 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Absent", "Case", "CheckFailed", "Cost", "Implementation", "Setting", "Shortcut", "judge", "work"]
+__all__ = [
+    "LARGEST",
+    "Absent",
+    "Case",
+    "CheckFailed",
+    "Cost",
+    "Implementation",
+    "Setting",
+    "Shortcut",
+    "judge",
+    "work",
+]
 
+LARGEST = 0  # as a batch: what fits
 WORKS = ("forward", "training", "step")
 AUDIO_LENGTHS = (249, 499, 1_499, 2_999, 5_999, 14_999, 29_999, 89_999, 179_999)  # 5 s to 1 h at 50 frames a second
 TOKEN_LENGTHS = (512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536)
@@ -30,7 +42,9 @@ class Setting:
     work: "forward" (no gradients), "training" (forward and the gradients of every input and parameter) or "step"
         (forward, backward and an AdamW step on every parameter).
     dtype: name of a torch dtype.
-    batch: sequences at once; if ``mixed``, their lengths fall evenly from the longest to its batch-th part.
+    batch: sequences at once; if ``mixed``, their lengths fall evenly from the longest to its batch-th part. LARGEST:
+        for each implementation and length the largest power of two within the limits of the run; times, floors and
+        memory are then of one sequence.
     """
 
     work: str = "forward"
@@ -39,6 +53,9 @@ class Setting:
     mixed: bool = False
     device: str = "cpu"
     seed: int = 0
+
+    def with_batch(self, batch: int) -> Setting:
+        return replace(self, batch=batch)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -136,7 +153,8 @@ class Case:
     @property
     def key(self) -> str:
         s = self.setting
-        batch = f"batch {s.batch}" + (" of mixed lengths" if s.mixed else "")
+        batch = "largest batch" if s.batch == LARGEST else f"batch {s.batch}"
+        batch += " of mixed lengths" if s.mixed else ""
         return f"{self.name}, {s.work}, {s.dtype}, {batch}"
 
     def describe(self) -> dict:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from linconv.data.holdout import hold_out
+from linconv.data.hub import class_name, load_from_hub
 from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
 from linconv.recipe import Data
 
@@ -98,60 +100,31 @@ def _read(table: Path, data: Data) -> Sentences:
 
 
 def _from_hub(data: Data) -> dict[str, Sentences | None]:
-    absent = no_folder("data.path", data.path)
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{absent}; for a data set on the hub, install the package datasets") from None
-    try:
-        available = datasets.get_dataset_split_names(data.path, data.name)
-    except Exception as error:  # the loader raises whatever its many back ends raise
-        raise UserError(f"{absent}, and no such data set on the hub: {' '.join(str(error).split())[:200]}") from error
-    if data.train not in available:
-        raise unknown("data.train", data.train, available)
     columns, splits = _columns(data), {}
-    for split in SPLITS:
-        name = getattr(data, split)
-        if name not in available:
-            splits[split] = None
+    named = {"data.label": data.label, **{f"data.sentence: {column}": column for column in columns}}
+    for split, dataset in load_from_hub(data, named):
+        splits[split] = None
+        if dataset is None:
             continue
-        dataset = datasets.load_dataset(data.path, data.name, split=name)
-        for what, key in [("data.label", data.label), *(("data.sentence", column) for column in columns)]:
-            if key not in dataset.features:
-                raise unknown(what, key, dataset.features)
         feature, labels = dataset.features[data.label], list(dataset[data.label])
         if min(labels, default=0) == -1:  # GLUE keeps the answers of its tests to itself
-            splits[split] = None
             continue
-        names = [feature.int2str(v) if hasattr(feature, "int2str") else str(v) for v in labels]
-        splits[split] = Sentences(list(zip(*(dataset[column] for column in columns))), names)
+        texts = list(zip(*(dataset[column] for column in columns)))
+        splits[split] = Sentences(texts, [class_name(feature, label) for label in labels])
     return splits
 
 
 def _hold_out(splits: dict, data: Data) -> None:
     """Takes the shares that data.holdout names from the training rows, within each label."""
-    for split, share in data.holdout.items():
-        if split not in SPLITS[1:]:
-            raise unknown("data.holdout", split, SPLITS[1:])
-        if not 0 < share < 1:
-            raise UserError(f"data.holdout.{split}: got {share}; want a share between 0 and 1")
-    if sum(data.holdout.values()) >= 1:
-        raise UserError("data.holdout: the shares leave nothing to train on")
-    if not data.holdout:
-        return
     train = splits["train"]
-    taken: dict[str, list[int]] = {split: [] for split in data.holdout}
-    order = _drawn(train, data)
-    for label in sorted(set(train.targets)):
-        group, start = [i for i in order if train.targets[i] == label], 0
-        for split, share in data.holdout.items():
-            end = start + round(share * len(group))
-            taken[split] += group[start:end]
-            start = end
+    order = _drawn(train, data) if data.holdout else []
+    groups = ([i for i in order if train.targets[i] == label] for label in sorted({train.targets[i] for i in order}))
+    taken = hold_out(groups, data.holdout)
     for split, rows in taken.items():
         splits[split] = train.subset(sorted(rows))
-    gone = set().union(*taken.values())
-    splits["train"] = train.subset([i for i in range(len(train)) if i not in gone])
+    if taken:
+        gone = set().union(*taken.values())
+        splits["train"] = train.subset([i for i in range(len(train)) if i not in gone])
 
 
 def _drawn(rows: Sentences, data: Data) -> list[int]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from linconv.data.audio import read_audio
+from linconv.data.holdout import hold_out
+from linconv.data.hub import class_name, load_from_hub
 from linconv.data.sentences import Sentences, load_sentences
 from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
 from linconv.recipe import Data
@@ -36,7 +38,7 @@ class HubClips(torch.utils.data.Dataset):
 
     def __init__(self, dataset, data: Data, target: str):
         self.dataset, self.data = dataset, data
-        self.targets = [_name(dataset.features[target], value) for value in dataset[target]]
+        self.targets = [class_name(dataset.features[target], value) for value in dataset[target]]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -59,7 +61,7 @@ class AudioStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         feature = self.dataset.features[self.target]
         for row in self.dataset:
-            yield {"audio": _hub_audio(row, self.data), "target": _name(feature, row[self.target])}
+            yield {"audio": _hub_audio(row, self.data), "target": class_name(feature, row[self.target])}
 
 
 @dataclass
@@ -178,13 +180,6 @@ def _file(folder: Path, row: dict) -> Path:
 
 def _hold_out(rows: list[dict], target: str, data: Data) -> list[str]:
     """A split for each row: within each label, the rows in an order drawn from their names, cut by the shares."""
-    for split, share in data.holdout.items():
-        if split not in SPLITS[1:]:
-            raise unknown("data.holdout", split, SPLITS[1:])
-        if not 0 < share < 1:
-            raise UserError(f"data.holdout.{split}: got {share}; want a share between 0 and 1")
-    if sum(data.holdout.values()) >= 1:
-        raise UserError("data.holdout: the shares leave nothing to train on")
 
     def draw(row: dict) -> str:
         return hashlib.sha256(f"{data.holdout_seed} {row['file_name']}".encode()).hexdigest()
@@ -193,51 +188,25 @@ def _hold_out(rows: list[dict], target: str, data: Data) -> list[str]:
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row[target] if data.label == target else "", []).append(row)
-    assigned = {}
-    for group in groups.values():
-        group = sorted(group, key=draw)
-        start = 0
-        for split, share in data.holdout.items():
-            end = start + round(share * len(group))
-            assigned.update((row["file_name"], split) for row in group[start:end])
-            start = end
+    taken = hold_out((sorted(group, key=draw) for group in groups.values()), data.holdout)
+    assigned = {row["file_name"]: split for split, part in taken.items() for row in part}
     return [assigned.get(row["file_name"], "train") for row in rows]
 
 
 def _from_hub(data: Data, column: str) -> dict:
-    absent = no_folder("data.path", data.path)
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{absent}; for a data set on the hub, install the package datasets") from None
     if data.where or data.holdout or data.max_seconds:
         raise UserError("data.where, data.holdout and data.max_seconds are for folders, not for data sets on the hub")
-    try:
-        available = datasets.get_dataset_split_names(data.path, data.name)
-    except Exception as error:  # the loader raises whatever its many back ends raise
-        raise UserError(f"{absent}, and no such data set on the hub: {' '.join(str(error).split())[:200]}") from error
-    if data.train not in available:
-        raise unknown("data.train", data.train, available)
     target, splits = getattr(data, column), {}
-    for split in SPLITS:
-        name = getattr(data, split)
-        if name not in available:
-            splits[split] = None
-            continue
-        dataset = datasets.load_dataset(data.path, data.name, split=name, streaming=data.streaming)
-        for what, key in (("data.audio", data.audio), (f"data.{column}", target)):
-            if key not in dataset.features:
-                raise unknown(what, key, dataset.features)
-        if isinstance(dataset.features[data.audio], datasets.Audio):
-            dataset = dataset.cast_column(data.audio, datasets.Audio(decode=False))
-        splits[split] = (AudioStream if data.streaming else HubClips)(dataset, data, target)
+    columns = {"data.audio": data.audio, f"data.{column}": target}
+    for split, dataset in load_from_hub(data, columns, streaming=data.streaming):
+        if dataset is not None:
+            if type(dataset.features[data.audio]).__name__ == "Audio":  # its bytes, which we decode
+                dataset = dataset.cast_column(data.audio, type(dataset.features[data.audio])(decode=False))
+            dataset = (AudioStream if data.streaming else HubClips)(dataset, data, target)
+        splits[split] = dataset
     return splits
 
 
 def _hub_audio(row: dict, data: Data):
     clip = row[data.audio]
     return read_audio(clip["bytes"] if clip.get("bytes") else clip["path"], data.sampling_rate)
-
-
-def _name(feature, value) -> str:
-    return feature.int2str(value) if hasattr(feature, "int2str") else str(value)

@@ -29,6 +29,10 @@ class DistillationArguments(TrainingArguments):
     teacher_learning_rate: float | None = field(
         default=None, metadata={"help": "Of a teacher that is trained beside the student; None: as the student's."}
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "A folder where what a fixed teacher makes of each clip is kept, in bfloat16, and read."},
+    )
     exponential_decay_to: float | None = field(
         default=None,
         metadata={

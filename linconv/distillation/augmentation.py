@@ -19,13 +19,21 @@ class SharedSpecAugment:
     def __init__(self, student: nn.Module, frame_mask: Tensor):
         config = student.config
         self.time = self.features = None
-        if not (getattr(config, "apply_spec_augment", False) and hasattr(student.base_model, "_mask_hidden_states")):
+        if not self.is_on(student):
             return
         batch, length = frame_mask.shape
         if config.mask_time_prob > 0:
             self.time = self._draw(frame_mask, "time", config, frame_mask.shape)
         if config.mask_feature_prob > 0:
             self.features = self._draw(frame_mask, "feature", config, (batch, config.hidden_size))
+
+    @staticmethod
+    def is_on(student: nn.Module) -> bool:
+        """Whether anything is masked at all."""
+        config = student.config
+        if not (getattr(config, "apply_spec_augment", False) and hasattr(student.base_model, "_mask_hidden_states")):
+            return False
+        return config.mask_time_prob > 0 or config.mask_feature_prob > 0
 
     @staticmethod
     def _draw(frame_mask: Tensor, axis: str, config, shape) -> Tensor:

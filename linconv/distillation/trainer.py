@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from linconv.conversion import encoder_layers, frame_lengths
+from linconv.distillation.activation_cache import ActivationCache, check_cacheable
 from linconv.distillation.arguments import DistillationArguments
 from linconv.distillation.augmentation import SharedSpecAugment
 from linconv.distillation.heads import Head
@@ -81,6 +82,13 @@ class DistillationTrainer(Trainer):
         if teacher is not None:
             self._check_teacher(teacher)
             self.guide = make_teacher(teacher.to(args.device), mode, self)
+        self.cache: ActivationCache | None = None
+        if args.teacher_cache is not None:
+            check_cacheable(model, teacher, mode)
+            precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "own"
+            options = {"precision": precision, "embeddings": args.include_embeddings}
+            self.cache = ActivationCache(args.teacher_cache, self.teacher, self.head, **options)
+            self.add_callback(_FlushCache(self.cache))
         self._batches: list | None = None  # of the optimizer step to come
         self._measures: dict[str, Tensor] = {}
         self.add_callback(_TrimMetrics())
@@ -156,13 +164,13 @@ class DistillationTrainer(Trainer):
         with_layers, with_kd = lessons.layers and self.args.alpha_ld > 0, lessons.kd and self.args.alpha_kd > 0
         measured = self.teacher is not None and self._logs_this_step()
         if with_layers or with_kd or measured:
-            teacher_outputs, teacher = self._teach(inputs, augment)
             with_states = with_layers or measured
+            teacher_states, teacher_logits = self._teach(inputs, augment, frame_mask, with_states)
             terms = distillation_terms(
                 self._states(student) if with_states else (),
-                self._states(teacher) if with_states else (),
+                teacher_states,
                 outputs.logits if with_kd else None,
-                teacher_outputs.logits if with_kd else None,
+                teacher_logits if with_kd else None,
                 temperature=self.args.temperature,
                 mask=frame_mask,
                 logits_mask=answers,
@@ -185,11 +193,22 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _teach(self, inputs, augment: SharedSpecAugment):
+    def _teach(self, inputs, augment: SharedSpecAugment, frame_mask: Tensor, with_states: bool):
+        """The teacher's hidden states, none where they are not wanted, and its logits."""
+        if self.cache is not None:
+            frames = frame_mask.sum(-1)
+            keys = self.cache.keys(inputs, frames)
+            if not all(key in self.cache for key in keys):
+                self.cache.add(keys, frames, *self._ask(inputs, augment))
+            return self.cache.batch(keys, frame_mask.shape[1], frame_mask.device, with_states=with_states)
+        states, logits = self._ask(inputs, augment)
+        return (states if with_states else ()), logits
+
+    def _ask(self, inputs, augment: SharedSpecAugment) -> tuple[list[Tensor], Tensor]:
         states = LayerStates(self.teacher_layers)
         with states, augment.applied_to(self.teacher), self.accelerator.autocast():
             outputs = self.teacher(**self.head.model_inputs(inputs), **augment.arguments)
-        return outputs, states
+        return self._states(states), outputs.logits
 
     def _layer_weights(self, like: Tensor) -> Tensor:
         weights = like.new_tensor(self.args.layer_weights)
@@ -263,6 +282,8 @@ class DistillationTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.cache is not None:  # a resumed run must find what this one was given
+            self.cache.flush()
         if self.guide is not None and self.args.should_save:
             self.guide.save(output_dir)
 
@@ -270,6 +291,14 @@ class DistillationTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.guide is not None and checkpoint is not None:
             self.guide.load(checkpoint)
+
+
+class _FlushCache(TrainerCallback):
+    def __init__(self, cache: ActivationCache):
+        self.cache = cache
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.cache.flush()
 
 
 class _TrimMetrics(TrainerCallback):

@@ -17,7 +17,18 @@ from linconv.benchmarking.latency import Latency
 from linconv.benchmarking.results import Results
 from linconv.benchmarking.runner import Limits
 from linconv.benchmarking.scaling import crossover_interval, exponent, fit, interval, predict
-from linconv.benchmarking.suite import Absent, Case, CheckFailed, Implementation, Setting, Shortcut, judge, work
+from linconv.benchmarking.suite import (
+    LARGEST,
+    Absent,
+    Case,
+    CheckFailed,
+    Cost,
+    Implementation,
+    Setting,
+    Shortcut,
+    judge,
+    work,
+)
 from linconv.cli import main
 from linconv.conversion.crossover import _faster_from
 from linconv.errors import UserError
@@ -127,6 +138,35 @@ def test_blocks_make_up_a_model(clock):
     assert series.composed == (False, False, True, True, True)
     assert series.seconds[1] == pytest.approx(20**2 / 3000)
     assert series.seconds[4] == pytest.approx(1.6 + 3 * 1.6)
+
+
+def batched(setting, length, per_sequence):
+    """Takes as long as its sequences one after another."""
+    return (lambda: torch.tensor(setting.batch * per_sequence * length)), [torch.zeros(setting.batch, 1000)]
+
+
+def test_the_largest_batch_keeps_within_the_limits_and_is_told_by_the_sequence(clock, monkeypatch):
+    def peak(build, preload):
+        *_, setting, length = build.args
+        return int(1e6 * length * setting.batch)
+
+    monkeypatch.setattr(runner, "peak_extra_bytes", peak)
+    cost = lambda setting, length: Cost(bytes=setting.batch * length)  # noqa: E731
+    quick = Implementation("ours", batched, (1e-4,), ours=True, cost=cost)
+    slow = Implementation("attention", batched, (1e-2,))
+    largest = Case("toy", Setting(batch=LARGEST), (quick, slow), "attention", LENGTHS)
+    assert largest.key.endswith("largest batch")
+    results = measured([largest], limits=Limits(call_seconds=1.0, memory_bytes=700e6))
+    ours, attention = results.series()
+    # Of ours memory is the limit, of the other time: 70, 35, ... and 10, 5, ... sequences, to a power of two.
+    assert ours.batch == (64, 32, 16, 8, 4) and attention.batch == (8, 4, 2, 1, None)
+    assert attention.predicted[:4] == (None,) * 4 and "the limit is 1 s" in attention.predicted[4]
+    for series, seconds in ((ours, 1e-4), (attention, 1e-2)):
+        assert series.seconds == pytest.approx([seconds * n for n in LENGTHS])
+        assert series.extra_bytes[:4] == tuple(1e6 * n for n in LENGTHS[:4])
+    assert ours.floor_seconds == pytest.approx([n * 1e-9 for n in LENGTHS])
+    results.runs[-1] |= {"gpu": None, "cpu": "x", "device": "cpu"}
+    assert "64 at once" in "".join(map(str, report._latency_table(results, largest.key, [ours, attention])))
 
 
 def test_judge_knows_right_from_wrong():
@@ -266,7 +306,7 @@ def test_cases_are_whole(name):
         for i in each.implementations:  # memory is measured in another process
             pickle.dumps(functools.partial(runner.warmed, i.make, i.arguments, each.setting, 10))
             if i.cost is not None and "linformer" not in i.name:
-                cost = i.cost(each.setting, 100)
+                cost = i.cost(each.setting.with_batch(1), 100)
                 assert cost.flops + cost.bytes > 0
 
 
@@ -336,3 +376,11 @@ def test_inspect_predicts_by_fits_to_results(clock, tmp_path, monkeypatch):
     assert crossover.measured_crossover("hydra", 512, operations / 4).frames == pytest.approx(15, abs=1)
     assert "scaled to width 512" in crossover.measured_crossover("hydra", 512, operations / 4).basis
     assert crossover.measured_crossover("bimamba2", 1024, operations) is None
+
+
+def test_batch_on_the_command_line(capsys):
+    assert main(["bench", "layer", "--list", "--batch", "largest", "--cases", "width 1024, forward, float32"]) == 0
+    assert "width 1024, forward, float32, largest batch" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "layer", "--list", "--batch", "0"])
+    assert "want a number from 1 up, or largest" in capsys.readouterr().err

@@ -105,3 +105,38 @@ def test_finetune_distill_and_eval(folder, checkpoint, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "student"), str(path), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["rows"] == 8 and 0 <= scores["test_accuracy"] <= 1
+
+
+def test_a_data_set_of_the_hub_as_glue_is(tmp_path):
+    """Classes by number, the test's answers kept back as -1, pairs, and a configuration with its own name."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow.parquet
+
+    from linconv.data import sentences
+
+    names = ["entailment", "not_entailment"]
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "sentence": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=names),
+        }
+    )
+    for split, labels in (("train", [0, 1, 0, 1]), ("validation", [1, 0]), ("test", [-1, -1])):
+        rows = {
+            "question": [f"{split} {i}?" for i in range(len(labels))],
+            "sentence": [f"Answer {i}." for i in range(len(labels))],
+            "label": labels,
+        }
+        (tmp_path / "qnli").mkdir(exist_ok=True)
+        table = pyarrow.Table.from_pydict(rows, schema=features.arrow_schema)
+        pyarrow.parquet.write_table(table, tmp_path / "qnli" / f"{split}-00000-of-00001.parquet")
+    data = Data(path=str(tmp_path / "qnli"), sentence=["question", "sentence"], label="label")
+    got = sentences._from_hub(data)
+    assert got["test"] is None
+    assert got["train"].texts == [(f"train {i}?", f"Answer {i}.") for i in range(4)]
+    assert got["train"].targets == ["entailment", "not_entailment"] * 2 and got["validation"].targets == names[::-1]
+    with pytest.raises(UserError, match=r"data\.train: no 'trian'; did you mean 'train'"):
+        sentences._from_hub(Data(path=data.path, train="trian", sentence="sentence", label="label"))
+    with pytest.raises(UserError, match=r"data\.sentence: sentance: no 'sentance'; did you mean 'sentence'"):
+        sentences._from_hub(Data(path=data.path, sentence="sentance", label="label"))

@@ -148,6 +148,8 @@ def test_hub_data_sets(folder, tmp_path, streaming):
 
     data = Data(path=str(tmp_path / "hub"), label="word", streaming=streaming)
     got = sources._from_hub(data, "label")
+    with pytest.raises(UserError, match=r"data\.label: no 'wrod'; did you mean 'word'"):
+        sources._from_hub(Data(path=data.path, label="wrod"), "label")
     assert got["validation"] is None
     clips = list(got["train"]) if streaming else [got["train"][i] for i in range(len(got["train"]))]
     assert [clip["target"] for clip in clips] == files.train.targets

@@ -1,5 +1,5 @@
 """A small distillation to be started as a process of its own: run.py FOLDER [--steps N] [--batch N] [--accumulate N]
-[--kill-at STEP] [--resume] [--augment] [--mode NAME]. Under torchrun too."""
+[--kill-at STEP] [--resume] [--augment] [--mode NAME] [--cache FOLDER]. Under torchrun too."""
 
 import argparse
 import copy
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--augment", action="store_true")
     parser.add_argument("--mode", default="hybrid")
+    parser.add_argument("--cache")
     given = parser.parse_args()
     torch.set_num_threads(1)
     teacher, student = models(given.augment)
@@ -158,6 +159,7 @@ def main() -> None:
         save_steps=3,
         warmup_steps=2,
         exponential_decay_to=0.1,
+        teacher_cache=given.cache,
     )
     trainer = DistillationTrainer(
         student,

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from linconv import mixers
-from linconv.benchmarking.suite import Absent, Case, CheckFailed, Cost, Implementation, Setting
+from linconv.benchmarking.suite import LARGEST, Absent, Case, CheckFailed, Cost, Implementation, Setting
 from linconv.benchmarking.suites import peers
 from linconv.benchmarking.suites.modules import check_module, key_mask
 
@@ -151,3 +151,4 @@ def cases(device):
     yield case(WIDTHS[0], "training", "bfloat16")
     yield case(WIDTHS[0], "forward", "float32", batch=8)
     yield case(WIDTHS[0], "forward", "float32", batch=8, mixed=True)
+    yield case(WIDTHS[0], "forward", "bfloat16", batch=LARGEST)

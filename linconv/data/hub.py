@@ -1,0 +1,46 @@
+"""Data sets of the hub, through the package datasets."""
+
+from collections.abc import Iterator
+
+from linconv.errors import UserError, no_folder, unknown
+from linconv.recipe import Data
+
+__all__ = ["class_name", "load_from_hub"]
+
+SPLITS = ("train", "validation", "test")
+
+
+def load_from_hub(data: Data, columns: dict[str, str], **options) -> Iterator[tuple[str, object]]:
+    """Each of the three splits that ``data`` names, with its data set, or None where the hub has none of that name.
+
+    Args:
+        columns: what each column that must be there is called in the recipe, and its name.
+        options: further ones of ``datasets.load_dataset``.
+
+    Raises:
+        UserError: something that ``data`` names is not there; the message says what and what comes nearest.
+    """
+    absent = no_folder("data.path", data.path)
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{absent}; for a data set on the hub, pip install 'linconv[hub]'") from None
+    try:
+        available = datasets.get_dataset_split_names(data.path, data.name)
+    except Exception as error:  # the loader raises whatever its many back ends raise
+        raise UserError(f"{absent}, and no such data set on the hub: {' '.join(str(error).split())[:200]}") from error
+    if data.train not in available:
+        raise unknown("data.train", data.train, available)
+    for split in SPLITS:
+        name, dataset = getattr(data, split), None
+        if name in available:
+            dataset = datasets.load_dataset(data.path, data.name, split=name, **options)
+            for what, column in columns.items():
+                if column not in dataset.features:
+                    raise unknown(what, column, dataset.features)
+        yield split, dataset
+
+
+def class_name(feature, value) -> str:
+    """What a class that the hub counts is called."""
+    return feature.int2str(value) if hasattr(feature, "int2str") else str(value)

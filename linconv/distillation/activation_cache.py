@@ -1,0 +1,225 @@
+"""What a teacher that does not move makes of each clip, kept on disk: later epochs and later runs need not ask it."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linconv.distillation.augmentation import SharedSpecAugment
+from linconv.distillation.heads import Head
+from linconv.distillation.schedules import Mode, TargetGuided, Unguided
+
+__all__ = ["ActivationCache", "check_cacheable"]
+
+SHARD_BYTES = 256 << 20
+SPARED = 0.05  # share of the disk that is left free
+
+logger = logging.getLogger(__name__)
+
+
+def check_cacheable(student: PreTrainedModel, teacher: PreTrainedModel | None, mode: Mode) -> None:
+    """Whether a clip gives the same activations whenever the teacher hears it.
+
+    Raises:
+        ValueError: the teacher moves, draws dropout, or hears SpecAugment; the message says what to do.
+    """
+    if teacher is None:
+        raise ValueError("teacher_cache: got a folder but no teacher; want both, or None")
+    if not isinstance(mode.guide, TargetGuided | Unguided):
+        raise ValueError(f"teacher_cache: the teacher of {mode.guide} moves; want None, or TargetGuided")
+    if SharedSpecAugment.is_on(student):
+        raise ValueError(
+            "teacher_cache: the teacher hears the student's SpecAugment, drawn anew each time; want None, or "
+            "apply_spec_augment=False in the student's config"
+        )
+    drawing = [name for name, m in teacher.named_modules() if m.training and getattr(m, "p", 0)]
+    if drawing:
+        raise ValueError(f"teacher_cache: {drawing[0]} of the teacher draws dropout; want None, or teacher.eval()")
+
+
+class ActivationCache:
+    """Hidden states, in bfloat16, and logits, as they are, of each clip or sentence: safetensors shards in a folder.
+
+    A clip is known by its content, so any order of the data finds it, in batches of any size and padding; the teacher
+    by a hash of its weights and config, which names the folder below ``folder``. Where padding reaches the hidden
+    states (group normalisation over time), the padded length is part of what a clip is.
+
+    What training is given always comes from the cache, rounded as it is kept, the first time too: so a run with a warm
+    cache is the same, bit for bit, as the one that filled it.
+
+    Args:
+        folder: made where it is not there; several teachers and processes may share one.
+        teacher: in evaluation mode.
+        head: that of the student.
+        precision: what the forward pass runs in beside the weights' own dtype, such as "bf16" for autocast.
+        embeddings: keep what the first layer is given, too.
+    """
+
+    def __init__(self, folder: str | Path, teacher: PreTrainedModel, head: Head, *, precision: str, embeddings: bool):
+        self.folder = Path(folder) / _fingerprint(teacher, precision, embeddings)
+        self.head, self.main_input = head, teacher.main_input_name
+        self.padding_leaks = getattr(teacher.config, "feat_extract_norm", None) == "group"
+        self._new: dict[str, dict[str, Tensor]] = {}
+        self._new_bytes, self._full = 0, False
+        self._shards: dict[str, safe_open] = {}  # by clip
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._open(path)
+
+    def __len__(self) -> int:
+        return len(self._shards.keys() | self._new.keys())
+
+    # ---- Batches
+
+    def keys(self, inputs: dict[str, Tensor], frames: Tensor) -> list[str]:
+        """What each clip of a batch is known by.
+
+        Args:
+            inputs: the batch as the collator made it.
+            frames: (batch,) valid frames of the hidden states.
+        """
+        given = {n: x for n, x in sorted(inputs.items()) if isinstance(x, Tensor)}
+        if self.head.kind != "token":
+            given.pop("labels", None)  # only of a decoder are they an input
+        mask, length = given.get("attention_mask"), given[self.main_input].shape[-1]
+        given = {n: x.cpu() for n, x in given.items()}
+        found = []
+        for row, count in enumerate(frames.tolist()):
+            digest = hashlib.sha256(str(count).encode())
+            valid = length if mask is None or self.padding_leaks else int(mask[row].sum())
+            if mask is not None and not bool(mask[row, :valid].all()):
+                valid = length  # not padded on the right: taken as it stands
+            for name, x in given.items():
+                own = x[row, ..., :valid] if x.shape[-1] == length and x.dim() > 1 else x[row]
+                digest.update(f"{name} {own.dtype} {tuple(own.shape)}".encode())
+                digest.update(_bytes(own))
+            found.append(digest.hexdigest()[:32])
+        return found
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._new or key in self._shards
+
+    def add(self, keys: list[str], frames: Tensor, states: list[Tensor], logits: Tensor) -> None:
+        """Keeps what the teacher made of those clips of a batch that are not known yet.
+
+        Args:
+            keys, frames: as of :meth:`keys`.
+            states: (batch, L, d) each.
+            logits: (batch, classes), or (batch, L, classes) of heads that answer for frames or labels.
+        """
+        for row, (key, count) in enumerate(zip(keys, frames.tolist())):
+            if key in self:
+                continue
+            entry = {f"{i}": state[row, :count].to("cpu", torch.bfloat16) for i, state in enumerate(states)}
+            entry["logits"] = (logits[row, :count] if self._of_frames else logits[row]).to("cpu", copy=True)
+            self._new[key] = {name: x.contiguous() for name, x in entry.items()}
+            self._new_bytes += sum(x.nbytes for x in entry.values())
+        if self._new_bytes >= SHARD_BYTES:
+            self.flush(keep=keys)
+
+    def batch(self, keys: list[str], length: int, device, *, with_states: bool) -> tuple[list[Tensor], Tensor]:
+        """The hidden states, (batch, L, d) each, and the logits of known clips; zero at padding.
+
+        Args:
+            keys: one a clip.
+            length: L, the padded length in frames.
+            with_states: whether hidden states are wanted; else the list is empty.
+        """
+        rows = [self._entry(key) for key in keys]
+        names = sorted((n for n in rows[0].names if n != "logits"), key=int) if with_states else []
+        states = [_stack([row[name] for row in rows], length).to(device) for name in names]
+        logits = [row["logits"] for row in rows]
+        return states, (_stack(logits, length) if self._of_frames else torch.stack(logits)).to(device)
+
+    @property
+    def _of_frames(self) -> bool:
+        return self.head.kind in ("ctc", "frame")
+
+    def _entry(self, key: str) -> "_Entry":
+        if key in self._new:
+            own = self._new[key]
+            return _Entry(own.keys(), own.__getitem__)
+        shard, names = self._shards[key]
+        return _Entry(names, lambda name: shard.get_tensor(f"{key}/{name}"))
+
+    # ---- Disk
+
+    def flush(self, keep: list[str] = ()) -> None:
+        """Writes what is not on disk yet; without room for it, nothing more is kept, and a warning says so.
+
+        Args:
+            keep: clips that are asked for next, whether there was room or not.
+        """
+        if not self._new:
+            return
+        disk = shutil.disk_usage(self.folder)
+        if disk.free - self._new_bytes < SPARED * disk.total:
+            if not self._full:
+                logger.warning(
+                    "teacher_cache: %s is nearly full; what is not in the cache yet is computed each time. Free some "
+                    "room, or give another folder",
+                    self.folder,
+                )
+            self._full = True
+            self._new = {key: self._new[key] for key in keep if key in self._new}
+            self._new_bytes = sum(x.nbytes for entry in self._new.values() for x in entry.values())
+            return
+        tensors = {f"{key}/{name}": x for key, entry in self._new.items() for name, x in entry.items()}
+        path = self.folder / f"{os.urandom(8).hex()}.safetensors"
+        # Under its name only when it is whole: other processes may be reading the folder, and this one may be killed.
+        unfinished = path.with_suffix(".unfinished")
+        save_file(tensors, unfinished)
+        unfinished.rename(path)
+        self._open(path)
+        self._new, self._new_bytes = {}, 0
+
+    def _open(self, path: Path) -> None:
+        shard = safe_open(path, "pt")
+        names: dict[str, list[str]] = {}
+        for name in shard.keys():  # noqa: SIM118  it is no dictionary
+            key, _, part = name.partition("/")
+            names.setdefault(key, []).append(part)
+        for key, parts in names.items():
+            self._shards[key] = shard, parts
+
+
+class _Entry:
+    """The tensors kept of one clip, each read when it is asked for."""
+
+    def __init__(self, names, read):
+        self.names, self._read = names, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name)
+
+
+def _stack(rows: list[Tensor], length: int) -> Tensor:
+    """(batch, length, d), of (frames, d) each."""
+    stacked = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
+    for target, row in zip(stacked, rows):
+        target[: len(row)] = row
+    return stacked
+
+
+def _bytes(x: Tensor) -> bytes:
+    return x.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _fingerprint(teacher: PreTrainedModel, precision: str, embeddings: bool) -> str:
+    digest = hashlib.sha256()
+    # Folders and versions in the config say nothing of the function.
+    config = {k: v for k, v in teacher.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    about = [type(teacher).__name__, config, precision, embeddings, str(teacher.device.type)]
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, x in sorted(teacher.state_dict().items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(_bytes(x.detach().cpu()))
+    return digest.hexdigest()[:32]
