@@ -27,13 +27,14 @@ TESTS = {
     "short_conv": "not instruction_set and not outside_the_tensor",
     "gated_rms_norm": "not instruction_set",
     "ssd": "forward or padding_is_never_read or handed_over",
+    "bidirectional_ssd": "fused and not tritons",
 }
 
 # Results and gradients of each operator, to compare bit by bit.
 RESULTS = """
 import sys, torch
 sys.path.insert(0, "tests/ops")
-from scan_cases import scan_arguments, split
+from scan_cases import REGIMES, scan_arguments, split
 from linconv import ops
 torch.manual_seed(0)
 lens, dtype = torch.tensor([300, 37]), torch.bfloat16
@@ -48,6 +49,9 @@ keep("norm", lambda *t: ops.gated_rms_norm(*t, seq_lens=lens, group_size=100), x
      torch.randn(2, 200).to(dtype))
 tensors, rest = split(scan_arguments(2, 9, 4, 40, 2, 33, dtype=dtype))
 found["ssd"] = ops.ssd(*tensors, **rest, return_final_states=True)
+for name, regime in REGIMES.items():
+    tensors, rest = split(scan_arguments(1, 70, 1, 64, 1, 64, per_direction=regime, dtype=dtype))
+    found[name] = [ops.bidirectional_ssd(*tensors, **rest, dt_softplus=True)]
 torch.save(found, sys.argv[1])
 """
 
