@@ -43,8 +43,8 @@ constexpr int kStateWords = kWarps * (N / kTile) * kWarp + 1;
 // What the frames of a chunk have from dt, in one direction.
 struct Steps {
   float v[kChunk], u[kChunk], dt[kChunk];
-  float added[kChunk];  // the factor of x_j B_j^T in the next state, over added_scale
-  float kept, added_scale, unused[2];
+  float added[kChunk], kept;  // the factors of x_j B_j^T and of the state in the next state, over `scale`
+  float scale, unused[2];
 };
 
 template <int N>
@@ -119,7 +119,8 @@ struct Walk {
   int warp, lane;
   int64_t head, sequence;
   Span span;
-  int64_t length, chunks;
+  int64_t length;
+  int chunks;
   uint4* states;  // of the first chunk
 
   __device__ Walk(const Arguments& a, int64_t head, int64_t sequence)
@@ -131,7 +132,7 @@ struct Walk {
         sequence(sequence),
         span(a.sequences.sequence(sequence)),
         length(span.end - span.begin),
-        chunks(ceil_div(length, kChunk)),
+        chunks(static_cast<int>(ceil_div(length, kChunk))),
         states(a.states ? a.states + (a.sequences.first_slot(sequence, kChunk) * a.heads + head) * kStateWords<N> : nullptr) {}
 
   // Frames of the sequence from `first` on, which may lie outside of it: zeros then.
@@ -153,15 +154,15 @@ struct Walk {
       }
     }
   }
-  __device__ void fetch_x(int buffer, int direction, int64_t chunk) const {
-    fetch(Tile<kHeaddim>{shared.x[buffer]}, a.x, a.x_pieces, direction, head, chunk * kChunk);
+  __device__ void fetch_x(int buffer, int direction, int chunk) const {
+    fetch(Tile<kHeaddim>{shared.x[buffer]}, a.x, a.x_pieces, direction, head, int64_t(chunk) * kChunk);
   }
-  __device__ void fetch_B(int buffer, int direction, int64_t chunk) const {
-    fetch(Tile<N>{shared.B[buffer]}, a.B, a.B_pieces, direction, head / a.heads_per_group, chunk * kChunk);
+  __device__ void fetch_B(int buffer, int direction, int chunk) const {
+    fetch(Tile<N>{shared.B[buffer]}, a.B, a.B_pieces, direction, head / a.heads_per_group, int64_t(chunk) * kChunk);
   }
-  __device__ void fetch_C(int buffer, int direction, int64_t chunk) const {
+  __device__ void fetch_C(int buffer, int direction, int chunk) const {
     const int one_before = a.shifted ? (direction == 1 ? 1 : -1) : 0;
-    fetch(Tile<N>{shared.C[buffer]}, a.C, a.C_pieces, direction, head / a.heads_per_group, chunk * kChunk + one_before);
+    fetch(Tile<N>{shared.C[buffer]}, a.C, a.C_pieces, direction, head / a.heads_per_group, int64_t(chunk) * kChunk + one_before);
   }
 
   // A lane's two frames of a chunk lie one behind the other in the direction's own order.
@@ -170,15 +171,15 @@ struct Walk {
     return direction == 1 ? kChunk - 1 - position : position;
   }
   // dt as it is in memory.
-  __device__ void read_dt(int direction, int64_t chunk, float (&dt)[2]) const {
+  __device__ void read_dt(int direction, int chunk, float (&dt)[2]) const {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const int64_t t = chunk * kChunk + own_frame(direction, k);
+      const int64_t t = int64_t(chunk) * kChunk + own_frame(direction, k);
       dt[k] = t < length ? load_element<Tagged, float>(at(a.dt, direction, span.row, span.begin + t, head), a.dt.dtype, 0) : 0;
     }
   }
   // One warp makes the steps of a chunk. Sums are in float64, for weights are powers of their differences.
-  __device__ void make_steps(int direction, int64_t chunk, const float (&raw)[2], Steps& steps) const {
+  __device__ void make_steps(int direction, int chunk, const float (&raw)[2], Steps& steps) const {
     constexpr double kLog2e = 1.4426950408889634;
     const double rate = kLog2e * *static_cast<const float*>(at(a.A, direction, head));
     float dt[2];
@@ -189,7 +190,7 @@ struct Walk {
       if (a.dt_bias.data) step += *static_cast<const float*>(at(a.dt_bias, direction, head));
       if (a.dt_softplus) step = softplus_of(step);
       step = step < a.dt_min ? a.dt_min : step > a.dt_max ? a.dt_max : step;
-      dt[k] = chunk * kChunk + own_frame(direction, k) < length ? step : 0;
+      dt[k] = int64_t(chunk) * kChunk + own_frame(direction, k) < length ? step : 0;
       v[k] = dt[k] * rate;
     }
     double before = 0, total = v[0] + v[1];
@@ -214,27 +215,26 @@ struct Walk {
 #pragma unroll
     for (int k = 0; k < 2; ++k) steps.added[own_frame(direction, k)] = added[k] * scale.down;
     if (lane == 0) {
-      steps.kept = exp2_of(static_cast<float>(total));
-      steps.added_scale = scale.up;
+      steps.kept = exp2_of(static_cast<float>(total)) * scale.down;
+      steps.scale = scale.up;
     }
   }
 
-  // The state (of this warp's columns of headdim) behind a chunk. x: this warp's columns of it, transposed.
-  __device__ void advance(Accumulator (&state)[kStateTiles], const Fragment (&x)[kTiles], const Tile<N>& B,
+  // The state (of this warp's columns of headdim) behind a chunk. Unrolled, its frames would take more registers than there are.
+  __device__ void advance(Accumulator (&state)[kStateTiles], const Tile<kHeaddim>& x, const Tile<N>& B,
                           const Steps& steps) const {
-    float kept = steps.kept;
-    if constexpr (kScaled<S>) kept /= steps.added_scale;  // a power of two
 #pragma unroll
     for (int s = 0; s < kStateTiles; ++s)
 #pragma unroll
-      for (int k = 0; k < 8; ++k) state[s].value[k / 4][k % 4] *= kept;
-#pragma unroll
+      for (int k = 0; k < 8; ++k) state[s].value[k / 4][k % 4] *= steps.kept;
+#pragma unroll 1
     for (int j = 0; j < kTiles; ++j) {
-      Fragment scaled;
+      Fragment scaled = x.transposed(j * kTile, warp * kTile);
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const float* factor = &steps.added[j * kTile + w / 2 * 8 + lane % 4 * 2];
-        scaled.word[w] = pack<S>(unpack<S>(x[j].word[w], 0) * factor[0], unpack<S>(x[j].word[w], 1) * factor[1]);
+        const uint32_t pair = scaled.word[w];
+        scaled.word[w] = pack<S>(unpack<S>(pair, 0) * factor[0], unpack<S>(pair, 1) * factor[1]);
       }
 #pragma unroll
       for (int s = 0; s < kStateTiles; ++s) multiply<S>(state[s], scaled, B.transposed(j * kTile, s * kTile));
@@ -243,15 +243,10 @@ struct Walk {
 #pragma unroll
       for (int s = 0; s < kStateTiles; ++s)
 #pragma unroll
-        for (int k = 0; k < 8; ++k) state[s].value[k / 4][k % 4] *= steps.added_scale;
+        for (int k = 0; k < 8; ++k) state[s].value[k / 4][k % 4] *= steps.scale;
   }
 
-  __device__ void transposed_x(const Tile<kHeaddim>& x, Fragment (&out)[kTiles]) const {
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) out[j] = x.transposed(j * kTile, warp * kTile);
-  }
-
-  __device__ uint4* stored_state(int64_t chunk) const { return states + chunk * a.heads * kStateWords<N>; }
+  __device__ uint4* stored_state(int chunk) const { return states + chunk * a.heads * kStateWords<N>; }
 
   // The backward direction's states that enter each chunk, into memory.
   __device__ void sweep_states() const {
@@ -264,9 +259,8 @@ struct Walk {
       read_dt(1, chunks - 1, dt);
       make_steps(1, chunks - 1, dt, shared.steps[0]);
     }
-    for (int64_t i = 0; i < chunks; ++i) {
-      const int64_t chunk = chunks - 1 - i;
-      const int buffer = i % 2;
+    for (int i = 0; i < chunks; ++i) {
+      const int chunk = chunks - 1 - i, buffer = i % 2;
       wait_for_copies();
       __syncthreads();
       if (chunk > 0) {
@@ -281,9 +275,7 @@ struct Walk {
         to[(warp * kStateTiles + s) * kWarp + lane] = words_of(fragment_of<S>(state[s], scale.down));
       if (kScaled<S> && lane == 0) reinterpret_cast<float*>(to + kStateWords<N> - 1)[warp] = scale.up;
       if (chunk == 0) break;
-      Fragment x[kTiles];
-      transposed_x(Tile<kHeaddim>{shared.x[buffer]}, x);
-      advance(state, x, Tile<N>{shared.B[buffer]}, shared.steps[buffer]);
+      advance(state, Tile<kHeaddim>{shared.x[buffer]}, Tile<N>{shared.B[buffer]}, shared.steps[buffer]);
       if (warp == 0) make_steps(1, chunk - 1, dt, shared.steps[1 - buffer]);
     }
     __syncthreads();  // the buffers are free
@@ -319,42 +311,35 @@ struct Walk {
     for (int k = 0; k < 8; ++k) y.value[k / 4][k % 4] += (k % 4 < 2 ? low : high) * from.value[k / 4][k % 4];
   }
 
-  // y = D x
-  __device__ void skip(Accumulator (&y)[kTiles], const Tile<kHeaddim>& x, float D) const {
+  // Adds D x to a row of tiles.
+  __device__ void skip(Accumulator& y, const Tile<kHeaddim>& x, int m, float D) const {
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const uint16_t* piece = x.piece(m * kTile + lane / 4 + w % 2 * 8, warp * 2 + w / 2);
-        uint32_t pair;
-        memcpy(&pair, piece + lane % 4 * 2, sizeof(pair));
-        y[m].value[w / 2][w % 2 * 2] = D * unpack<S>(pair, 0);
-        y[m].value[w / 2][w % 2 * 2 + 1] = D * unpack<S>(pair, 1);
-      }
+    for (int w = 0; w < 4; ++w) {
+      const uint16_t* piece = x.piece(m * kTile + lane / 4 + w % 2 * 8, warp * 2 + w / 2);
+      uint32_t pair;
+      memcpy(&pair, piece + lane % 4 * 2, sizeof(pair));
+      y.value[w / 2][w % 2 * 2] += D * unpack<S>(pair, 0);
+      y.value[w / 2][w % 2 * 2 + 1] += D * unpack<S>(pair, 1);
+    }
   }
 
-  // Writes the frames of a chunk that are the sequence's.
-  __device__ void write(const Accumulator (&y)[kTiles], int direction, int64_t chunk) const {
+  // Writes what frames of a row of tiles are the sequence's.
+  __device__ void write(const Accumulator& y, int direction, int chunk, int m) const {
+    const Fragment rounded = fragment_of<S>(y);
+    // The four lanes of a row hold four words of it each: word w of all of them goes to lane w, 16 bytes in one place.
+    uint32_t word[4] = {rounded.word[0], rounded.word[1], rounded.word[2], rounded.word[3]};
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      uint32_t word[4];
+    for (int mask = 1; mask <= 2; mask *= 2)
 #pragma unroll
-      for (int w = 0; w < 4; ++w) word[w] = pack<S>(y[m].value[w / 2][w % 2 * 2], y[m].value[w / 2][w % 2 * 2 + 1]);
-      // The four lanes of a row hold four words of it each: word w of all of them goes to lane w, 16 bytes in one place.
-#pragma unroll
-      for (int mask = 1; mask <= 2; mask *= 2)
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int low = mask == 1 ? 2 * k : k, high = low + mask;
-          const uint32_t other = __shfl_xor_sync(0xffffffff, lane & mask ? word[low] : word[high], mask);
-          (lane & mask ? word[low] : word[high]) = other;
-        }
-      const int64_t t = chunk * kChunk + m * kTile + lane / 4 + lane % 2 * 8;
-      if (t < length) {
-        uint16_t* row = static_cast<uint16_t*>(at(a.y, direction, span.row, span.begin + t, head));
-        reinterpret_cast<uint4*>(row)[warp * 2 + lane % 4 / 2] = {word[0], word[1], word[2], word[3]};
+      for (int k = 0; k < 2; ++k) {
+        uint32_t &low = word[mask == 1 ? 2 * k : k], &high = word[(mask == 1 ? 2 * k : k) + mask];
+        const uint32_t other = __shfl_xor_sync(0xffffffff, lane & mask ? low : high, mask);
+        (lane & mask ? low : high) = other;
       }
-    }
+    const int64_t t = int64_t(chunk) * kChunk + m * kTile + lane / 4 + lane % 2 * 8;
+    if (t >= length) return;
+    uint16_t* row = static_cast<uint16_t*>(at(a.y, direction, span.row, span.begin + t, head));
+    reinterpret_cast<uint4*>(row)[warp * 2 + lane % 4 / 2] = {word[0], word[1], word[2], word[3]};
   }
 
   // Zeros behind the sequence, to the end of its row or up to the next one.
@@ -370,10 +355,10 @@ struct Walk {
   // y of one direction; or, summed, of both: a step for each direction of each chunk.
   template <bool kSummed>
   __device__ void sweep_outputs(int only) const {
-    const int64_t steps = kSummed ? 2 * chunks : chunks;
-    const auto direction_of = [&](int64_t i) { return kSummed ? static_cast<int>(i % 2) : only; };
-    const auto chunk_of = [&](int64_t i) { return kSummed ? i / 2 : only == 1 ? chunks - 1 - i : i; };
-    const auto fetch_step = [&](int64_t i) {
+    const int steps = kSummed ? 2 * chunks : chunks;
+    const auto direction_of = [&](int i) { return kSummed ? i % 2 : only; };
+    const auto chunk_of = [&](int i) { return kSummed ? i / 2 : only == 1 ? chunks - 1 - i : i; };
+    const auto fetch_step = [&](int i) {
       const int direction = direction_of(i), buffer = i % 2;
       if (!kSummed || direction == 0) fetch_x(kSummed ? i / 2 % 2 : buffer, direction, chunk_of(i));
       fetch_B(buffer, direction, chunk_of(i));
@@ -383,7 +368,7 @@ struct Walk {
     if (a.D.data) D = *static_cast<const float*>(at(a.D, only, head));
     if (a.sum_D) D += *static_cast<const float*>(at(a.D, 1, head));
     float dt[2];
-    Accumulator state[kStateTiles] = {}, y[kTiles];
+    Accumulator state[kStateTiles] = {}, y[kSummed ? kTiles : 1];
     if (steps > 0) {
       fetch_step(0);
       if (warp == 0) {
@@ -391,9 +376,8 @@ struct Walk {
         make_steps(only, chunk_of(0), dt, shared.steps[0]);
       }
     }
-    for (int64_t i = 0; i < steps; ++i) {
-      const int direction = direction_of(i), buffer = i % 2;
-      const int64_t chunk = chunk_of(i);
+    for (int i = 0; i < steps; ++i) {
+      const int direction = direction_of(i), buffer = i % 2, chunk = chunk_of(i);
       const bool own_state = !kSummed || direction == 0;
       const Tile<kHeaddim> x{shared.x[kSummed ? i / 2 % 2 : buffer]};
       const Tile<N> B{shared.B[buffer]}, C{shared.C[buffer]};
@@ -405,51 +389,53 @@ struct Walk {
       if (i + 1 < steps) fetch_step(i + 1);
       if (makes_steps) read_dt(direction_of(i + 1), chunk_of(i + 1), dt);
 
+      weigh(direction, B, C, now);
+      if (makes_steps) make_steps(direction_of(i + 1), chunk_of(i + 1), dt, shared.steps[1 - buffer]);
+
       Fragment entering[kStateTiles];
       Scale scale;
-      if (!own_state) {
+      if (own_state) {
+        scale = scale_of<S>(kScaled<S> ? largest_of(state) : 0, 14);
+#pragma unroll
+        for (int s = 0; s < kStateTiles; ++s) entering[s] = fragment_of<S>(state[s], scale.down);
+      } else {
         const uint4* from = stored_state(chunk);
 #pragma unroll
         for (int s = 0; s < kStateTiles; ++s) entering[s] = fragment_of(from[(warp * kStateTiles + s) * kWarp + lane]);
         if constexpr (kScaled<S>) scale.up = reinterpret_cast<const float*>(from + kStateWords<N> - 1)[warp];
       }
-      weigh(direction, B, C, now);
-      if (makes_steps) make_steps(direction_of(i + 1), chunk_of(i + 1), dt, shared.steps[1 - buffer]);
-
-      if (own_state) {
-        skip(y, x, D);
-        scale = scale_of<S>(kScaled<S> ? largest_of(state) : 0, 14);
+      Fragment columns[kTiles];
 #pragma unroll
-        for (int s = 0; s < kStateTiles; ++s) entering[s] = fragment_of<S>(state[s], scale.down);
-      }
-#pragma unroll
+      for (int j = 0; j < kTiles; ++j) columns[j] = x.transposed(j * kTile, warp * kTile);
+      __syncthreads();  // all weights are there
+#pragma unroll(kSummed ? kTiles : 1)
       for (int m = 0; m < kTiles; ++m) {
+        Accumulator& rows = y[kSummed ? m : 0];
+        if (own_state) rows = {};
         Accumulator from = {};
 #pragma unroll
         for (int s = 0; s < kStateTiles; ++s) multiply<S>(from, C.fragment(m * kTile, s * kTile), entering[s]);
         const float* u = &now.u[m * kTile + lane / 4];
-        add_rows(y[m], from, exp2_of(u[0]) * scale.up, exp2_of(u[8]) * scale.up);
-      }
-      Fragment columns[kTiles];
-      transposed_x(x, columns);
-      if (own_state) advance(state, columns, B, now);
-      __syncthreads();  // all weights are there
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m)
+        add_rows(rows, from, exp2_of(u[0]) * scale.up, exp2_of(u[8]) * scale.up);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           if (direction == 1 ? j < m : j > m) continue;
           const Fragment weights = fragment_of(shared.weights[m * kTiles + j][lane]);
           if constexpr (kScaled<S>) {
-            Accumulator from = {};
+            from = {};
             multiply<S>(from, weights, columns[j]);
             const float up = shared.weights_scale[m * kTiles + j];
-            add_rows(y[m], from, up, up);
+            add_rows(rows, from, up, up);
           } else {
-            multiply<S>(y[m], weights, columns[j]);
+            multiply<S>(rows, weights, columns[j]);
           }
         }
-      if (!kSummed || direction == 1) write(y, kSummed ? 0 : direction, chunk);
+        if (!kSummed || direction == 1) {
+          skip(rows, x, m, D);
+          write(rows, kSummed ? 0 : direction, chunk, m);
+        }
+      }
+      if (own_state) advance(state, x, B, now);
     }
     clear_padding(kSummed ? 0 : only);
   }
