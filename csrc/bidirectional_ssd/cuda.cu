@@ -2,8 +2,8 @@
 //
 // A block walks the chunks of one sequence and head, a warp each 16 columns of headdim, and keeps the state in registers.
 // Where x is per direction, so are blocks. Where both directions are summed, the block walks the sequence twice: from its
-// end on for the backward direction's states, which it leaves in memory as the factors they will be, and from its start on
-// for the results of both.
+// end on for the backward direction's states, which it leaves in memory as the factors they will be, and from its start
+// on for the results of both.
 //
 // In a direction's own order of frames v is the inclusive prefix sum of A dt over the chunk, and u is v, or the exclusive
 // sum where results are shifted by one step:
@@ -57,8 +57,8 @@ struct Shared {
 
 // ---- float16 ----
 //
-// What is summed up may leave its range, so it is scaled by a power of two before it becomes a factor, and the product is
-// scaled back. bfloat16 has float32's range: all scales are 1.
+// What is summed up may leave its range, so it is scaled by a power of two before it becomes a factor, and the
+// product is scaled back. bfloat16 has float32's range: all scales are 1.
 
 template <class S>
 constexpr bool kScaled = std::is_same_v<S, Float16>;
@@ -220,7 +220,8 @@ struct Walk {
     }
   }
 
-  // The state (of this warp's columns of headdim) behind a chunk. Unrolled, its frames would take more registers than there are.
+  // The state (of this warp's columns of headdim) behind a chunk. Unrolled, its frames would take more registers than
+  // there are.
   __device__ void advance(Accumulator (&state)[kStateTiles], const Tile<kHeaddim>& x, const Tile<N>& B,
                           const Steps& steps) const {
 #pragma unroll

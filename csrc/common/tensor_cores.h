@@ -1,14 +1,14 @@
 // Products on tensor cores: mma.sync m16n8k16 of bfloat16 or float16 with float32 sums, from sm_80 on.
 //
-// All is made of 16 x 16 matrices that a warp holds together. As the PTX ISA lays out mma.m16n8k16's A, lane 4 g + c has of
-// a Fragment, whose values are 16 bits wide,
+// All is made of 16 x 16 matrices that a warp holds together. As the PTX ISA lays out mma.m16n8k16's A, lane 4 g + c has
+// of a Fragment, whose values are 16 bits wide,
 //
 //   word 0: (g, 2c), (g, 2c + 1)          word 2: (g, 2c + 8), (g, 2c + 9)
 //   word 1: (g + 8, 2c), (g + 8, 2c + 1)  word 3: (g + 8, 2c + 8), (g + 8, 2c + 9)
 //
-// the lower column in the lower half, and of an Accumulator the same elements in float32: word w's are value[w / 2][w % 2 * 2]
-// and the next. The one product is D += A B^T, whose B is laid out as A is: so what is summed up can be multiplied again, on
-// either side, where it is.
+// the lower column in the lower half, and of an Accumulator the same elements in float32: those of word w are
+// value[w / 2][w % 2 * 2] and the next. The one product is D += A B^T, whose B is laid out as A is: so what is summed up
+// can be multiplied again, on either side, where it is.
 #pragma once
 
 #include "common/cuda.h"
@@ -145,8 +145,8 @@ __device__ __forceinline__ Fragment fragment_of(const Accumulator& sum, float fa
   return out;
 }
 
-// A matrix of `columns` 16-bit values a row in shared memory, a multiple of 64. Its rows' pieces of 16 bytes are permuted,
-// so that neither eight rows of one piece nor eight pieces of one row meet in a bank.
+// A matrix of `columns` 16-bit values a row in shared memory, a multiple of 64. Its rows' pieces of 16 bytes are
+// permuted, so that neither eight rows of one piece nor eight pieces of one row meet in a bank.
 template <int columns>
 struct Tile {
   static constexpr int kPieces = columns / 8;

@@ -1,5 +1,5 @@
-// csrc/common/tensor_cores.h and what it takes of cuda_on_host.h behind C functions on arrays, for tensor_cores.py. One warp
-// runs each; what lanes hold is (32, words or values).
+// csrc/common/tensor_cores.h and what it takes of cuda_on_host.h behind C functions on arrays, for tensor_cores.py.
+// One warp runs each; what lanes hold is (32, words or values).
 #include "common/tensor_cores.h"
 
 using namespace linconv;
@@ -44,7 +44,8 @@ void probe_ldmatrix(const uint16_t* memory, const int32_t* starts, uint32_t (*ou
   warp(0, [&] { tensor_cores::ldmatrix(out[lane()], memory + starts[lane()], transposed); });
 }
 
-// Lane's 16 bytes from one place to another, of which it copies bytes[lane]; `early` is what is there before they are waited for.
+// Lane's 16 bytes from one place to another, of which it copies bytes[lane]; `early` is what is there before they are
+// waited for.
 void probe_copy(const uint4* from, const int32_t* bytes, uint4* early, uint4* late) {
   warp(kWarp * sizeof(uint4), [&] {
     uint4* to = shared_memory<uint4>() + lane();

@@ -227,8 +227,8 @@ def test_compile_checkpoint_autocast():
         assert torch.equal(gradients[name], gradients_checkpoint[name]), name
 
 
-# What csrc/bidirectional_ssd/cuda.cu takes: headdim 64, dstate 64 or 128, bfloat16 or float16; without gradients. On CPU
-# tensors these are tests of the CPU kernel, or of cuda.cu compiled for the host (tests/csrc/test_cuda_on_host.py).
+# What csrc/bidirectional_ssd/cuda.cu takes: headdim 64, dstate 64 or 128, bfloat16 or float16; without gradients. On
+# CPU tensors these are tests of the CPU kernel, or of cuda.cu compiled for the host (tests/csrc/test_cuda_on_host.py).
 
 
 def fused(arguments, device, **options):
@@ -359,8 +359,7 @@ def test_what_the_fused_kernel_does_not_take_is_tritons(monkeypatch):
     monkeypatch.setattr(dispatch, "operator", lambda op, backend: ran.append(backend) or (lambda x, *_: x))
 
     def picked(backend, **change):
-        size = dict(headdim=64, dstate=128, dtype=torch.bfloat16, **{})
-        size.update(change)
+        size = {"headdim": 64, "dstate": 128, "dtype": torch.bfloat16, **change}
         B_dtype = size.pop("B_dtype", size["dtype"])
         arguments = scan_arguments(1, 3, 2, size["headdim"], 1, size["dstate"], dtype=size["dtype"])
         arguments["B"] = arguments["B"].to(B_dtype)
@@ -376,8 +375,9 @@ def test_what_the_fused_kernel_does_not_take_is_tritons(monkeypatch):
     assert dispatch.pick("ssd", cuda, prefer=("cuda", "triton"), cuda_takes=False) == "triton"
     monkeypatch.undo()
     monkeypatch.setattr(dispatch, "_cuda_kernels", {"bidirectional_ssd"})
-    assert dispatch.operator("bidirectional_ssd", "cuda") == torch.ops.linconv.bidirectional_ssd
-    assert dispatch.operator("bidirectional_ssd_backward", "cuda") == torch.ops.linconv.bidirectional_ssd_backward_triton
+    ours = torch.ops.linconv
+    assert dispatch.operator("bidirectional_ssd", "cuda") == ours.bidirectional_ssd
+    assert dispatch.operator("bidirectional_ssd_backward", "cuda") == ours.bidirectional_ssd_backward_triton
     monkeypatch.setattr(dispatch, "_triton_problem", lambda: "it is not here")
     with pytest.raises(ValueError, match="backend='cuda' cannot run bidirectional_ssd: "):
         picked("cuda", headdim=32)

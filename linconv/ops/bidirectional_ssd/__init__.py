@@ -90,7 +90,7 @@ def _gradients(ctx, dy, *saved):
     return tuple(arguments.only_present(gradients, tensors))
 
 
-# The fused CUDA kernel has not been measured on any GPU, so only backend="cuda" asks for it; its gradients are Triton's.
+# The fused CUDA kernel has not been measured on any GPU, so only backend="cuda" asks for it. Gradients are Triton's.
 dispatch.register(
     "bidirectional_ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward,
     triton="linconv.ops.bidirectional_ssd.triton", prefer=("triton",),
