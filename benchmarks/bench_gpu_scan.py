@@ -7,12 +7,14 @@ whose results or gradients are wrong, nor of a peer whose are. Rows of "plans" s
 side over batches; all others are of the plan that is chosen. Peers, each as a row of its own with the ratio of its time
 to ours:
 
+- cuda: our own fused kernel, forward, and the same gradients; where the CUDA library is loaded.
 - two passes: `linconv.ops.ssd` forward, and over flipped copies, summed; ours, for want of a better one.
 - mamba_ssm: the same with mamba_ssm's chunk scan, where it can be imported.
 - simple_gla: flash-linear-attention's, one causal pass counted twice, where it can be imported.
 - sdpa flash, sdpa cudnn: exact attention of torch of the same width; one over the same frames.
 """
 
+import functools
 import math
 import os
 
@@ -70,6 +72,11 @@ def two_passes(scan):
 def linear_peers():
     """Peers by name, as functions of the same arguments."""
     peers = {"two passes": two_passes(lambda *t: ops.ssd(*t, dt_softplus=True, backend="triton"))}
+    state = ops.backends()["cuda"]
+    if state == "available":
+        peers["cuda"] = functools.partial(ops.bidirectional_ssd, dt_softplus=True, backend="cuda")
+    else:
+        print(f"not compared with our own cuda: {state}")
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError as error:
@@ -150,7 +157,7 @@ def check(width, dstate, peers):
     for name, peer in peers.items():
         what, ratio = worst(results(peer, tensors), *(one_way if name == "simple_gla" else both))
         # A peer may round more than we do; that is no reason to leave it out.
-        if ratio > 3:
+        if ratio > (1 if name == "cuda" else 3):
             print(f"not compared with {name} at d = {width}: {what} has {ratio:.1f} times the error allowed")
         else:
             right[name] = peer

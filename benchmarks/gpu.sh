@@ -36,6 +36,8 @@ sanitize() {
     # torch's allocator would hide what lies between two tensors.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
       "$python" -m pytest -q -p no:cacheprovider tests/ops/triton_ssd.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -q -p no:cacheprovider tests/ops/test_bidirectional_ssd.py -k "fused and cuda"
   done
 }
 

@@ -30,6 +30,15 @@ struct Sequences {
     return {i, 0, bounds == nullptr ? frames : bound(i)};
   }
 
+  // Where chunks' intermediate results stand: sequence i has one slot for each of its chunks from first_slot(i, chunk) on,
+  // of slots(chunk) in all. Those of packed sequences are found without a sum over the sequences before.
+  LINCONV_HOST_DEVICE int64_t first_slot(int64_t i, int64_t chunk) const {
+    return packed ? bound(i) / chunk + i : i * ((frames + chunk - 1) / chunk);
+  }
+  LINCONV_HOST_DEVICE int64_t slots(int64_t chunk) const {
+    return packed ? frames / chunk + count : count * ((frames + chunk - 1) / chunk);
+  }
+
   // The sequence that holds frame t of a row: begin <= t < end. Where it is padding, which then runs to the end of the row,
   // end <= t.
   LINCONV_HOST_DEVICE Span holding(int64_t row, int64_t t) const {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,9 +81,9 @@ class Results:
             return values[lengths.index(length)]
         return predict(fit(lengths, [max(v, 1e-9) for v in values], degree), length) if lengths else None
 
-    def forget_predictions(self) -> None:
-        """Removes what is predicted, for a run that goes on to measure."""
-        for row in self.rows.values():
+    def forget_predictions(self, cases: Iterable[str]) -> None:
+        """Removes what is predicted of these cases, for a run that goes on to measure them."""
+        for row in (row for row in self.rows.values() if row["case"] in cases):
             for what in ("seconds", "extra_bytes"):
                 if row.pop(f"{what}_predicted", None):
                     row.pop(what, None)

@@ -54,7 +54,7 @@ def run(
         return
     device = cases[0].setting.device
     end = time.monotonic() + limits.seconds
-    results.forget_predictions()
+    results.forget_predictions([case.key for case in cases])
     found = None
     if "latency" in measure:
         found = rates(device, tuple(sorted({"float32", *(case.setting.dtype for case in cases)})))

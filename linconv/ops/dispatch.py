@@ -219,7 +219,14 @@ def _reason_against(op: str, device: torch.device, backend: str) -> str | None:
     return backends()[backend]
 
 
-def pick(op: str, device: torch.device, backend: str | None = None, *, prefer: tuple[str, ...] | None = None) -> str:
+def pick(
+    op: str,
+    device: torch.device,
+    backend: str | None = None,
+    *,
+    prefer: tuple[str, ...] | None = None,
+    cuda_takes: bool = True,
+) -> str:
     """The backend that runs ``op`` on tensors of ``device``.
 
     Args:
@@ -227,6 +234,8 @@ def pick(op: str, device: torch.device, backend: str | None = None, *, prefer: t
         device: where its tensors are.
         backend: a name out of :func:`backends` to force it, or None for the best there is.
         prefer: which backend takes CUDA tensors in this call, best first; None for the order the operator registered.
+        cuda_takes: whether the CUDA C++ kernel takes these arguments, where it takes only some. Else Triton's run
+            where "cuda" is asked for.
 
     Returns:
         ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; the last warns once when it stands in for a kernel.
@@ -238,14 +247,17 @@ def pick(op: str, device: torch.device, backend: str | None = None, *, prefer: t
     if backend is not None:
         if backend not in NAMES:
             raise ValueError(f"backend={backend!r}: wants one of {', '.join(NAMES)}, or None")
-        reason = _reason_against(op, device, backend)
+        runs = backend if backend != "cuda" or cuda_takes else "triton"
+        reason = _reason_against(op, device, backend) or _reason_against(op, device, runs)
         if reason is not None:
             raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
-        return backend
+        return runs
     reasons = []
     on_gpu = prefer or _gpu_preference.get(op, ("cuda", "triton"))
     for wanted in on_gpu if device.type == "cuda" else ("cpu",):
         reason = _reason_against(op, device, wanted)
+        if wanted == "cuda" and not cuda_takes:
+            reason = "its kernel does not take these arguments"
         if reason is None:
             return wanted
         reasons.append(f"not on {wanted}: {reason}")

@@ -107,6 +107,13 @@ def test_a_run_that_goes_on_measures_what_is_missing_only(clock, monkeypatch):
     assert len(results.runs) == 2 and results.rows[case().key, "ours", 160]["run"] == 1
 
 
+def test_a_run_of_other_cases_leaves_predictions(clock):
+    results = measured()
+    other = dataclasses.replace(case(), name="other")
+    measured([other], results=results)
+    assert [s.predicted[4] is not None for s in results.series()] == [False, True] * 2
+
+
 def test_nothing_is_predicted_from_too_little(clock):
     ours, attention = measured(lengths=(40, 80)).series()
     assert ours.seconds == (None, None, *(pytest.approx(n / 100) for n in (40, 80, 160)))  # not below the shortest

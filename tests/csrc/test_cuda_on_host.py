@@ -29,13 +29,14 @@ TESTS = {
     "gated_rms_norm": "not instruction_set",
     "linformer": "not instruction_set and not number_of_threads and not drops_that_share and not 256-512",
     "ssd": "forward or padding_is_never_read or handed_over",
+    "bidirectional_ssd": "fused and not tritons",
 }
 
 # Results and gradients of each operator, to compare bit by bit.
 RESULTS = """
 import sys, torch
 sys.path.insert(0, "tests/ops")
-from scan_cases import scan_arguments, split
+from scan_cases import REGIMES, scan_arguments, split
 from linconv import ops
 torch.manual_seed(0)
 lens, dtype = torch.tensor([300, 37]), torch.bfloat16
@@ -53,6 +54,9 @@ keep("linformer", lambda *t: ops.linformer_attention(*t, seq_lens=lens, dropout_
      *torch.randn(3, 2, 2, 600, 72).to(dtype), torch.randn(700, 70).to(dtype))
 tensors, rest = split(scan_arguments(2, 9, 4, 40, 2, 33, dtype=dtype))
 found["ssd"] = ops.ssd(*tensors, **rest, return_final_states=True)
+for name, regime in REGIMES.items():
+    tensors, rest = split(scan_arguments(1, 70, 1, 64, 1, 64, per_direction=regime, dtype=dtype))
+    found[name] = [ops.bidirectional_ssd(*tensors, **rest, dt_softplus=True)]
 torch.save(found, sys.argv[1])
 """
 
@@ -70,7 +74,8 @@ def library(tmp_path_factory):
     flags += [f'-DLINCONV_VERSION="{__version__}"', '-DLINCONV_CUDA_STATUS="on the host"', f"-I{ROOT / 'csrc'}"]
     flags += [f"-I{Path(__file__).parent}", "-isystem", torch_dir / "include"]
     sources = [ROOT / "csrc" / name for name in ("library.cpp", "common/isa.cpp", "common/tensor.cpp")]
-    sources += [Path(__file__).with_name("cuda_on_host.cpp"), *sorted((ROOT / "csrc").glob("*/cuda.cu"))]
+    sources += [Path(__file__).with_name(f"{name}.cpp") for name in ("cuda_on_host", "tensor_cores_probe")]
+    sources += sorted((ROOT / "csrc").glob("*/cuda.cu"))
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
@@ -94,6 +99,37 @@ def test_kernels_pass_the_operators_tests(library, op):
     done = run(library, "-m", "pytest", *options, f"tests/ops/test_{op}.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+def test_tensor_cores(library):
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = run(library, "-m", "pytest", *options, "tests/csrc/tensor_cores.py")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_gradients_of_the_fused_scan_are_tritons(library):
+    """The same bits as on backend "triton": they are made of the arguments, not of what forward gave."""
+    pytest.importorskip("triton")
+    code = """
+import sys, torch
+sys.path.insert(0, "tests/ops")
+import interpreter
+from scan_cases import scan_arguments, split
+from linconv import ops
+from linconv.ops import dispatch
+dispatch._cuda_kernels = dispatch._cpu_kernels  # the tensors' device is the GPU here
+operator = dispatch.operator
+dispatch.operator = lambda op, backend: operator(op, "cuda" if backend == "cpu" else backend)
+leaves = {n: t.requires_grad_() for n, t in scan_arguments(1, 20, 1, 64, 1, 64, dtype=torch.bfloat16).items()}
+tensors, rest = split(leaves)
+found = []
+for backend in ("cpu", "triton"):
+    y = ops.bidirectional_ssd(*tensors, **rest, backend=backend)
+    found.append(torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y)))
+assert len(found[0]) == 7 and all(a.any() and torch.equal(a, b) for a, b in zip(*found))
+"""
+    done = run(library, "-c", code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_order_of_threads_does_not_show(library, tmp_path):
@@ -123,6 +159,41 @@ assert torch.equal(conv(seq_lens=torch.tensor([900])), whole)
 assert not conv(seq_lens=torch.tensor([-3])).any()
 for bounds in ([0, 900], [-7, 5], [3, 3, 1], [5, 0], [0]):
     assert conv(cu_seqlens=torch.tensor(bounds)).isfinite().all()
+"""
+    done = run(library, "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_fused_scan_checks_what_it_reads(library):
+    code = """
+import sys, pytest, torch
+sys.path.insert(0, "tests/ops")
+from scan_cases import scan_arguments
+import linconv
+
+def call(change=(), seq_lens=None, cu_seqlens=None, **sizes):
+    size = {"batch": 1, "length": 5, "heads": 2, "headdim": 64, "groups": 2, "dstate": 64, **sizes}
+    arguments = scan_arguments(**size, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    arguments.update({n: f(arguments[n]) for n, f in dict(change).items()})
+    return torch.ops.linconv.bidirectional_ssd(*arguments.values(), True, 0.0, 1.0, "both", seq_lens, cu_seqlens)
+
+for message, sizes in {
+    "headdim is 32, the CUDA kernel wants 64": {"headdim": 32},
+    "dstate is 96, the CUDA kernel wants 64 or 128": {"dstate": 96},
+    "x has dtype Float, the CUDA kernel wants BFloat16 or Half": {"change": {"x": torch.Tensor.float}},
+    "B and C are not of x's dtype": {"change": {"C": torch.Tensor.half}},
+    "A is not of the math dtype": {"change": {"A": torch.Tensor.half}},
+    "dt has size 4 in dimension 2, wanted 5": {"change": {"dt": lambda t: t[:, :4]}},
+    "x has size 3 in dimension 0, wanted 2": {"change": {"x": lambda t: t.expand(3, -1, -1, -1, -1)}},
+    "B has 3 groups": {"groups": 3},
+}.items():
+    with pytest.raises(RuntimeError, match=message):
+        call(**sizes)
+# Bounds outside of the tensor touch nothing outside.
+assert not call(seq_lens=torch.tensor([-3])).any() and call(seq_lens=torch.tensor([900])).isfinite().all()
+for bounds in ([0, 900], [0, 900, 5], [0, 3, 1], [0]):
+    assert call(cu_seqlens=torch.tensor(bounds)).isfinite().all()
 """
     done = run(library, "-c", code)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judge import devices, no_worse_than_torch, same_bits
 from scan_cases import NAMES, REGIMES, assert_close, oracle, scan_arguments, split, to_double, with_gradients
 
 from linconv import ops
@@ -224,6 +225,163 @@ def test_compile_checkpoint_autocast():
     for name in NAMES:
         assert torch.equal(gradients[name], gradients_compiled[name]), name
         assert torch.equal(gradients[name], gradients_checkpoint[name]), name
+
+
+# What csrc/bidirectional_ssd/cuda.cu takes: headdim 64, dstate 64 or 128, bfloat16 or float16; without gradients. On
+# CPU tensors these are tests of the CPU kernel, or of cuda.cu compiled for the host (tests/csrc/test_cuda_on_host.py).
+
+
+def fused(arguments, device, **options):
+    tensors, rest = split({n: t.to(device) for n, t in arguments.items()})
+    options = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+    return ops.bidirectional_ssd(*tensors, **rest, backend=device, **options).cpu()
+
+
+def rounded(arguments, dtype, **options):
+    """Plain torch as tensor cores would have it: products of rounded factors."""
+    with torch.autocast("cpu", dtype):
+        return fallback(arguments, **options)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize(
+    "regime, diagonal, kind, dstate, dtype",
+    [
+        ("separate", "both", "cu_seqlens", 128, torch.bfloat16),
+        ("separate", "shifted", "seq_lens", 64, torch.float16),
+        ("separate", "once", "all", 64, torch.bfloat16),
+        ("hydra", "both", "all", 64, torch.float16),
+        ("hydra", "shifted", "seq_lens", 128, torch.bfloat16),
+        ("hydra", "once", "cu_seqlens", 64, torch.bfloat16),
+        ("quasiseparable", "both", "seq_lens", 64, torch.bfloat16),
+        ("tied", "shifted", "cu_seqlens", 64, torch.float16),
+        ("tied", "once", "all", 128, torch.float16),
+    ],
+)
+def test_fused_matches_the_recurrence(regime, diagonal, kind, dstate, dtype, device):
+    """At most twice the error of plain torch with products in that precision."""
+    batch, length = {"all": (1, 64), "seq_lens": (3, 130), "cu_seqlens": (1, 150)}[kind]
+    skips = {"D"} if regime == "tied" else set()  # whose sum an x that is shared takes
+    arguments = scan_arguments(batch, length, 2, 64, 2, dstate, per_direction=REGIMES[regime] | skips, dtype=dtype)
+    arguments["dt"] = arguments["dt"] - 2  # states that outlive a chunk
+    options = dict(dt_softplus=True, dt_limit=(0.02, 1.5), diagonal=diagonal, **sequences(kind, batch, length))
+    exact = oracle(to_double(arguments), **options)
+    got = fused(arguments, device, **options)
+    assert got.dtype == dtype
+    no_worse_than_torch(got, rounded(arguments, dtype, **options), exact, 2)
+
+
+@settings(deadline=None, max_examples=5)
+@given(
+    regime=st.sets(st.sampled_from(NAMES)),
+    diagonal=st.sampled_from(DIAGONALS),
+    kind=st.sampled_from(["all", "seq_lens", "cu_seqlens"]),
+    length=st.integers(0, 140),
+    groups=st.integers(1, 2),
+    heads_per_group=st.integers(1, 2),
+    dstate=st.sampled_from([64, 128]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    softplus=st.booleans(),
+    strided=st.booleans(),
+)
+def test_fused_any_regime_and_stride(
+    regime, diagonal, kind, length, groups, heads_per_group, dstate, dtype, softplus, strided
+):  # fmt: skip
+    batch = 1 if kind == "cu_seqlens" else 2
+    arguments = scan_arguments(
+        batch, length, groups * heads_per_group, 64, groups, dstate, per_direction=regime, dtype=dtype, strided=strided
+    )
+    options = dict(dt_softplus=softplus, dt_limit=(0.0, 2.0), diagonal=diagonal, **sequences(kind, batch, length))
+    exact, torchs = oracle(to_double(arguments), **options), rounded(arguments, dtype, **options)
+    for device in devices():
+        got = fused(arguments, device, **options)
+        no_worse_than_torch(got, torchs, exact, 2)
+        if strided:  # read value by value, not in pieces
+            same_bits(got, fused({n: t.contiguous() for n, t in arguments.items()}, device, **options))
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize(
+    "regime, diagonal, dtype",
+    [
+        ("separate", "shifted", torch.bfloat16),
+        ("separate", "both", torch.float16),
+        ("hydra", "shifted", torch.float16),
+        ("tied", "once", torch.bfloat16),
+    ],
+)
+def test_fused_padded_equals_alone(regime, diagonal, dtype, device):
+    """Bit for bit, with NaN and Inf in the padding; padded outputs are zero. Packed, too."""
+    lengths, longest = [70, 1, 0, 64], 75
+    arguments = scan_arguments(4, longest, 1, 64, 1, 64, per_direction=REGIMES[regime], dtype=dtype)
+    frames = {n: (arguments[n].dim() > d) for n, d in dict(x=4, dt=3, B=4, C=4).items()}  # name: per direction
+
+    def part(tensor, leading, row, frames):
+        return tensor[:, row : row + 1, frames] if leading else tensor[row : row + 1, frames]
+
+    for name, leading in frames.items():
+        for row, length in enumerate(lengths):
+            padding = part(arguments[name], leading, row, slice(length, None))
+            padding[..., ::2], padding[..., 1::2] = float("nan"), float("inf")
+    options = dict(dt_softplus=True, diagonal=diagonal)
+    y = fused(arguments, device, **options, seq_lens=torch.tensor(lengths))
+    rows, together = [], []
+    for row, length in enumerate(lengths):
+        rows.append({n: part(arguments[n], leading, row, slice(length)) for n, leading in frames.items()})
+        alone = fused({**arguments, **rows[row]}, device, **options)
+        same_bits(part(y, frames["x"], row, slice(length)), alone)
+        assert not part(y, frames["x"], row, slice(length, None)).any()
+        together.append(alone)
+    packed = {n: torch.cat([row[n] for row in rows], dim=-2 if n == "dt" else -3) for n in frames}
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    same_bits(fused({**arguments, **packed}, device, **options, cu_seqlens=bounds), torch.cat(together, dim=-3))
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("big", ["weights", "states"])
+@pytest.mark.parametrize("regime", ["separate", "hydra"])
+def test_fused_float16_beyond_its_range(regime, big, device):
+    """Weights and states of float16 arguments are sums beyond float16's largest value."""
+    arguments = scan_arguments(1, 140, 1, 64, 1, 64, per_direction=REGIMES[regime], dtype=torch.float16)
+    sizes = dict(weights=dict(x=0.001, B=300, C=300), states=dict(x=300, B=1500, C=0.001))[big]
+    arguments.update({n: arguments[n] * size for n, size in sizes.items()})
+    exact = oracle(to_double(arguments), dt_softplus=True)
+    got = fused(arguments, device, dt_softplus=True).double()
+    assert (got - exact).abs().max() <= 2**-9 * exact.abs().max()
+
+
+def test_what_the_fused_kernel_does_not_take_is_tritons(monkeypatch):
+    """As does every gradient, which it has none of its own for."""
+    monkeypatch.setattr(dispatch, "_cuda_kernels", {"bidirectional_ssd"})
+    monkeypatch.setattr(dispatch, "_cuda_problem", None)
+    monkeypatch.setattr(dispatch, "_triton_problem", lambda: None)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    ran = []
+    monkeypatch.setattr(dispatch, "operator", lambda op, backend: ran.append(backend) or (lambda x, *_: x))
+
+    def picked(backend, **change):
+        size = {"headdim": 64, "dstate": 128, "dtype": torch.bfloat16, **change}
+        B_dtype = size.pop("B_dtype", size["dtype"])
+        arguments = scan_arguments(1, 3, 2, size["headdim"], 1, size["dstate"], dtype=size["dtype"])
+        arguments["B"] = arguments["B"].to(B_dtype)
+        tensors, rest = split({n: t.to("meta") for n, t in arguments.items()})
+        ops.bidirectional_ssd(*tensors, **rest, backend=backend)
+        return ran[-1]
+
+    assert picked("cuda") == picked("cuda", dstate=64) == picked("cuda", dtype=torch.float16) == "cuda"
+    for change in (dict(headdim=32), dict(dstate=96), dict(dtype=torch.float32), dict(B_dtype=torch.float16)):
+        assert picked("cuda", **change) == "triton"
+    cuda = torch.device("cuda")
+    assert dispatch.pick("bidirectional_ssd", cuda) == "triton"
+    assert dispatch.pick("ssd", cuda, prefer=("cuda", "triton"), cuda_takes=False) == "triton"
+    monkeypatch.undo()
+    monkeypatch.setattr(dispatch, "_cuda_kernels", {"bidirectional_ssd"})
+    ours = torch.ops.linconv
+    assert dispatch.operator("bidirectional_ssd", "cuda") == ours.bidirectional_ssd
+    assert dispatch.operator("bidirectional_ssd_backward", "cuda") == ours.bidirectional_ssd_backward_triton
+    monkeypatch.setattr(dispatch, "_triton_problem", lambda: "it is not here")
+    with pytest.raises(ValueError, match="backend='cuda' cannot run bidirectional_ssd: "):
+        picked("cuda", headdim=32)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """State space dual scan of Mamba-2 in both directions of time, in one call."""
 
+import torch
 from torch.autograd.function import once_differentiable
 
 from linconv.ops import dispatch
@@ -45,7 +46,7 @@ def bidirectional_ssd(
     arguments.check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, directions=2)
     if diagonal not in DIAGONALS:
         raise ValueError(f"diagonal is {diagonal!r}, wanted one of {', '.join(map(repr, DIAGONALS))}")
-    backend = dispatch.pick("bidirectional_ssd", x.device, backend)
+    backend = dispatch.pick("bidirectional_ssd", x.device, backend, cuda_takes=_fused(x, B, C))
     if backend == "reference":
         return reference.bidirectional_ssd(
             x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, diagonal=diagonal,
@@ -55,6 +56,12 @@ def bidirectional_ssd(
     return dispatch.operator("bidirectional_ssd", backend)(
         x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), diagonal, seq_lens, cu_seqlens
     )
+
+
+def _fused(x, B, C):
+    """Whether csrc/bidirectional_ssd/cuda.cu takes such arguments."""
+    half = x.dtype in (torch.bfloat16, torch.float16) and x.dtype == B.dtype == C.dtype
+    return half and x.shape[-1] == 64 and B.shape[-1] in (64, 128)
 
 
 def _fake(x, *_):
@@ -83,7 +90,8 @@ def _gradients(ctx, dy, *saved):
     return tuple(arguments.only_present(gradients, tensors))
 
 
+# The fused CUDA kernel has not been measured on any GPU, so only backend="cuda" asks for it. Gradients are Triton's.
 dispatch.register(
     "bidirectional_ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward,
-    triton="linconv.ops.bidirectional_ssd.triton", prefer=("triton", "cuda"),
+    triton="linconv.ops.bidirectional_ssd.triton", prefer=("triton",),
 )  # fmt: skip
