@@ -83,7 +83,7 @@ def test_matches_the_recurrence(plan, regime, diagonal, kind):
     kind=st.sampled_from(["all", "seq_lens", "cu_seqlens"]),
     length=st.integers(0, LONGEST),
     groups=st.integers(1, 2),
-    heads_per_group=st.sampled_from([1, 2] if interpreter.INTERPRETING else [1, 2, 3]),
+    heads_per_group=st.sampled_from([1] if interpreter.INTERPRETING else [1, 2, 3]),
     headdim=st.sampled_from([1, 7, 16, 20]),
     dstate=st.sampled_from([1, 5, 16, 18]),
     softplus=st.booleans(),

@@ -1,6 +1,6 @@
 """Both directions of the scan: the kernels of linconv/ops/ssd with two directions."""
 
-from linconv.ops.ssd.triton import Scan, builds_of, scan_backward, scan_forward
+from linconv.ops.ssd.triton import Form, Scan, builds_of, scan_backward, scan_forward
 
 
 def _both_directions(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, diagonal, seq_lens, cu_seqlens):
@@ -20,8 +20,22 @@ def bidirectional_ssd_backward(dy, *arguments):
     return scan_backward(_both_directions(*arguments), dy)[:-1]
 
 
+def _form(regime, per_direction, diagonal, lengths=False):
+    def scan_of(*arguments):
+        *tensors, seq_lens = arguments
+        return _both_directions(*tensors, True, 0.0, float("inf"), diagonal, seq_lens, None)
+
+    return Form(f"{regime}, {diagonal}", scan_of, per_direction, lengths)
+
+
+# As the mixers run it: BiMamba2 all per direction, Hydra with x and the parameters of heads shared.
+FORMS = (
+    _form("separate", ("x", "dt", "A", "B", "C", "D", "dt_bias"), "both", lengths=True),
+    _form("hydra", ("dt", "B", "C"), "shifted", lengths=True),
+)
+
+
 def shipped(capability: int = 90):
     """Every build of the committed table for a compute capability."""
-    return builds_of(
-        lambda *tensors: _both_directions(*tensors, True, 0.0, float("inf"), "both", None, None), 2, capability
-    )
+    usual = _form("hydra", ("dt", "A", "B", "C", "dt_bias"), "both")
+    return builds_of(FORMS, usual, capability)

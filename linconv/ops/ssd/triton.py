@@ -9,7 +9,9 @@ between, nothing is read back to the host, and in one plan no result depends on 
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import triton
@@ -363,45 +365,65 @@ def ssd_backward(dy, dfinal_states, *arguments):
     return scan_backward(_one_direction(*arguments), dy, dfinal_states)
 
 
-def builds_of(scan_of, directions: int, capability: int):
-    """The builds that forward and backward launch on GPUs of a compute capability, for the usual types and sizes.
+@dataclass(frozen=True)
+class Form:
+    """What the builds of an operator differ by, besides types and sizes.
 
-    scan_of: makes a Scan of an operator's arguments, which have an axis of directions where there are two, but for x.
+    Attributes:
+        label: tells it from others in tables.
+        scan_of: makes a Scan of x, dt, A, B, C, D, dt_bias and seq_lens, whose types alone are looked at.
+        per_direction: the names of those arguments that have an axis of directions.
+        lengths: whether there is a seq_lens.
+    """
+
+    label: str
+    scan_of: Callable[..., Scan]
+    per_direction: tuple[str, ...] = ()
+    lengths: bool = False
+
+    def scan(self, dtype, headdim, dstate) -> Scan:
+        batch, frames, heads = 8, 4096, 1024 // headdim
+        shapes = dict(
+            x=(batch, frames, heads, headdim), dt=(batch, frames, heads), A=(heads,), B=(batch, frames, 1, dstate),
+            C=(batch, frames, 1, dstate), D=(heads,), dt_bias=(heads,),
+        )  # fmt: skip
+        tensors = [
+            torch.empty(
+                *(2,) * (name in self.per_direction), *shape, dtype=dtype if len(shape) > 1 else None, device="meta"
+            )
+            for name, shape in shapes.items()
+        ]
+        return self.scan_of(*tensors, torch.empty(batch, dtype=torch.int64, device="meta") if self.lengths else None)
+
+
+def builds_of(forms, usual, capability: int):
+    """The builds that forward and backward launch on GPUs of a compute capability, each once.
+
+    forms: those that MIXED is shipped in. usual: the one that SHIPPED is.
     """
     found = {}
-    for dtype, headdim, dstate, precision in SHIPPED:
-        x, dt, A, B, C, D, dt_bias = (
-            torch.empty(*shape, dtype=kind, device="meta")
-            for shape, kind in zip(
-                _shapes(headdim, dstate, directions), (dtype,) * 2 + (None,) + (dtype,) * 2 + (None,) * 2
-            )
-        )
-        scan = replace(scan_of(x, dt, A, B, C, D, dt_bias), precision=precision, capability=capability)
-        label = f"{str(dtype)[6:]}{f' ({precision})' if precision else ''}, headdim {headdim}, dstate {dstate}"
+    for form, (dtype, headdim, dstate, precision) in (*product(forms, MIXED), *product((usual,), SHIPPED)):
+        scan = replace(form.scan(dtype, headdim, dstate), precision=precision, capability=capability)
+        sizes = f"{str(dtype)[6:]}{f' ({precision})' if precision else ''}, headdim {headdim}, dstate {dstate}"
+        label = f"{sizes}: {form.label}{', seq_lens' if form.lengths else ''}"
 
         def launch(kernel, grid, arguments, num_warps, num_stages, label=label):
-            build = build_of(kernel, arguments, num_warps, num_stages, label)
-            found.setdefault((build.name, str(build)), build)
+            build = build_of(kernel, arguments, num_warps, num_stages)
+            found.setdefault(str(build), replace(build, label=label))
 
         scan.launch = launch
         # Float32 as IEEE is swept by force only, and may then spill.
         for plan in PLANS if scan.precision != "ieee" else PLANS[:1]:
             scan_forward(replace(scan, plan=plan))
-        scan_backward(scan, torch.empty_like(x))
+        scan_backward(scan, torch.empty_like(scan.x), scan.last_states())
     return iter(found.values())
 
 
-def _shapes(headdim, dstate, directions):
-    batch, frames, heads = 8, 4096, 1024 // headdim
-    lead = (2,) if directions == 2 else ()
-    per_head = (*lead, heads)
-    matrix = (*lead, batch, frames, 1, dstate)
-    return (batch, frames, heads, headdim), (*lead, batch, frames, heads), per_head, matrix, matrix, (heads,), per_head
-
-
-# dtype, headdim, dstate, input_precision of products, or that of the dtype and torch's own default
+# dtype, headdim, dstate, input_precision of products, or that of the dtype and torch's own default: as mixers run
+MIXED = tuple((dtype, 64, dstate, "") for dtype in (torch.bfloat16, torch.float16) for dstate in (64, 128))
+# and what else is usual.
 SHIPPED = (
-    *((dtype, 64, dstate, "") for dtype in (torch.bfloat16, torch.float16, torch.float32) for dstate in (64, 128)),
+    *((torch.float32, 64, dstate, "") for dstate in (64, 128)),
     (torch.bfloat16, 128, 128, ""),
     (torch.bfloat16, 64, 256, ""),
     (torch.float32, 64, 128, "tf32"),
@@ -409,8 +431,22 @@ SHIPPED = (
 )
 
 
+def _form(label, started=False, lengths=False):
+    def scan_of(x, dt, A, B, C, D, dt_bias, seq_lens):
+        shape = (x.shape[0], *x.shape[2:], B.shape[-1])
+        states = torch.empty(*shape, dtype=torch.promote_types(x.dtype, torch.float32), device="meta")
+        initial_states = states if started else None
+        return _one_direction(
+            x, dt, A, B, C, D, dt_bias, True, 0.0, float("inf"), initial_states, seq_lens, None, False
+        )  # fmt: skip
+
+    return Form(label, scan_of, lengths=lengths)
+
+
+# As the mixer Mamba2 runs it: a padded batch, a state that goes on.
+FORMS = (_form("forward", lengths=True), _form("forward, initial_states", started=True))
+
+
 def shipped(capability: int = 90):
     """Every build of the committed table for a compute capability."""
-    return builds_of(
-        lambda *tensors: _one_direction(*tensors, True, 0.0, float("inf"), None, None, None, False), 1, capability
-    )
+    return builds_of(FORMS, _form("forward"), capability)

@@ -79,8 +79,9 @@ def source_of(frame, valid, length, reverse, SHIFTED: tl.constexpr):
 @triton.jit
 def in_sight(i, j, reverse, strict):
     """Whether result i takes from frame j, both spread over rows and columns. Frames that are not valid are no matter:
-    their B, C, x and dy are zero."""
-    return tl.where(reverse, i + strict <= j, i >= j + strict)
+    their B, C, x and dy are zero. One comparison for either direction, since masks of both would hold registers."""
+    sign = tl.where(reverse, -1, 1)
+    return i * sign >= j * sign + strict
 
 
 @triton.jit

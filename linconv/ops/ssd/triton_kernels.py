@@ -164,17 +164,13 @@ def _scores(
 
 
 @triton.jit
-def _direction_terms(
-    scores, rows, A, states, v_of, step_of, total_of, direction, head, slot, slots, heads, row, begin, length, i, q,
-    group, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n, headdim: tl.constexpr, dstate: tl.constexpr,
+def _direction_weights(
+    scores, A, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, A_d, A_h,
     FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    MATH: tl.constexpr,
 ):  # fmt: skip
-    """One direction's weights (rows, Q) of a chunk, and what its rows take from the states (rows, headdim)."""
-    reverse = is_reversed(direction, FLIP)
-    strict = is_strict(direction, ONCE, SHIFTED)
+    """One direction's weights (rows, Q) of a chunk, and the factors of what its rows take from the state."""
     at = (direction * heads + head) * slots + slot
-    valid_i = i < length
     v_i = tl.load(v_of + at * Q + q)
     step_i = tl.load(step_of + at * Q + q)
     j = tl.arange(0, Q)
@@ -182,19 +178,31 @@ def _direction_terms(
     step_j = tl.load(step_of + at * Q + j)
     rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
     total = tl.load(total_of + at)
-    weights, entered = weights_of(
-        scores, v_i, step_i, v_j, step_j, total, rate, valid_i, q, j, reverse, strict, SHIFTED, GRADIENT
-    )
-    source, there = source_of(i, valid_i, length, reverse, SHIFTED and not GRADIENT)
-    from_state = tl.zeros([i.shape[0], p.shape[0]], MATH)
+    return weights_of(
+        scores, v_i, step_i, v_j, step_j, total, rate, valid_i, q, j, is_reversed(direction, FLIP),
+        is_strict(direction, ONCE, SHIFTED), SHIFTED, GRADIENT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _from_state(
+    rows, states, entered, direction, head, slot, slots, heads, row, begin, length, i, group, p,
+    r_d, r_b, r_t, r_g, r_n, headdim: tl.constexpr, dstate: tl.constexpr,
+    FLIP: tl.constexpr, SHIFTED_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a chunk's rows take from one direction's state (rows, headdim)."""
+    at = (direction * heads + head) * slots + slot
+    source, there = source_of(i, i < length, length, is_reversed(direction, FLIP), SHIFTED_ROWS)
+    product = tl.zeros([i.shape[0], p.shape[0]], MATH)
     for start in range(0, dstate, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         left = load_tile(
             rows, direction, row, begin + source, group, n, there, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
         )
         state = load_state(states, at, p, n, headdim, dstate, True)
-        from_state = tl.dot(left, state, from_state, input_precision=PRECISION, out_dtype=MATH)
-    return weights, from_state * entered[:, None]
+        product = tl.dot(left, state, product, input_precision=PRECISION, out_dtype=MATH)
+    return product * entered[:, None]
 
 
 @triton.jit
@@ -221,7 +229,10 @@ def chunk_outputs(
     head_blocks = heads // HEADS
     p = (tl.program_id(1) % p_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
     first_head = (tl.program_id(1) // p_tiles % head_blocks).to(tl.int64) * HEADS
-    direction = (tl.program_id(1) // p_tiles // head_blocks).to(tl.int64)
+    # Where both are summed a constant, for which masks and sources of frames are simpler.
+    direction = tl.full([], 0, tl.int64)
+    if not SUMMED:
+        direction += tl.program_id(1) // p_tiles // head_blocks
     group = first_head // group_heads
     sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
     row, begin, length = frames_of(sequence, bounds, frames, KIND)
@@ -259,23 +270,30 @@ def chunk_outputs(
         )  # fmt: skip
     for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
         head = first_head + h
-        weights, result = _direction_terms(
-            scores, rows, A, states, v_of, step_of, total_of, direction, head, slot, slots, heads, row, begin, length,
-            i, q, group, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n, headdim, dstate,
-            FLIP, ONCE, SHIFTED, GRADIENT, Q, BLOCK_N, MATH, OPERAND, PRECISION,
+        weights, entered = _direction_weights(
+            scores, A, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, A_d, A_h,
+            FLIP, ONCE, SHIFTED, GRADIENT, Q, MATH,
         )  # fmt: skip
         if SUMMED:
-            other_weights, other_result = _direction_terms(
-                other_scores, rows, A, states, v_of, step_of, total_of, direction + 1, head, slot, slots, heads, row,
-                begin, length, i, q, group, p, A_d, A_h, r_d, r_b, r_t, r_g, r_n, headdim, dstate,
-                FLIP, ONCE, SHIFTED, GRADIENT, Q, BLOCK_N, MATH, OPERAND, PRECISION,
+            other_weights, other_entered = _direction_weights(
+                other_scores, A, v_of, step_of, total_of, direction + 1, head, slot, slots, heads, valid_i, q, A_d, A_h,
+                FLIP, ONCE, SHIFTED, GRADIENT, Q, MATH,
             )  # fmt: skip
             weights += other_weights
-            result += other_result
         values = load_tile(
             z, direction, row, begin + j, head, p, valid_j, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND, False
         )
-        result = tl.dot(weights.to(OPERAND), values, result, input_precision=PRECISION, out_dtype=MATH)
+        # Weights are done with before the states are looked at: both at once are more than there are registers.
+        result = tl.dot(weights.to(OPERAND), values, input_precision=PRECISION, out_dtype=MATH)
+        result += _from_state(
+            rows, states, entered, direction, head, slot, slots, heads, row, begin, length, i, group, p,
+            r_d, r_b, r_t, r_g, r_n, headdim, dstate, FLIP, SHIFTED_ROWS, BLOCK_N, MATH, OPERAND, PRECISION,
+        )  # fmt: skip
+        if SUMMED:
+            result += _from_state(
+                rows, states, other_entered, direction + 1, head, slot, slots, heads, row, begin, length, i, group, p,
+                r_d, r_b, r_t, r_g, r_n, headdim, dstate, FLIP, SHIFTED_ROWS, BLOCK_N, MATH, OPERAND, PRECISION,
+            )  # fmt: skip
         if D is not None:
             skip = tl.load(D + direction * D_d + head * D_h).to(MATH)
             if SUM_D:
@@ -352,7 +370,7 @@ def chunk_gradients(
     C_tile = load_tile(
         C, direction, row, begin + source, group, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND, False
     )
-    FLAT: tl.constexpr = 2048
+    FLAT: tl.constexpr = 1024
     scores = _scores(
         C, B, direction, row, begin, source, i, there, valid, group, C_d, C_b, C_t, C_g, C_n, B_d, B_b, B_t, B_g, B_n,
         dstate, BLOCK_N, MATH, OPERAND, PRECISION,
@@ -362,7 +380,6 @@ def chunk_gradients(
     dB_sum = tl.zeros([Q, BLOCK_N], MATH)
     dC_sum = tl.zeros([Q, BLOCK_N], MATH)
     q = tl.arange(0, Q)
-    seen = in_sight(q[:, None], q[None, :], reverse, strict)
     for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
         head = first_head + h
         at = (direction * heads + head) * slots + slot
@@ -410,6 +427,7 @@ def chunk_gradients(
         gave *= left
         total_gradient = tl.sum(step * gave, 0) + tl.exp(total) * tl.sum(carried, 0)
 
+        seen = in_sight(q[:, None], q[None, :], reverse, strict)
         flow = tl.exp(tl.where(seen, u[:, None] - v[None, :], float("-inf"))) * dweights
         dscores += flow * step[None, :]
         through = tl.where(first_tile, flow * scores.to(MATH), 0)

@@ -82,8 +82,8 @@ def sweep(
     state = tl.zeros([BLOCK_P, BLOCK_N], MATH)
     if first is not None:
         pointer = first + sequence * first_s + head * first_h
-        offset = p.to(tl.int64)[:, None] * first_p + n.to(tl.int64)[None, :] * first_n
-        state += tl.load(pointer + offset, mask=of_state, other=0).to(MATH)
+        pointers = pointer + p.to(tl.int64)[:, None] * first_p + n.to(tl.int64)[None, :] * first_n
+        state += tl.load(pointers, mask=of_state, other=0).to(MATH)
     # Invariants taken out of the loop would hold registers that there are not.
     for c in tl.range(0, chunks, num_stages=1, disable_licm=True):
         chunk = tl.where(reverse, chunks - 1 - c, c)
