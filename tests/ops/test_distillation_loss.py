@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import DTYPES, here, no_worse_than_torch, on_instruction_set, same_bits
+from judge import DTYPES, device, here, no_worse_than_torch, on_instruction_set, same_bits  # noqa: F401
 
 from linconv.ops import dispatch
 from linconv.ops.distillation_loss import (
