@@ -1,7 +1,7 @@
 // The distillation losses on CUDA.
 //
 // A team of whole warps takes one row of both sides. Of hidden states it holds all in registers, kHeld columns of a side a
-// thread, so that each row is read once; a row of more than kHeld * kLargestTeam columns is read again in each pass. Of
+// thread, so that each row is read once; a row of more than kHeld * kThreads columns is read again in each pass. Of
 // logits it goes through the columns once.
 //
 // Layers lie in a table in the launch itself: nothing is copied to the device first, and a CUDA graph can hold it all.
@@ -16,7 +16,7 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-constexpr int kVector = 4, kThreads = 256, kLargestTeam = 512;
+constexpr int kVector = 4, kThreads = 256;
 constexpr int kFrames = 16;  // of a block
 template <class T>
 constexpr int kRuns = 32 / sizeof(T);  // of kVector columns, that a thread holds of each side
@@ -100,7 +100,7 @@ struct CountArguments {
   double* out;
 };
 
-__global__ void __launch_bounds__(kLargestTeam) count_rows(const CountArguments a) {
+__global__ void __launch_bounds__(kThreads) count_rows(const CountArguments a) {
   double sum[1] = {};
   if (a.rows.mask != nullptr) {
     for (int64_t i = threadIdx.x; i < a.batch * a.frames; i += blockDim.x) sum[0] += a.rows.counts(i / a.frames, i % a.frames);
@@ -124,7 +124,7 @@ struct MeanArguments {
 
 // A thread's parts are those of places in the batch and in the sequence that only these decide: parts of 0 at a sequence's
 // end change nothing.
-__global__ void __launch_bounds__(kLargestTeam) mean_over_rows(const MeanArguments a) {
+__global__ void __launch_bounds__(kThreads) mean_over_rows(const MeanArguments a) {
   const double* parts = a.parts + blockIdx.x * a.value;
   double sum[1] = {};
   const int64_t threads = blockDim.x;
@@ -232,7 +232,7 @@ __device__ __forceinline__ void each_frame(const LayerArguments& a, const Place&
 constexpr int kLayerSums = 5;
 
 template <class T, class S, bool kNorm>
-__global__ void __launch_bounds__(kLargestTeam, 1) layers_forward(const __grid_constant__ LayerArguments a) {
+__global__ void __launch_bounds__(kThreads, 2) layers_forward(const __grid_constant__ LayerArguments a) {
   const Layer& layer = a.layers[blockIdx.y];
   const Place place(layer.team);
   const int64_t row = blockIdx.x / a.row_blocks, block = blockIdx.x % a.row_blocks, begin = block * kFrames;
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kLargestTeam, 1) layers_forward(const __grid_c
 // With e = xs - xt the difference of the normalised rows: ds = scale_s g (e - xs mean(e xs)), mean(e) being 0; the
 // teacher's is the same with both signs of e turned. Not normalised: g e and -g e.
 template <class T, class S, bool kNorm>
-__global__ void __launch_bounds__(kLargestTeam, 1) layers_backward(const __grid_constant__ LayerArguments a) {
+__global__ void __launch_bounds__(kThreads, kNorm || sizeof(T) == 8 ? 1 : 2) layers_backward(const __grid_constant__ LayerArguments a) {
   const Layer& layer = a.layers[blockIdx.y];
   const Place place(layer.team);
   const int64_t row = blockIdx.x / a.row_blocks, begin = blockIdx.x % a.row_blocks * kFrames;
@@ -511,7 +511,7 @@ class Counted {
     number = {nullptr, batch * frames};
     if (!masked) return;
     auto* out = static_cast<double*>(memory_.data_ptr());
-    launch(count_rows, dim3(1), kLargestTeam, team_bytes<double, 1>(kLargestTeam), CountArguments{rows, batch, frames, out});
+    launch(count_rows, dim3(1), kThreads, team_bytes<double, 1>(kThreads), CountArguments{rows, batch, frames, out});
     number.counted = out;
   }
   Number number;
@@ -521,7 +521,7 @@ class Counted {
 };
 
 void take_mean(const Launcher& launch, const MeanArguments& mean, int64_t values) {
-  launch(mean_over_rows, dim3(grid_dim(values, kGridX, "values")), kLargestTeam, team_bytes<double, 1>(kLargestTeam), mean);
+  launch(mean_over_rows, dim3(grid_dim(values, kGridX, "values")), kThreads, team_bytes<double, 1>(kThreads), mean);
 }
 
 // Calls f(T, S): pairs of one dtype have kernels of their own, all others share one.
@@ -551,7 +551,7 @@ struct HiddenStates {
   }
   DType math() const { return double_math ? DType::kFloat64 : DType::kFloat32; }
 
-  // Calls run(T, S, count) with up to kLayers layers in args.layers, all of one kernel.
+  // Calls run(T, S, grid) with up to kLayers layers in args.layers, all of one kernel.
   template <class F>
   void each_launch(F&& run) {
     const auto kernel = [&](const LayerPair& layer) {
@@ -568,12 +568,10 @@ struct HiddenStates {
         const int64_t width = pair.student.size[2];
         args.layers[end - begin] = {frames_of(pair.student), frames_of(pair.teacher), pair.grad_student.data, pair.grad_teacher.data,
                                     width, static_cast<int32_t>(order[end]),
-                                    team_size(width, double_math ? kHeld<double> : kHeld<float>, kLargestTeam)};
+                                    team_size(width, double_math ? kHeld<double> : kHeld<float>, kThreads)};
       }
-      int threads = kThreads;
-      for (size_t i = 0; i < end - begin; ++i) threads = std::max(threads, args.layers[i].team);
       const dim3 grid(grid_dim(batch * row_blocks, kGridX, "frames"), static_cast<unsigned>(end - begin));
-      with_types(double_math, first.student.dtype, first.teacher.dtype, [&](auto math, auto storage) { run(math, storage, grid, threads); });
+      with_types(double_math, first.student.dtype, first.teacher.dtype, [&](auto math, auto storage) { run(math, storage, grid); });
     }
   }
 };
@@ -637,11 +635,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(Tensors student, Te
   Tensor partial = empty({2, layers, parts}, DType::kFloat64);
   hidden.args.partial = static_cast<double*>(partial.data_ptr());
   hidden.args.other = layers * parts;
-  hidden.each_launch([&](auto math, auto storage, dim3 grid, int threads) {
+  hidden.each_launch([&](auto math, auto storage, dim3 grid) {
     using T = decltype(math);
     using S = decltype(storage);
-    const int64_t bytes = team_bytes<double, kLayerSums>(threads) + 2 * kFrames * static_cast<int64_t>(sizeof(double));
-    launch(layer_norm ? layers_forward<T, S, true> : layers_forward<T, S, false>, grid, threads, bytes, hidden.args);
+    const int64_t bytes = team_bytes<double, kLayerSums>(kThreads) + 2 * kFrames * static_cast<int64_t>(sizeof(double));
+    launch(layer_norm ? layers_forward<T, S, true> : layers_forward<T, S, false>, grid, kThreads, bytes, hidden.args);
   });
   if (layers > 0) {
     const Counted counted(launch, hidden.args.rows, mask.has_value(), hidden.batch, hidden.frames);
@@ -674,11 +672,10 @@ std::tuple<Tensors, Tensors, Tensor, Tensor> distillation_loss_backward(
   if (!hidden.layers.empty() && (of_student || of_teacher)) {
     const Counted counted(launch, hidden.args.rows, mask.has_value(), hidden.batch, hidden.frames);
     hidden.args.number = counted.number;
-    hidden.each_launch([&](auto math, auto storage, dim3 grid, int threads) {
+    hidden.each_launch([&](auto math, auto storage, dim3 grid) {
       using T = decltype(math);
       using S = decltype(storage);
-      launch(layer_norm ? layers_backward<T, S, true> : layers_backward<T, S, false>, grid, threads, team_bytes<T, 4>(threads),
-             hidden.args);
+      launch(layer_norm ? layers_backward<T, S, true> : layers_backward<T, S, false>, grid, kThreads, team_bytes<T, 4>(kThreads), hidden.args);
     });
   }
   Tensor student_gradient = empty({0}, logits.student), teacher_gradient = empty({0}, logits.teacher);
