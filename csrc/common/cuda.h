@@ -143,6 +143,14 @@ __device__ __forceinline__ double log1p_of(double x) { return log1p(x); }
 __device__ __forceinline__ float inverse_root(float x) { return 1.0f / sqrtf(x); }
 __device__ __forceinline__ double inverse_root(double x) { return 1.0 / sqrt(x); }
 
+// Rounded as written, never fused with what is before or after: for what must be equal on two sides of a difference.
+__device__ __forceinline__ float product_of(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double product_of(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ float sum_of(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double sum_of(double a, double b) { return __dadd_rn(a, b); }
+__device__ __forceinline__ float fused_of(float a, float b, float c) { return __fmaf_rn(a, b, c); }  // a b + c
+__device__ __forceinline__ double fused_of(double a, double b, double c) { return __fma_rn(a, b, c); }
+
 #endif
 
 template <class T>
@@ -199,6 +207,12 @@ inline Frames frames_of(const View<4>& view) {
   for (int i = 0; i < 3; ++i) bits |= stride(i) * bytes;
   out.alignment = static_cast<int>(bits & -bits);
   return out;
+}
+
+// How many of the V channels from c on there are.
+template <int V>
+__device__ __forceinline__ int present(int64_t c, int64_t size) {
+  return static_cast<int>(c >= size ? 0 : size - c < V ? size - c : V);
 }
 
 // V values that lie together.
@@ -278,6 +292,51 @@ struct Column {
     write(t, zeros);
   }
 };
+
+// ---- Teams ----
+
+// A block's threads are teams, each of a power of two of whole warps: the fewest, `most` threads at most, that hold a row of
+// `size` elements, `held` a thread.
+inline int team_size(int64_t size, int held, int most) {
+  int team = kWarp;
+  while (team < most && static_cast<int64_t>(team) * held < size) team *= 2;
+  return team;
+}
+
+// Bytes of shared memory that combine_over_team() takes of N values in a block, from its begin.
+template <class T, int N>
+constexpr int64_t team_bytes(int threads) {
+  return N * (threads / kWarp) * static_cast<int64_t>(sizeof(T));
+}
+
+// Each of N values combined over a team of `team` threads, in a fixed order. Every thread of the block calls it.
+template <int N, class T, class F>
+__device__ void combine_over_team(int team, T (&values)[N], F combine) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int lane = kWarp / 2; lane > 0; lane /= 2) values[i] = combine(values[i], __shfl_xor_sync(0xffffffff, values[i], lane));
+  const int warps = team / kWarp;
+  if (warps == 1) return;
+  T* shared = shared_memory<T>();  // (N, warps of the block)
+  const int all = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+  __syncthreads();  // what was combined before is read
+  if (threadIdx.x % kWarp == 0)
+    for (int i = 0; i < N; ++i) shared[i * all + warp] = values[i];
+  __syncthreads();
+  const int first = threadIdx.x / team * warps;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    T all_of = shared[i * all + first];
+    for (int w = 1; w < warps; ++w) all_of = combine(all_of, shared[i * all + first + w]);
+    values[i] = all_of;
+  }
+}
+
+template <int N, class T>
+__device__ void sum_over_team(int team, T (&values)[N]) {
+  combine_over_team(team, values, [](T a, T b) { return a + b; });
+}
 
 // ---- Sums of parts ----
 

@@ -1,13 +1,10 @@
 #include <algorithm>
 #include <tuple>
 
-#include "common/tensor.h"
-#include "distillation_loss/kernel.h"
+#include "distillation_loss/arguments.h"
 
 namespace linconv {
 namespace {
-
-using Tensors = std::vector<Tensor>;
 
 // Which of (batch, L) rows count, and how many.
 struct Rows {
@@ -23,10 +20,8 @@ Rows valid_rows(const std::optional<Tensor>& mask, int64_t batch, int64_t frames
   rows.count = batch * frames;
   if (!mask) return rows;
   rows.valid.resize(batch * frames);
-  if (mask->scalar_type() == ScalarType::Bool) {
-    require_strided(*mask, 2, name);
-    require(mask->size(0) == batch && mask->size(1) == frames, name, " is (", mask->size(0), ", ", mask->size(1),
-            "), wanted (", batch, ", ", frames, ")");
+  if (is_bool(*mask)) {
+    require_bool_mask(*mask, batch, frames, name);
     const auto* data = static_cast<const bool*>(mask->data_ptr());
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t t = 0; t < frames; ++t) rows.valid[b * frames + t] = data[b * mask->stride(0) + t * mask->stride(1)];
@@ -45,19 +40,9 @@ struct HiddenStates {
   std::vector<Block> blocks;
   LayerArgs args{};
 
-  HiddenStates(const Tensors& student, const Tensors& teacher, const std::optional<Tensor>& mask, bool layer_norm) {
-    require(student.size() == teacher.size(), "teacher has ", teacher.size(), " tensors, wanted ", student.size());
-    for (size_t i = 0; i < student.size(); ++i) {
-      LayerPair pair;
-      pair.student = view<3>(student[i], "student");
-      pair.teacher = view<3>(teacher[i], "teacher");
-      const auto& size = pair.student.size;
-      require_sizes(pair.student, {student[0].size(0), student[0].size(1), size[2]}, "student");
-      require_sizes(pair.teacher, {size[0], size[1], size[2]}, "teacher");
-      require(size[2] >= 1, "student has rows of no elements, wanted at least 1");
-      args.in_double |= pair.student.dtype == DType::kFloat64 || pair.teacher.dtype == DType::kFloat64;
-      layers.push_back(pair);
-    }
+  HiddenStates(const Tensors& student, const Tensors& teacher, const std::optional<Tensor>& mask, bool layer_norm)
+      : layers(read_layers(student, teacher)) {
+    args.in_double = in_double(layers);
     if (!layers.empty()) {
       const int64_t batch = layers[0].student.size[0], frames = layers[0].student.size[1];
       rows = valid_rows(mask, batch, frames, "mask");
@@ -81,16 +66,9 @@ struct Logits {
 
   Logits(const std::optional<Tensor>& student, const std::optional<Tensor>& teacher, const std::optional<Tensor>& mask,
          double temperature) {
-    require(student.has_value() == teacher.has_value(), "student_logits and teacher_logits: one is absent");
-    if (!student) return;
-    args.student = view<3>(student, "student_logits");
-    args.teacher = view<3>(teacher, "teacher_logits");
+    if (!read_logits(args, student, teacher, temperature)) return;
+    args.in_double = in_double(args.student, args.teacher);
     const auto& size = args.student.size;
-    require_sizes(args.teacher, {size[0], size[1], size[2]}, "teacher_logits");
-    require(size[2] >= 1, "student_logits has no classes, wanted at least 1");
-    require(temperature > 0, "temperature is ", temperature, ", wanted a number above 0");
-    args.temperature = temperature;
-    args.in_double = args.student.dtype == DType::kFloat64 || args.teacher.dtype == DType::kFloat64;
     rows = valid_rows(mask, size[0], size[1], "logits_mask");
     args.valid = rows.data();
     tasks = size[0] * size[1];
@@ -102,9 +80,7 @@ struct Logits {
 };
 
 std::vector<double> values(const Tensor& tensor, int64_t count, const char* name) {
-  const View<1> v = view<1>(tensor, name);
-  require(v.size[0] == count, name, " has ", v.size[0], " elements, wanted ", count);
-  require(v.dtype == DType::kFloat32 || v.dtype == DType::kFloat64, name, " wants dtype Float or Double");
+  const View<1> v = read_factors(tensor, count, name);
   std::vector<double> out(count);
   for (int64_t i = 0; i < count; ++i)
     out[i] = v.dtype == DType::kFloat64 ? *static_cast<double*>(at(v, i)) : *static_cast<float*>(at(v, i));
@@ -163,15 +139,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
   return {errors, cosines, kd, statistics};
 }
 
-// An empty tensor, and a view without data, for a gradient that is not wanted.
-template <int N>
-Tensor gradient(bool wanted, const View<N>& of, const Tensor& like, View<N>& out) {
-  if (!wanted) return empty({0}, of.dtype);
-  Tensor made = empty_as(like, of.dtype);
-  out = view<N>(made, "gradient");
-  return made;
-}
-
 std::tuple<Tensors, Tensors, Tensor, Tensor> distillation_loss_backward(
     Tensor grad_errors, Tensor grad_kd, Tensors student, Tensors teacher, std::optional<Tensor> mask, bool layer_norm,
     std::optional<Tensor> student_logits, std::optional<Tensor> teacher_logits, std::optional<Tensor> logits_mask,
@@ -197,10 +164,7 @@ std::tuple<Tensors, Tensors, Tensor, Tensor> distillation_loss_backward(
   const Tensor none = empty({0}, DType::kFloat32);
   Tensor student_gradient = none, teacher_gradient = none;
   if (student_logits) {
-    const View<2> known = view<2>(statistics, "statistics");
-    require_sizes(known, {logits.tasks, kStatistics}, "statistics");
-    require(known.dtype == DType::kFloat64 && statistics.is_contiguous(), "statistics wants Double, contiguous");
-    logits.args.statistics = static_cast<double*>(known.data);
+    logits.args.statistics = read_statistics(statistics, logits.tasks, "statistics");
     logits.args.scale = &scale;
     student_gradient = gradient(of_student_logits, logits.args.student, *student_logits, logits.args.grad_student);
     teacher_gradient = gradient(of_teacher_logits, logits.args.teacher, *teacher_logits, logits.args.grad_teacher);
@@ -215,12 +179,7 @@ std::tuple<Tensors, Tensors, Tensor, Tensor> distillation_loss_backward(
 Tensor kd_statistics(Tensor student, Tensor teacher, std::optional<Tensor> before, double temperature) {
   const Tensor s = torch::stable::unsqueeze(student, 0), t = torch::stable::unsqueeze(teacher, 0);
   Logits logits(s, t, std::nullopt, temperature);
-  if (before) {
-    const View<2> known = view<2>(*before, "before");
-    require_sizes(known, {logits.tasks, kStatistics}, "before");
-    require(known.dtype == DType::kFloat64 && before->is_contiguous(), "before wants Double, contiguous");
-    logits.args.before = static_cast<const double*>(known.data);
-  }
+  if (before) logits.args.before = read_statistics(*before, logits.tasks, "before");
   Tensor statistics = empty({logits.tasks, kStatistics}, DType::kFloat64);
   logits.args.statistics = static_cast<double*>(statistics.data_ptr());
   torch::stable::parallel_for(0, logits.tasks, logits.grain(), [&](int64_t begin, int64_t end) {
@@ -234,11 +193,8 @@ Tensor kd_statistics(Tensor student, Tensor teacher, std::optional<Tensor> befor
 Tensor kd_gradient(Tensor student, Tensor teacher, Tensor statistics, Tensor scale, double temperature) {
   const Tensor s = torch::stable::unsqueeze(student, 0), t = torch::stable::unsqueeze(teacher, 0);
   Logits logits(s, t, std::nullopt, temperature);
-  const View<2> known = view<2>(statistics, "statistics");
-  require_sizes(known, {logits.tasks, kStatistics}, "statistics");
-  require(known.dtype == DType::kFloat64 && statistics.is_contiguous(), "statistics wants Double, contiguous");
   const std::vector<double> scales = values(scale, logits.tasks, "scale");
-  logits.args.statistics = static_cast<double*>(known.data);
+  logits.args.statistics = read_statistics(statistics, logits.tasks, "statistics");
   logits.args.scale = scales.data();
   logits.args.scale_stride = 1;
   Tensor out = empty_as(student, logits.args.student.dtype);

@@ -279,23 +279,6 @@ LINCONV_INLINE const T* columns(const View<3>& view, const void* row, int64_t co
   return buffer;
 }
 
-// Largest and sum of one side, and what changes when more columns come.
-struct Softmax {
-  double largest, total;
-
-  double shift() const { return largest == -kInfinity<double> ? 0 : largest; }  // -inf - -inf is NaN
-  // Takes in the columns' largest; returns the factor on what was summed before, and by how much the shift rose.
-  void raise(double other, double& factor, double& rise) {
-    const double before = shift();
-    if (other > largest) largest = other;
-    rise = shift() - before;
-    factor = rise == 0 ? 1 : exp(-rise);
-    // All were -inf: nothing was summed.
-    if (total == 0) factor = 1;
-    total *= factor;
-  }
-};
-
 template <class T>
 void forward(const LogitArgs& a, T* scratch, int64_t begin, int64_t end) {
   const int64_t frames = a.student.size[1], classes = a.student.size[2];
@@ -308,39 +291,29 @@ void forward(const LogitArgs& a, T* scratch, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < kStatistics; ++i) out[i] = 0;
       continue;
     }
-    Softmax s{-kInfinity<double>, 0}, t{-kInfinity<double>, 0};
-    double w = 0;
-    if (a.before != nullptr) {
-      const double* in = a.before + index * kStatistics;
-      s = {in[0], in[1]}, t = {in[2], in[3]}, w = in[4];
-    }
+    Softmaxes sums;
+    if (a.before != nullptr) sums = load_softmaxes(a.before + index * kStatistics);
     const void *s_row = at(a.student, b, f), *t_row = at(a.teacher, b, f);
     for (int64_t c = 0; c < classes; c += kLossColumns) {
       const int64_t n = min<int64_t>(kLossColumns, classes - c);
       const T *sp = columns(a.student, s_row, c, n, s_buffer), *tp = columns(a.teacher, t_row, c, n, t_buffer);
       Vec<T> s_max = splat(-kInfinity<T>), t_max = s_max;
       for (int64_t i = 0; i < n; i += kWidth<T>) s_max = max(s_max, load(sp + i)), t_max = max(t_max, load(tp + i));
-      double s_factor, s_rise, t_factor, t_rise;
-      s.raise(static_cast<double>(largest<T>(s_max) * inverse), s_factor, s_rise);
-      const double t_before = t.total;
-      t.raise(static_cast<double>(largest<T>(t_max) * inverse), t_factor, t_rise);
-      // Teacher's classes of a probability that underflows count for nothing, whatever the student gives them.
-      w = t_factor == 0 || t_before == 0 ? 0 : t_factor * (w - t_before * (t_rise - s_rise));
-      const T s_shift = static_cast<T>(s.shift()), t_shift = static_cast<T>(t.shift());
+      raise(sums, static_cast<double>(largest<T>(s_max) * inverse), static_cast<double>(largest<T>(t_max) * inverse));
+      const T s_shift = static_cast<T>(shift(sums.s)), t_shift = static_cast<T>(shift(sums.t));
       Vec<T> s_sum{}, t_sum{}, w_sum{};
       for (int64_t i = 0; i < n; i += kWidth<T>) {
-        const Vec<T> u = load(sp + i) * inverse - s_shift, v = load(tp + i) * inverse - t_shift;
+        const Vec<T> u = rounded(load(sp + i) * inverse) - s_shift, v = rounded(load(tp + i) * inverse) - t_shift;
         const Vec<T> e = rounded(exp(v));
         s_sum += rounded(exp(u));
         t_sum += e;
         w_sum += e == T(0) ? Vec<T>{} : e * (v - u);
       }
-      s.total += static_cast<double>(sum(s_sum));
-      t.total += static_cast<double>(sum(t_sum));
-      w += static_cast<double>(sum(w_sum));
+      sums.s.total += static_cast<double>(sum(s_sum));
+      sums.t.total += static_cast<double>(sum(t_sum));
+      sums.w += static_cast<double>(sum(w_sum));
     }
-    out[0] = s.largest, out[1] = s.total, out[2] = t.largest, out[3] = t.total, out[4] = w;
-    out[5] = w / t.total - __builtin_log(t.total) + __builtin_log(s.total);
+    store_statistics(out, sums);
   }
 }
 
@@ -359,8 +332,8 @@ void backward(const LogitArgs& a, T* scratch, int64_t begin, int64_t end) {
       continue;
     }
     const double* in = a.statistics + index * kStatistics;
-    const Softmax s{in[0], in[1]}, t{in[2], in[3]};
-    const T s_shift = static_cast<T>(s.shift()), t_shift = static_cast<T>(t.shift());
+    const auto [s, t, w] = load_softmaxes(in);
+    const T s_shift = static_cast<T>(shift(s)), t_shift = static_cast<T>(shift(t));
     const T s_part = static_cast<T>(1 / s.total), t_part = static_cast<T>(1 / t.total);
     const T offset_ = static_cast<T>(__builtin_log(s.total) - __builtin_log(t.total) - in[5]);
     const T g = static_cast<T>(a.scale[index * a.scale_stride] / a.temperature);
@@ -373,7 +346,7 @@ void backward(const LogitArgs& a, T* scratch, int64_t begin, int64_t end) {
       T* ds = ds_row.row == nullptr ? nullptr : fits && ds_row.row == ds_row.place ? ds_row.row + c : ds_buffer;
       T* dt = dt_row.row == nullptr ? nullptr : fits && dt_row.row == dt_row.place ? dt_row.row + c : dt_buffer;
       for (int64_t i = 0; i < n; i += kWidth<T>) {
-        const Vec<T> u = load(sp + i) * inverse - s_shift, v = load(tp + i) * inverse - t_shift;
+        const Vec<T> u = rounded(load(sp + i) * inverse) - s_shift, v = rounded(load(tp + i) * inverse) - t_shift;
         const Vec<T> q = rounded(exp(u) * s_part), p = rounded(exp(v) * t_part);
         if (ds != nullptr) store(ds + i, (q - p) * g);
         if (dt != nullptr) store(dt + i, p == T(0) ? Vec<T>{} : p * (v - u + offset_) * g);

@@ -6,12 +6,12 @@
 
 #include "common/isa.h"
 #include "common/view.h"
+#include "distillation_loss/softmax.h"
 
 namespace linconv {
 
 constexpr int64_t kLossFrames = 32;    // of a task on hidden states at most
 constexpr int64_t kLossColumns = 1024;  // of logits at a time: the two sides' stay in L1 between their two passes
-constexpr int64_t kStatistics = 6;     // of a row of logits, see LogitArgs
 
 // One layer's hidden states, (batch, L, d) each.
 struct LayerPair {
@@ -31,10 +31,7 @@ struct LayerArgs {
   double* partial;  // (layers, blocks, 2): sums over rows of their mean squared error and their cosine
 };
 
-// Statistics of a row of logits divided by the temperature: the largest of the student's, the sum of
-// exp(. - largest), the same two of the teacher's, w = sum over classes of
-// exp(t - largest t) ((t - largest t) - (s - largest s)), and KL = w / sum_t - log(sum_t) + log(sum_s).
-// With shifts, nothing large is ever subtracted from something large.
+// Statistics are of logits divided by the temperature.
 struct LogitArgs {
   View<3> student, teacher;            // (batch, L, classes); tasks are batch * L rows
   View<3> grad_student, grad_teacher;  // backward only; without data where not wanted

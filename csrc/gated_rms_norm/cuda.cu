@@ -46,33 +46,6 @@ struct Place {
   }
 };
 
-// The sums of each of N values over a team, in a fixed order. Every thread of the block calls it.
-template <int N, class T>
-__device__ void sum_over_team(const Place& place, T (&values)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i)
-#pragma unroll
-    for (int lane = kWarp / 2; lane > 0; lane /= 2) values[i] += __shfl_xor_sync(0xffffffff, values[i], lane);
-  const int warps = place.threads / kWarp;
-  if (warps == 1) return;
-  T* shared = shared_memory<T>();  // (N, warps of the block)
-  const int all = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-  __syncthreads();  // what was summed before is read
-  if (threadIdx.x % kWarp == 0)
-    for (int i = 0; i < N; ++i) shared[i * all + warp] = values[i];
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    T sum = 0;
-    for (int w = 0; w < warps; ++w) sum += shared[i * all + place.team * warps + w];
-    values[i] = sum;
-  }
-}
-
-__device__ inline int present(int64_t c, int64_t size) {  // of the kHeld channels from c on
-  return static_cast<int>(c >= size ? 0 : size - c < kHeld ? size - c : kHeld);
-}
-
 template <class T>
 __device__ void load_weight(const Arguments& a, int64_t direction, int64_t channel, int n, T (&out)[kHeld]) {
 #pragma unroll
@@ -103,18 +76,18 @@ __global__ void __launch_bounds__(kLargestTeam, 1) normalize(const Arguments a) 
       if (there)
         for (int64_t c = own; c < a.group_size; c += stride) {
           T gated[kHeld];
-          gate<T, S>(a, direction, place.row, t, origin + c, present(c, a.group_size), gated);
+          gate<T, S>(a, direction, place.row, t, origin + c, present<kHeld>(c, a.group_size), gated);
 #pragma unroll
           for (int i = 0; i < kHeld; ++i) {
             squares[0] += gated[i] * gated[i];
             if (c == own) held[i] = gated[i];
           }
         }
-      sum_over_team(place, squares);
+      sum_over_team(place.threads, squares);
       if (t >= place.end) continue;
       const T r = inverse_root(squares[0] / static_cast<T>(a.group_size) + static_cast<T>(a.eps));
       for (int64_t c = own; c < a.group_size; c += stride) {
-        const int n = present(c, a.group_size);
+        const int n = present<kHeld>(c, a.group_size);
         const Column<T, S, kHeld> y(a.y, direction, place.row, origin + c, n);
         if (!there) {
           y.clear(t);
@@ -139,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1) differentiate(const Arguments a) 
   T* partial = static_cast<T*>(a.partial) + static_cast<int64_t>(blockIdx.x) * D * a.channels + origin;
   for (int64_t first = 0; first < a.group_size; first += stride) {  // one pass unless the group is very large
     const int64_t own = first + static_cast<int64_t>(place.member) * kHeld;
-    const int own_n = present(own, a.group_size);
+    const int own_n = present<kHeld>(own, a.group_size);
     T sums[D][kHeld] = {};
     for (int64_t step = 0; step < place.steps; ++step) {
       const int64_t t = place.begin + step * place.teams + place.team;
@@ -151,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1) differentiate(const Arguments a) 
         T both[2] = {};  // sums of gated^2 and u gated
         if (there)
           for (int64_t c = static_cast<int64_t>(place.member) * kHeld; c < a.group_size; c += stride) {
-            const int n = present(c, a.group_size);
+            const int n = present<kHeld>(c, a.group_size);
             T gated[kHeld], dy[kHeld], weight[kHeld];
             gate<T, S>(a, direction, place.row, t, origin + c, n, gated);
             Column<T, S, kHeld>(a.grad_y, direction, place.row, origin + c, n).read(t, dy);
@@ -162,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 1) differentiate(const Arguments a) 
               both[1] += dy[i] * weight[i] * gated[i];
             }
           }
-        sum_over_team(place, both);
+        sum_over_team(place.threads, both);
         if (!there) continue;
         const T size = static_cast<T>(a.group_size);
         const T r = inverse_root(both[0] / size + static_cast<T>(a.eps)), k = r * r * r * (both[1] / size);
@@ -245,13 +218,6 @@ Arguments arguments(const Tensor& x, const Tensor& z, const Tensor& weight, doub
   return a;
 }
 
-// The threads of a team, a power of two of whole warps: the fewest that hold a group, `most` at most.
-int team_size(int64_t group_size, int most) {
-  int team = kWarp;
-  while (team < most && static_cast<int64_t>(team) * kHeld < group_size) team *= 2;
-  return team;
-}
-
 dim3 grid(const Arguments& a) {
   return {grid_dim(a.blocks, kGridX, "frames"), grid_dim(a.channels / a.group_size, kGridY, "groups")};
 }
@@ -273,10 +239,10 @@ Tensor gated_rms_norm(Tensor x, Tensor z, Tensor weight, double eps, int64_t gro
   Tensor y = empty({x.size(1), x.size(2), a.directions, a.channels}, a.x.dtype);
   y = torch::stable::transpose(torch::stable::transpose(y, 1, 2), 0, 1);
   a.y = frames_of(view<4>(y, "y"));
-  a.team = team_size(group_size, kLargestTeam);
+  a.team = team_size(group_size, kHeld, kLargestTeam);
   const int threads = a.team > kThreads ? a.team : kThreads;
   with_types(a.x.dtype, a.z.dtype == a.x.dtype, [&](auto math, auto storage) {
-    launch(normalize<decltype(math), decltype(storage)>, grid(a), threads, threads / kWarp * sizeof(math), a);
+    launch(normalize<decltype(math), decltype(storage)>, grid(a), threads, team_bytes<decltype(math), 1>(threads), a);
   });
   return y;
 }
@@ -297,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward(Tensor grad, Tensor x
   a.grad_weight = grad_weight.data_ptr();
   a.grad_weight_dtype = a.weight.dtype;
   a.partial = partial.data_ptr();
-  a.team = team_size(group_size, kThreads);
+  a.team = team_size(group_size, kHeld, kThreads);
   with_types(a.x.dtype, a.z.dtype == a.x.dtype && a.grad_y.dtype == a.x.dtype, [&](auto math, auto storage) {
     using T = decltype(math);
     using S = decltype(storage);

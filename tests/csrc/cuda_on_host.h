@@ -25,6 +25,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__
+#define __grid_constant__
 #define LINCONV_CUDA_KEY CPU
 
 struct dim3 {
@@ -107,6 +108,25 @@ T log1p_of(T x) {
 template <class T>
 T inverse_root(T x) {
   return T(1) / std::sqrt(x);
+}
+
+// x, rounded: the compiler knows nothing of it, so fuses nothing with it.
+template <class T>
+T rounded(T x) {
+  volatile T out = x;
+  return out;
+}
+template <class T>
+T product_of(T a, T b) {
+  return rounded(a * b);
+}
+template <class T>
+T sum_of(T a, T b) {
+  return rounded(a + rounded(b));
+}
+template <class T>
+T fused_of(T a, T b, T c) {
+  return std::fma(a, b, c);
 }
 
 class Launcher {

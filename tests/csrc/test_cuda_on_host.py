@@ -22,12 +22,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 # The tests of each operator that hold for what its cuda.cu has. Left out: instruction sets, which CUDA has none of;
-# lengths outside the tensor, which only a host can refuse; gradients of the scan, which are Triton's; and of Linformer
-# attention what judges the reference, and the largest sizes, which take a host without vectors too long.
+# lengths outside the tensor, which only a host can refuse; gradients of the scan, which are Triton's; of Linformer
+# attention what judges the reference, and the largest sizes, which take a host without vectors too long; of the losses
+# what CPU caches are for, and what the same code of another dtype goes through.
 TESTS = {
     "short_conv": "not instruction_set and not outside_the_tensor",
     "gated_rms_norm": "not instruction_set",
     "linformer": "not instruction_set and not number_of_threads and not drops_that_share and not 256-512",
+    "distillation_loss": "not instruction_set and not outside_the_tensor and not past_the_caches "
+    "and not number_of_threads and not gradcheck and not (strides and not dtype1)",
     "ssd": "forward or padding_is_never_read or handed_over",
     "bidirectional_ssd": "fused and not tritons",
 }
@@ -52,6 +55,11 @@ keep("norm", lambda *t: ops.gated_rms_norm(*t, seq_lens=lens, group_size=100), x
 lens = torch.tensor([600, 37])
 keep("linformer", lambda *t: ops.linformer_attention(*t, seq_lens=lens, dropout_p=0.1),
      *torch.randn(3, 2, 2, 600, 72).to(dtype), torch.randn(700, 70).to(dtype))
+def loss(s, t, a, b):
+    masks = dict(mask=mask, logits_mask=mask)
+    return ops.distillation_loss([s, s], [t, t.float()], a, b, **masks, layer_norm=True)
+wide, logits, mask = torch.randn(2, 40, 1400).to(dtype), torch.randn(2, 40, 3000).to(dtype), torch.rand(2, 40) < 0.5
+keep("loss", loss, wide, wide.flip(0), logits, logits.flip(0))
 tensors, rest = split(scan_arguments(2, 9, 4, 40, 2, 33, dtype=dtype))
 found["ssd"] = ops.ssd(*tensors, **rest, return_final_states=True)
 for name, regime in REGIMES.items():

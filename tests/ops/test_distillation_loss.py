@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import DTYPES, here, no_worse_than_torch, on_instruction_set, same_bits
+from judge import DTYPES, device, here, no_worse_than_torch, on_instruction_set, same_bits  # noqa: F401
 
 from linconv.ops import dispatch
 from linconv.ops.distillation_loss import (
@@ -101,6 +101,11 @@ def agrees_with_the_definition(batch, length, widths, classes, lengths, layer_no
 
     got, wanted = values_and_gradients(ours, tensors), values_and_gradients(definition, tensors)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("widths", [[9000], [3] * 60])
+def test_rows_longer_than_registers_and_layers_more_than_a_launch(widths):
+    agrees_with_the_definition(1, 2, widths, 5, None, layer_norm=True, temperature=2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -231,7 +236,9 @@ def test_logits_of_minus_infinity(backend, classes):
 def test_huge_logits(backend):
     s, t = torch.zeros(1, 1, 2000), torch.zeros(1, 1, 2000)
     s[..., 3], t[..., 1999] = 1e30, 1e30
-    assert kd_loss(t, t, backend=here(backend)) == 0
+    for temperature in (2.0, 3.0):
+        assert kd_loss(t, t, temperature=temperature, backend=here(backend)) == 0
+    assert kd_loss(s, t, temperature=3.0, backend=here(backend)) == pytest.approx(1e30 / 3)
     assert kd_loss(s, t, temperature=1.0, backend=here(backend)) == pytest.approx(1e30)
     s, t = 1e4 * random(1, 20, 2000).float(), 1e4 * random(1, 20, 2000).float()
     exact = kd_loss(s.double(), t.double(), backend=here(backend))
@@ -476,6 +483,7 @@ def test_linear_gradcheck_opcheck_compile():
 def test_linear_bad_arguments(change, error, message):
     names = ("hidden_s", "weight_s", "hidden_t", "weight_t")
     given = dict(zip(names, (t.float() for t in linear_inputs(5, 4, 3, 7))))
+    change = {k: v.to(torch.get_default_device()) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
     with pytest.raises(error, match=message):
         linear_kd_loss(**{**given, **change})
 
@@ -489,7 +497,6 @@ LOGITS = torch.zeros(2, 5, 3)
         (dict(teacher=[]), "teacher has 0 tensors, wanted 1"),
         (dict(student=[torch.zeros(2, 3)], teacher=[torch.zeros(2, 3)]), "student has 2 dimensions, wanted 3"),
         (dict(teacher=[torch.zeros(2, 5, 3)]), "teacher has size 3 in dimension 2"),
-        (dict(mask=torch.tensor([6, 1])), r"seq_lens\[0\] is 6, wanted 0 to 5"),
         (dict(mask=torch.ones(2, 4, dtype=torch.bool)), r"mask is \(2, 4\), wanted \(2, 5\)"),
         (dict(student_logits=LOGITS), "one is absent"),
         (
@@ -499,6 +506,15 @@ LOGITS = torch.zeros(2, 5, 3)
     ],
 )
 def test_operator_checks_what_it_reads(call, message):
+    check_of_operator(message, **call)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only a host reads lengths before it runs")
+def test_operator_refuses_lengths_outside_the_tensor():
+    check_of_operator(r"seq_lens\[0\] is 6, wanted 0 to 5", mask=torch.tensor([6, 1]))
+
+
+def check_of_operator(message, **change):
     arguments = dict(
         student=[torch.zeros(2, 5, 4)],
         teacher=[torch.zeros(2, 5, 4)],
@@ -509,5 +525,6 @@ def test_operator_checks_what_it_reads(call, message):
         logits_mask=None,
         temperature=2.0,
     )
+    change = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(torch.get_default_device()), change)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.linconv.distillation_loss(**{**arguments, **call})
+        torch.ops.linconv.distillation_loss(**{**arguments, **change})
