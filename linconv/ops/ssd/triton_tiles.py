@@ -44,7 +44,8 @@ class Tiles:
 def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> Tiles:
     """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability.
 
-    They spill no registers, of which products take fewer on Hopper than elsewhere; no GPU has told which are fast.
+    Those of bfloat16 and float16 at headdim 64 spill no registers, as the mixers run them with lengths; IEEE float32
+    does at dstate 64 (benchmarks/GPU_BACKLOG.md). No GPU has told which are fast.
     """
     P, N = power_of_two(headdim), power_of_two(dstate)
     if capability // 10 != 9 and (operand == torch.bfloat16 or precision == "tf32"):
