@@ -210,6 +210,7 @@ def _train(name: str, arguments) -> None:
     scores = run.execute(resume=arguments.resume)
     if run.trainer.is_world_process_zero():
         _print_table([(key, f"{value:.4f}") for key, value in scores.items()])
+    run.trainer.leave_process_group()
 
 
 _TRAINING_FLAGS = {"steps": "max_steps", "lr": "learning_rate", "batch": "per_device_train_batch_size"}

@@ -114,6 +114,17 @@ class DistillationTrainer(Trainer):
         if moving and (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16):
             raise ValueError(f"{self.mode}: not supported with DeepSpeed, FSDP or fp16; bf16 is")
 
+    def leave_process_group(self) -> None:
+        """Ends a run over several processes: the last call of a script, without effect in a single process.
+
+        Gloo's threads need the interpreter to free what they gathered. Left to the interpreter's end, one that still
+        waits for it aborts the process; and to end the group at once would wait for them with the interpreter held,
+        for ever. So they are given it first, at a barrier.
+        """
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        self.accelerator.end_training()
+
     # ---- The loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

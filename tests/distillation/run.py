@@ -173,6 +173,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir) if given.resume else None)
     if trainer.is_world_process_zero():
         torch.save(trainer.model.state_dict(), os.path.join(given.folder, "student.pt"))
+    trainer.leave_process_group()
 
 
 if __name__ == "__main__":

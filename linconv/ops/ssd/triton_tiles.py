@@ -44,8 +44,7 @@ class Tiles:
 def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> Tiles:
     """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability.
 
-    Those of bfloat16 and float16 at headdim 64 spill no registers, as the mixers run them with lengths; IEEE float32
-    does at dstate 64 (benchmarks/GPU_BACKLOG.md). No GPU has told which are fast.
+    They are the largest tried that spill no registers in what ``shipped()`` lists. No GPU has told which are fast.
     """
     P, N = power_of_two(headdim), power_of_two(dstate)
     if capability // 10 != 9 and (operand == torch.bfloat16 or precision == "tf32"):
@@ -54,7 +53,7 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
         return Tiles(
             chunk=128 if half else 64, rows=32, heads=4, block_p=min(P, 64), block_n=min(N, 32) if small else 16,
             state_p=min(P, 64), state_n=min(N, 64 if small else 32), gradient_chunk=16 if small else 32,
-            gradient_heads=8, gradient_p=16, gradient_n=min(N, 32) if half else 16, warps=8,
+            gradient_heads=8 if P <= 64 else 4, gradient_p=16, gradient_n=min(N, 32) if half else 16, warps=8,
             gradient_warps=4 if small else 8, gradient_stages=1,
         )  # fmt: skip
     if operand == torch.bfloat16:
@@ -73,7 +72,7 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
         state = 64 if capability < 100 else 32
         large = max(P, N) > 128 and capability < 100
         return Tiles(
-            chunk=64, rows=32, heads=4, block_p=min(P, 32), block_n=16, state_p=min(P, state), state_n=min(N, state),
+            chunk=32, rows=32, heads=4, block_p=min(P, 32), block_n=16, state_p=min(P, state), state_n=min(N, state),
             gradient_chunk=16 if large else 32, gradient_heads=8,
             gradient_p=32 if large and capability >= 90 else 16, gradient_n=16, warps=8, stages=1,
             gradient_stages=1,
