@@ -28,10 +28,14 @@ def _form(regime, per_direction, diagonal, lengths=False):
     return Form(f"{regime}, {diagonal}", scan_of, per_direction, lengths)
 
 
-# As the mixers run it: BiMamba2 all per direction, Hydra with x and the parameters of heads shared.
-FORMS = (
-    _form("separate", ("x", "dt", "A", "B", "C", "D", "dt_bias"), "both", lengths=True),
-    _form("hydra", ("dt", "B", "C"), "shifted", lengths=True),
+# As the mixers run it, padded or not: BiMamba2 all per direction, Hydra with x and the parameters of heads shared.
+FORMS = tuple(
+    _form(*form, lengths)
+    for form in (
+        ("separate", ("x", "dt", "A", "B", "C", "D", "dt_bias"), "both"),
+        ("hydra", ("dt", "B", "C"), "shifted"),
+    )
+    for lengths in (True, False)
 )
 
 

@@ -443,8 +443,8 @@ def _form(label, started=False, lengths=False):
     return Form(label, scan_of, lengths=lengths)
 
 
-# As the mixer Mamba2 runs it: a padded batch, a state that goes on.
-FORMS = (_form("forward", lengths=True), _form("forward, initial_states", started=True))
+# As the mixer Mamba2 runs it: a padded batch, one without padding, a state that goes on.
+FORMS = (_form("forward", lengths=True), _form("forward"), _form("forward, initial_states", started=True))
 
 
 def shipped(capability: int = 90):

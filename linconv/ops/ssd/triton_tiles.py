@@ -52,7 +52,7 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
         small = half or capability < 90
         return Tiles(
             chunk=128 if half else 64, rows=32, heads=4, block_p=min(P, 64), block_n=min(N, 32) if small else 16,
-            state_p=min(P, 64), state_n=min(N, 64 if small else 32), gradient_chunk=16 if small else 32,
+            state_p=min(P, 64 if small else 32), state_n=min(N, 64 if small else 32), gradient_chunk=16,
             gradient_heads=8 if P <= 64 else 4, gradient_p=16, gradient_n=min(N, 32) if half else 16, warps=8,
             gradient_warps=4 if small else 8, gradient_stages=1,
         )  # fmt: skip
