@@ -32,9 +32,11 @@ lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-# Every Triton kernel for every GPU it is shipped for, none of which need be here; a register spill is an error.
+# Every Triton kernel, and with nvcc every CUDA one, for every GPU it is shipped for, none of which need be here; a
+# register spill is an error. Writes the tables in docs/kernels, which the tests hold against the sources.
 compile-ahead: $(VENV)/.installed
 	$(PY) benchmarks/compile_ahead.py
+	command -v nvcc > /dev/null && $(PY) benchmarks/compile_ahead_cuda.py || ! command -v nvcc
 
 bench: $(VENV)/.installed
 	$(PIP) -e .[bench] --no-build-isolation

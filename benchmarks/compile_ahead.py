@@ -4,7 +4,7 @@
     python benchmarks/compile_ahead.py --arch 90 --only ssd  # some, to standard output alone
 
 Registers and spills come from the compiled code (cuobjdump), shared memory from Triton. A kernel that spills registers
-or takes more shared memory than the GPU has is an error: exit status 1.
+or takes more shared memory than the GPU has is an error: exit status 1, and the table is left as it was.
 """
 
 import argparse
@@ -17,13 +17,16 @@ import tempfile
 import time
 from pathlib import Path
 
+from source_digest import digest
+
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs/kernels/triton_builds.md"
 ARCHITECTURES = (80, 90, 100)
+SOURCES = ("linconv/ops/*/triton*.py", "linconv/ops/triton_*.py")
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a block may have
 HEAD = """# Triton kernels as compiled
 
-Written by `python benchmarks/compile_ahead.py` (Triton {version}), without a GPU: every build that
+Written by `python benchmarks/compile_ahead.py` (Triton {version}, sources `{sources}`), without a GPU: every build that
 `linconv/ops/*/triton.py` ships. Registers are of a thread, of 255; stack is what it spills, in bytes; shared memory is
 of a block.
 """
@@ -92,11 +95,11 @@ def main(argv=None) -> int:
                     failed.append(f"sm_{capability} {cells[0]} {cells[1]}: {problem}")
             if builds:
                 sections.append(f"## {name}, sm_{capability}\n\n" + "\n".join(lines) + "\n")
-    text = HEAD.format(version=triton.__version__) + "\n" + "\n".join(sections)
-    if (options.arch, options.only, options.label) == (ARCHITECTURES, "", ""):
-        TABLE.write_text(text)
-    else:
+    text = HEAD.format(version=triton.__version__, sources=digest(*SOURCES)) + "\n" + "\n".join(sections)
+    if (options.arch, options.only, options.label) != (ARCHITECTURES, "", ""):
         print(text)
+    elif not failed:
+        TABLE.write_text(text)
     for failure in failed:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failed else 0

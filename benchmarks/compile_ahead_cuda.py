@@ -1,8 +1,10 @@
 """Compiles csrc/*/cuda.cu for every architecture and writes what ptxas says of each kernel: no GPU is needed.
 
-    python benchmarks/compile_ahead_cuda.py [--archs 80 90a 100 120] [--out docs/kernels/cuda_builds.md]
+    python benchmarks/compile_ahead_cuda.py                    # all, into docs/kernels/cuda_builds.md
+    python benchmarks/compile_ahead_cuda.py --only conv --archs 90a   # some, to standard output alone
 
-A kernel that spills registers is an error. Needs nvcc and an installed torch (its headers).
+A kernel that spills registers is an error, and the table is left as it was. Needs nvcc and an installed torch (its
+headers).
 """
 
 import argparse
@@ -14,16 +16,19 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from source_digest import ROOT, digest
+
+TABLE = ROOT / "docs/kernels/cuda_builds.md"
+SOURCES = ("csrc/*/cuda.cu", "csrc/*/*.h")
 ARCHS = ("80", "90a", "100", "120")
 KERNEL = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 INTRODUCTION = """# CUDA kernels as compiled
 
-Written by `python benchmarks/compile_ahead_cuda.py` ({compiler}); no GPU took part. For each kernel of `csrc/*/cuda.cu`
-and each architecture: registers of a thread. None spills a register (that is an error of the script). Shared memory is
-dynamic, and given where the kernel is launched; "static" is what a kernel has besides.
+Written by `python benchmarks/compile_ahead_cuda.py` ({compiler}, sources `{sources}`); no GPU took part. For each kernel
+of `csrc/*/cuda.cu` and each architecture: registers of a thread. None spills a register (that is an error of the script).
+Shared memory is dynamic, and given where the kernel is launched; "static" is what a kernel has besides.
 """
 
 
@@ -74,11 +79,11 @@ def readable(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archs", nargs="+", default=list(ARCHS), help="compute capabilities, such as 80 90a")
-    parser.add_argument("--out", type=Path, help="Markdown file to write; without it the table is printed")
+    parser.add_argument("--only", default="", help="operators whose name has this in it")
     arguments = parser.parse_args()
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    text = INTRODUCTION.format(compiler="nvcc " + re.search(r"V([\d.]+)", version)[1])
-    sources = sorted((ROOT / "csrc").glob("*/cuda.cu"))
+    text = INTRODUCTION.format(compiler="nvcc " + re.search(r"V([\d.]+)", version)[1], sources=digest(*SOURCES))
+    sources = [path for path in sorted((ROOT / "csrc").glob("*/cuda.cu")) if arguments.only in path.parent.name]
     spills = []
     with ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(lambda source: compiled(source, arguments.archs), sources))
@@ -89,9 +94,10 @@ def main() -> None:
             registers = [str(builds[arch][0]) for arch in arguments.archs]
             spills += [f"{op}: {name} on sm_{arch}, {build[1]} bytes" for arch, build in builds.items() if build[1]]
             text += f"| `{name}` | {' | '.join(registers)} | {max(build[2] for build in builds.values())} |\n"
-    if arguments.out and not spills:
-        arguments.out.write_text(text)
-    print(text)
+    if arguments.only or tuple(arguments.archs) != ARCHS:
+        print(text)
+    elif not spills:
+        TABLE.write_text(text)
     if spills:
         sys.exit("registers spilled:\n" + "\n".join(spills))
 

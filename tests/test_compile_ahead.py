@@ -9,6 +9,27 @@ import pytest
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 compile_ahead = importlib.import_module("compile_ahead")
+compile_ahead_cuda = importlib.import_module("compile_ahead_cuda")
+source_digest = importlib.import_module("source_digest")
+
+
+@pytest.mark.parametrize("script", [compile_ahead, compile_ahead_cuda], ids=["triton", "cuda"])
+def test_the_committed_table_is_of_these_sources(script):
+    """Its script writes it only where nothing spills."""
+    assert source_digest.told_by(script.TABLE) == source_digest.digest(*script.SOURCES), "run `make compile-ahead`"
+
+
+def test_the_committed_table_has_no_spill():
+    lines = [line.split("|")[1:-1] for line in compile_ahead.TABLE.read_text().splitlines() if line.startswith("| ")]
+    builds = [cells for cells in lines if cells[0].strip() != "kernel"]
+    assert len(builds) > 1000
+    assert [cells for cells in builds if int(cells[5]) != 0] == []
+
+
+def test_the_committed_table_of_cuda_has_every_source():
+    text = compile_ahead_cuda.TABLE.read_text()
+    for path in (compile_ahead_cuda.ROOT / "csrc").glob("*/cuda.cu"):
+        assert f"## {path.parent.name}\n" in text
 
 
 def test_every_module_with_kernels_lists_its_builds():
@@ -18,8 +39,10 @@ def test_every_module_with_kernels_lists_its_builds():
         assert builds and all(build.label for build in builds), name
 
 
-def test_a_kernel_compiles_without_spills():
+@pytest.mark.parametrize("capability", compile_ahead.ARCHITECTURES)
+@pytest.mark.parametrize("name", ["pass_states", "chunk_outputs", "sweep"])
+def test_a_kernel_compiles_without_spills(name, capability):
     module = importlib.import_module("linconv.ops.ssd.triton")
-    builds = [b for b in module.shipped() if b.name == "pass_states"][:1]
-    ((_, _, _, _, registers, stack, _, problem),) = compile_ahead.rows(builds, 90, progress=None)
+    builds = [b for b in module.shipped(capability) if b.name == name][:1]
+    ((_, _, _, _, registers, stack, _, problem),) = compile_ahead.rows(builds, capability, progress=None)
     assert 0 < registers <= 255 and stack == 0 and not problem

@@ -230,9 +230,15 @@ __device__ __forceinline__ void each_frame(const LayerArguments& a, const Place&
 }
 
 constexpr int kLayerSums = 5;
+// Blocks that registers are to be left for, of the layers' forward pass with a norm: elsewhere two would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kNormBlocks = 2;
+#else
+constexpr int kNormBlocks = 1;
+#endif
 
 template <class T, class S, bool kNorm>
-__global__ void __launch_bounds__(kThreads, 2) layers_forward(const __grid_constant__ LayerArguments a) {
+__global__ void __launch_bounds__(kThreads, kNorm || sizeof(T) == 8 ? kNormBlocks : 2) layers_forward(const __grid_constant__ LayerArguments a) {
   const Layer& layer = a.layers[blockIdx.y];
   const Place place(layer.team);
   const int64_t row = blockIdx.x / a.row_blocks, block = blockIdx.x % a.row_blocks, begin = block * kFrames;
@@ -394,7 +400,7 @@ __device__ __forceinline__ T largest(const T (&x)[kStep<T>][kVector]) {
 
 // Each thread has softmaxes of its own columns; at the end all rise to the team's largest, and are added.
 template <class T, class S>
-__global__ void __launch_bounds__(kThreads) logits_forward(const __grid_constant__ LogitArguments a) {
+__global__ void __launch_bounds__(kThreads, 1) logits_forward(const __grid_constant__ LogitArguments a) {
   const Place place(a.team);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * place.teams + place.team;
   const bool there = index < a.batch * a.frames;
@@ -441,7 +447,7 @@ __global__ void __launch_bounds__(kThreads) logits_forward(const __grid_constant
 
 // With q, p the student's and the teacher's probabilities: ds = g (q - p) / T, dt = g p (log(p / q) - KL) / T.
 template <class T, class S>
-__global__ void __launch_bounds__(kThreads) logits_backward(const __grid_constant__ LogitArguments a) {
+__global__ void __launch_bounds__(kThreads, 1) logits_backward(const __grid_constant__ LogitArguments a) {
   const Place place(a.team);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * place.teams + place.team;
   if (index >= a.batch * a.frames) return;

@@ -13,6 +13,11 @@ namespace {
 constexpr int kSlices = 8, kSliceFrames = 32, kThreads = kSlices * kWarp;
 template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // that registers are to be left for
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kUnrollLess = true;  // there the compiler holds more of each frame, and would spill
+#else
+constexpr bool kUnrollLess = false;
+#endif
 
 struct Arguments {
   int64_t directions, channels, width, lookahead;
@@ -124,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) convolve(const Arguments
     for (int i = 0; i < D; ++i)
 #pragma unroll
       for (int j = 0; j + 1 < W; ++j) read_inside(x, span, begin + filter[i].low + j, taps[i][j + 1]);
-#pragma unroll(D == 2 ? 2 : 4)
+#pragma unroll(kUnrollLess && (D == 2 || W > 4) ? 1 : D == 2 ? 2 : 4)
     for (int64_t t = begin; t < end; ++t) {
 #pragma unroll
       for (int i = 0; i < D; ++i) {
@@ -171,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) differentiate(const Argu
     T taps[W][V], dpre[D][W][V] = {};
 #pragma unroll
     for (int j = 0; j + 1 < W; ++j) read_inside(x, span, begin - (width - 1) + j, taps[j + 1]);
-#pragma unroll 2
+#pragma unroll(kUnrollLess ? 1 : 2)
     for (int64_t t = begin - (width - 1); t < end; ++t) {
       shift(taps);
       read_inside(x, span, t + W - 1, taps[W - 1]);
