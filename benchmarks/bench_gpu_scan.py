@@ -24,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linconv import ops
 from linconv.benchmarking.record import run
+from linconv.benchmarking.suite import Absent
+from linconv.benchmarking.suites.peers import need
 
 BATCH, HEADDIM = 8, 64
 WIDTHS = ((768, 64), (1024, 128))  # d, dstate
@@ -78,15 +80,14 @@ def linear_peers():
     else:
         print(f"not compared with our own cuda: {state}")
     try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError as error:
-        print(f"not compared with mamba_ssm: {error}")
-    else:
-        peers["mamba_ssm"] = two_passes(lambda *t: mamba_chunk_scan_combined(*t, chunk_size=256, dt_softplus=True))
+        causal = need("mamba_ssm.ops.triton.ssd_combined", "cuda").mamba_chunk_scan_combined
+        peers["mamba_ssm"] = two_passes(lambda *t: causal(*t, chunk_size=256, dt_softplus=True))
+    except Absent as reason:
+        print(f"not compared with mamba_ssm: {reason}")
     try:
-        from fla.ops.simple_gla import chunk_simple_gla
-    except ImportError as error:
-        print(f"not compared with simple_gla: {error}")
+        chunk_simple_gla = need("fla.ops.simple_gla", "cuda").chunk_simple_gla
+    except Absent as reason:
+        print(f"not compared with simple_gla: {reason}")
     else:
 
         def gla(x, dt, A, B, C):

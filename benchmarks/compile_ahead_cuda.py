@@ -26,9 +26,9 @@ STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) by
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 INTRODUCTION = """# CUDA kernels as compiled
 
-Written by `python benchmarks/compile_ahead_cuda.py` ({compiler}, sources `{sources}`); no GPU took part. For each kernel
-of `csrc/*/cuda.cu` and each architecture: registers of a thread. None spills a register (that is an error of the script).
-Shared memory is dynamic, and given where the kernel is launched; "static" is what a kernel has besides.
+Written by `python benchmarks/compile_ahead_cuda.py` ({compiler}, sources `{sources}`); no GPU took part. For each
+kernel of `csrc/*/cuda.cu` and each architecture: registers of a thread. None spills a register (that is an error of the
+script). Shared memory is dynamic, and given where the kernel is launched; "static" is what a kernel has besides.
 """
 
 

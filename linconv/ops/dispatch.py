@@ -88,6 +88,7 @@ _cuda_problem = _load_cuda()
 _cuda_kernels = _kernels("CUDA") if _cuda_problem is None else frozenset()
 _triton_operators: dict[str, str] = {}  # the module of each operator that has Triton kernels
 _gpu_preference: dict[str, tuple[str, ...]] = {}
+_of_mamba_ssm = ("ssd", "bidirectional_ssd")  # operators that the package mamba_ssm has kernels for
 _warned: set[str] = set()
 
 
@@ -110,6 +111,15 @@ def _triton_problem() -> str | None:
         return "this version has no Triton kernels" if _cpu_problem is None else _cpu_problem
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if not (torch.cuda.is_available() or interpreting()):
+        return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def _mamba_ssm_problem() -> str | None:
+    """Why the package mamba_ssm cannot run, or None."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return "mamba_ssm is not installed"
     if not (torch.cuda.is_available() or interpreting()):
         return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
     return None
@@ -185,9 +195,7 @@ def backends() -> dict[str, str]:
         "cpu": _cpu_problem or _isa_problem,
         "triton": _triton_problem(),
         "cuda": _cuda_problem,
-        "mamba_ssm": "this version has no mamba_ssm backend"
-        if importlib.util.find_spec("mamba_ssm")
-        else "mamba_ssm is not installed",
+        "mamba_ssm": _mamba_ssm_problem(),
         "reference": None,
     }
     return {name: found[name] or "available" for name in NAMES}
@@ -213,10 +221,13 @@ def _reason_against(op: str, device: torch.device, backend: str) -> str | None:
             return f"it takes CUDA tensors, got {device}"
         return _cuda_problem or (None if op in _cuda_kernels else f"the library has no {op} kernel")
     if backend == "triton":
-        if device.type not in ("cpu", "meta") if interpreting() else device.type not in ("cuda", "meta"):
+        if device.type not in ("cpu" if interpreting() else "cuda", "meta"):
             return f"it takes {'CPU' if interpreting() else 'CUDA'} tensors, got {device}"
         return _triton_problem() or (None if op in _triton_operators else f"there is no Triton kernel of {op}")
-    return backends()[backend]
+    problem = _mamba_ssm_problem() or (None if op in _of_mamba_ssm else f"mamba_ssm has no {op}")
+    if problem is None and device.type not in ("cpu" if interpreting() else "cuda", "meta"):
+        problem = f"it takes {'CPU' if interpreting() else 'CUDA'} tensors, got {device}"
+    return problem
 
 
 def pick(
@@ -238,7 +249,8 @@ def pick(
             where "cuda" is asked for.
 
     Returns:
-        ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; the last warns once when it stands in for a kernel.
+        ``"cpu"``, ``"cuda"``, ``"triton"``, ``"mamba_ssm"`` or ``"reference"``; the last warns once when it stands in
+        for a kernel.
 
     Raises:
         ValueError: an unknown name, a forced backend that cannot run here (says why), or a ``LINCONV_CPU_ISA`` that

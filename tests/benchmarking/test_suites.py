@@ -29,6 +29,7 @@ from linconv.benchmarking.suite import (
     judge,
     work,
 )
+from linconv.benchmarking.suites import peers
 from linconv.cli import main
 from linconv.conversion.crossover import _faster_from
 from linconv.errors import UserError
@@ -333,6 +334,22 @@ def test_operators_pass_their_checks_and_run(name, dtype):
                 work(i.make, i.arguments, each.setting, 5)()
             except Absent as reason:
                 assert str(reason)
+
+
+def test_a_peer_whose_package_does_not_import_is_taken_singly(tmp_path, monkeypatch):
+    package = tmp_path / "a_peer_of_ours"
+    (package / "ops").mkdir(parents=True)
+    (package / "__init__.py").write_text("import an_extension_that_is_not_there")
+    (package / "ops" / "__init__.py").touch()
+    (package / "ops" / "good.py").write_text("answer = 42")
+    (package / "ops" / "bad.py").write_text("from a_peer_of_ours import answer")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(peers._PACKAGES, "a_peer_of_ours", "a-peer")
+    with pytest.raises(Absent, match="a-peer does not import.*an_extension_that_is_not_there"):
+        peers.need("a_peer_of_ours.ops.bad", "cuda")
+    assert peers.need("a_peer_of_ours.ops.good", "cuda").answer == 42
+    with pytest.raises(Absent, match="CUDA devices only"):
+        peers.need("a_peer_of_ours.ops.good", "cpu")
 
 
 def test_layers_of_mixed_lengths():

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linconv.benchmarking.suite import Absent, Cost, Implementation
+from linconv.ops.packages import import_singly
 
 _PACKAGES = {  # module: (what is installed, how)
     "mamba_ssm": "mamba-ssm",
@@ -27,7 +27,7 @@ _SDPA = {
 
 
 def need(module: str, device: str):
-    """Imports an optional package that runs on CUDA only.
+    """Imports a module of an optional package that runs on CUDA only.
 
     Raises:
         Absent: it is not installed or does not import, or the device is another.
@@ -38,7 +38,7 @@ def need(module: str, device: str):
     if device != "cuda":
         raise Absent(f"{package} runs on CUDA devices only, the device here is {device}")
     try:
-        return importlib.import_module(module)
+        return import_singly(module)
     except Exception as error:  # a package built for another torch fails in ways of its own
         raise Absent(f"{package} does not import: {error}") from error
 

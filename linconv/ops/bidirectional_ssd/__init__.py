@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 from linconv.ops import dispatch
 from linconv.ops.bidirectional_ssd import reference
 from linconv.ops.ssd import arguments
+from linconv.ops.ssd.reference import SCANS
 
 INF = float("inf")
 DIAGONALS = ("both", "once", "shifted")
@@ -47,10 +48,10 @@ def bidirectional_ssd(
     if diagonal not in DIAGONALS:
         raise ValueError(f"diagonal is {diagonal!r}, wanted one of {', '.join(map(repr, DIAGONALS))}")
     backend = dispatch.pick("bidirectional_ssd", x.device, backend, cuda_takes=_fused(x, B, C))
-    if backend == "reference":
+    if backend in SCANS:
         return reference.bidirectional_ssd(
             x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, diagonal=diagonal,
-            seq_lens=seq_lens, cu_seqlens=cu_seqlens,
+            seq_lens=seq_lens, cu_seqlens=cu_seqlens, scan=SCANS[backend],
         )  # fmt: skip
     A, D, dt_bias = arguments.in_math_dtype(x, A, D, dt_bias)
     return dispatch.operator("bidirectional_ssd", backend)(

@@ -52,10 +52,11 @@ def ssd(
     # The CUDA kernel takes one frame after another with the state in registers: best for a decode step only.
     one_frame = sizes["L"] == 1
     backend = dispatch.pick("ssd", x.device, backend, prefer=("cuda", "triton") if one_frame else None)
-    if backend == "reference":
+    if backend in reference.SCANS:
         y, states = reference.ssd(
             x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
             initial_states=initial_states, seq_lens=seq_lens, cu_seqlens=cu_seqlens, reverse=reverse,
+            scan=reference.SCANS[backend],
         )  # fmt: skip
     else:
         A, D, dt_bias, initial_states = arguments.in_math_dtype(x, A, D, dt_bias, initial_states)

@@ -7,6 +7,8 @@ judged by; `chunked` is the same function as dense products, and serves as the b
 import torch
 import torch.nn.functional as F
 
+from linconv.ops.ssd import mamba_ssm
+
 
 def discretize(dt, dt_bias, dt_softplus, dt_limit):
     """clamp(softplus(dt + dt_bias), dt_limit) in fp32, or fp64 for fp64 input."""
@@ -62,6 +64,10 @@ def chunked(x, dt, A, B, C, *, strict=False, initial_states=None, chunk_size=64)
     if entering:
         y = y + torch.einsum("bcqhn,bchpn,bchq->bcqhp", C, torch.stack(entering, dim=1), decay.exp())
     return y.flatten(1, 2)[:, :length], h
+
+
+# By backend: what is plain torch around another's causal scan, or around plain torch's.
+SCANS = {"reference": chunked, "mamba_ssm": mamba_ssm.scan}
 
 
 def frame_mask(lengths, length):
