@@ -108,7 +108,7 @@ def test_launches_of_each_plan(monkeypatch, regime, directions):
     arguments = scan_arguments(3, 40, 4, 20, 2, 3, per_direction=REGIMES[regime])
     tensors = [arguments[n].to("meta") for n in NAMES]
     one = scan.Scan(*tensors, False, 0.0, 1.0, None, None, None, directions=2)
-    one.launch = lambda kernel, grid, *_: launched.append((kernel.__name__, grid[0] * grid[1]))
+    monkeypatch.setattr(scan, "launch", lambda kernel, grid, *_: launched.append((kernel.__name__, grid[0] * grid[1])))
     scan.scan_forward(one)
     assert [name for name, _ in launched] == ["chunk_decays"] + ["sweep"] * (3 - directions)
     assert {programs for name, programs in launched if name == "sweep"} == {*counted} == {3 * 4 * 2 * directions}

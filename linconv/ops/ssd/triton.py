@@ -8,7 +8,7 @@ once; dx, by the kernel of the outputs; the other gradients' parts; their sums. 
 between, nothing is read back to the host, and in one plan no result depends on the batch that a sequence stands in.
 """
 
-import os
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,7 +20,7 @@ import triton.language as tl
 from linconv.ops.ssd import triton_kernels as kernels
 from linconv.ops.ssd import triton_sweeps as sweeps
 from linconv.ops.ssd.triton_tiles import PLANS, choose_plan, choose_sweep_tiles, choose_tiles, power_of_two
-from linconv.ops.triton_builds import build_of
+from linconv.ops.triton_launch import capability_of, empty, launch, launched
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16}
 # "high" as IEEE float32 too: as three TF32 products the tiles spill registers, whatever their size.
@@ -31,12 +31,6 @@ TYPES = ("MATH", "OPERAND", "PRECISION")
 
 def _divisor(number: int, at_most: int) -> int:
     return max(d for d in range(1, at_most + 1) if number % d == 0)
-
-
-def _empty(shape, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for a result; NaN where LINCONV_POISON=1, so that tests see what a kernel forgets to write."""
-    memory = torch.empty(shape, dtype=dtype, device=like.device)
-    return memory.fill_(float("nan")) if os.environ.get("LINCONV_POISON") == "1" else memory
 
 
 @dataclass
@@ -61,9 +55,7 @@ class Scan:
     once: bool = False
     shifted: bool = False
     precision: str = ""
-    capability: int = 0  # the compute capability that tiles are for, else that of the device
     plan: str = ""  # one of PLANS for forward to follow, else that of the committed table
-    launch: object = None  # called with (kernel, grid, arguments, num_warps, num_stages), if it is not to be run
 
     def __post_init__(self):
         self.batch, self.frames, self.heads, self.headdim = self.x.shape[-4:]
@@ -81,16 +73,15 @@ class Scan:
         self.bounds = self.cu_seqlens if self.cu_seqlens is not None else self.seq_lens
         self.kind = "cu_seqlens" if self.cu_seqlens is not None else "seq_lens" if self.seq_lens is not None else ""
         self.sequences = self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        device = torch.cuda.get_device_properties(self.x.device) if self.x.device.type == "cuda" else None
-        if not self.capability:
-            self.capability = 10 * device.major + device.minor if device else 90
-        sizes = (self.operand, self.precision, self.headdim, self.dstate, self.capability)
+        capability = capability_of(self.x)
+        sizes = (self.operand, self.precision, self.headdim, self.dstate, capability)
         self.tiles, self.sweep_tiles = choose_tiles(*sizes), choose_sweep_tiles(*sizes)
         if not self.plan:
             blocks = triton.cdiv(self.headdim, self.sweep_tiles.block_p)
             programs = self.sequences * self.heads * blocks * (1 if self.summed else self.directions)
-            multiprocessors = device.multi_processor_count if device else 0
-            self.plan = choose_plan(programs, multiprocessors, self.capability, self.precision)
+            on_gpu = self.x.device.type == "cuda"
+            multiprocessors = torch.cuda.get_device_properties(self.x.device).multi_processor_count if on_gpu else 0
+            self.plan = choose_plan(programs, multiprocessors, capability, self.precision)
 
     def slots(self, chunk: int) -> int:
         if self.cu_seqlens is not None:
@@ -98,19 +89,11 @@ class Scan:
         return self.batch * triton.cdiv(self.frames, chunk)
 
     def empty(self, *shape, dtype=None):
-        return _empty(shape, self.x, dtype or self.math)
+        return empty(shape, self.x, dtype or self.math)
 
     def last_states(self):
         """Memory for the states after the last step, where there is one direction."""
         return self.empty(self.sequences, self.heads, self.headdim, self.dstate) if self.directions == 1 else None
-
-    def run(self, kernel, grid, arguments, num_warps, num_stages):
-        if 0 in grid:
-            return
-        if self.launch is not None:
-            self.launch(kernel, grid, arguments, num_warps, num_stages)
-            return
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
 
     def sizes(self, slots: int) -> dict:
         return dict(
@@ -168,7 +151,7 @@ def _states(scan: Scan, chunk: int, dy=None, dlast=None):
     states = scan.empty(kinds, *per_chunk, scan.headdim, scan.dstate, dtype=scan.operand)
     v, step, total = scan.empty(*per_chunk, chunk), scan.empty(*per_chunk, chunk), scan.empty(*per_chunk)
     p_tiles, n_tiles = triton.cdiv(scan.headdim, tiles.state_p), triton.cdiv(scan.dstate, tiles.state_n)
-    scan.run(
+    launch(
         kernels.chunk_states,
         (slots * scan.directions, scan.heads * p_tiles * n_tiles),
         dict(
@@ -189,7 +172,7 @@ def _states(scan: Scan, chunk: int, dy=None, dlast=None):
     for name in ("sequences", "group_heads"):
         del sizes[name]
     block = 1024
-    scan.run(
+    launch(
         kernels.pass_states,
         (scan.sequences * triton.cdiv(scan.headdim * scan.dstate, block), scan.heads * scan.directions * kinds),
         dict(
@@ -212,7 +195,7 @@ def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool):
     v, step, total = steps
     out_strides = _x_strides(out, "out")
     del out_strides["out_p"]
-    scan.run(
+    launch(
         kernels.chunk_outputs,
         (slots * (chunk // rows), p_tiles * (scan.heads // heads) * ways),
         dict(
@@ -236,7 +219,7 @@ def _sweeps(scan: Scan, y):
     sizes = scan.sizes(slots)
     for name in ("group_heads", "headdim", "dstate"):
         del sizes[name]
-    scan.run(
+    launch(
         sweeps.chunk_decays,
         (slots * scan.directions, scan.heads),
         dict(
@@ -250,7 +233,7 @@ def _sweeps(scan: Scan, y):
     def sweep(first_direction, directions, D, summand, out):
         out_strides = _x_strides(out, "out")
         del out_strides["out_p"]
-        scan.run(
+        launch(
             sweeps.sweep,
             (scan.sequences * triton.cdiv(scan.headdim, tiles.block_p), scan.heads * directions),
             dict(
@@ -304,7 +287,7 @@ def scan_backward(scan: Scan, dy, dlast=None):
     n_tiles = triton.cdiv(scan.dstate, tiles.gradient_n)
     ddt_parts = scan.empty(n_tiles, *of_batch, heads)
     per_head = scan.empty(3, n_tiles, directions, heads, slots)
-    scan.run(
+    launch(
         kernels.chunk_gradients,
         (slots * directions, n_tiles * scan.groups * blocks),
         dict(
@@ -328,7 +311,7 @@ def scan_backward(scan: Scan, dy, dlast=None):
 
     block = 512
     programs = sum(triton.cdiv(t.numel(), block) for t in (dB, dC, ddt)) + dA.numel() + dbias.numel() + dD.numel()
-    scan.run(
+    launch(
         kernels.sum_parts,
         (programs,),
         dict(
@@ -396,6 +379,14 @@ class Form:
         return self.scan_of(*tensors, torch.empty(batch, dtype=torch.int64, device="meta") if self.lengths else None)
 
 
+def _run_every_plan(form, dtype, headdim, dstate, precision):
+    scan = replace(form.scan(dtype, headdim, dstate), precision=precision)
+    # Float32 as IEEE is swept by force only, and may then spill.
+    for plan in PLANS if scan.precision != "ieee" else PLANS[:1]:
+        scan_forward(replace(scan, plan=plan))
+    scan_backward(scan, torch.empty_like(scan.x), scan.last_states())
+
+
 def builds_of(forms, usual, capability: int):
     """The builds that forward and backward launch on GPUs of a compute capability, each once.
 
@@ -403,19 +394,11 @@ def builds_of(forms, usual, capability: int):
     """
     found = {}
     for form, (dtype, headdim, dstate, precision) in (*product(forms, MIXED), *product((usual,), SHIPPED)):
-        scan = replace(form.scan(dtype, headdim, dstate), precision=precision, capability=capability)
         sizes = f"{str(dtype)[6:]}{f' ({precision})' if precision else ''}, headdim {headdim}, dstate {dstate}"
         label = f"{sizes}: {form.label}{', seq_lens' if form.lengths else ''}"
-
-        def launch(kernel, grid, arguments, num_warps, num_stages, label=label):
-            build = build_of(kernel, arguments, num_warps, num_stages)
-            found.setdefault(str(build), replace(build, label=label))
-
-        scan.launch = launch
-        # Float32 as IEEE is swept by force only, and may then spill.
-        for plan in PLANS if scan.precision != "ieee" else PLANS[:1]:
-            scan_forward(replace(scan, plan=plan))
-        scan_backward(scan, torch.empty_like(scan.x), scan.last_states())
+        run = functools.partial(_run_every_plan, form, dtype, headdim, dstate, precision)
+        for build in launched(run, label, capability):
+            found.setdefault(str(replace(build, label="")), build)
     return iter(found.values())
 
 
