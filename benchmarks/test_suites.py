@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from linconv.benchmarking import suites
-from linconv.benchmarking.suite import Absent, work
+from linconv.benchmarking.suite import LARGEST, Absent, work
 
 LENGTH = 499  # 10 s of audio
 
@@ -17,6 +17,8 @@ LENGTH = 499  # 10 s of audio
 def every():
     for suite in ("scan", "conv", "linformer", "loss", "layer"):
         for case in suites.get(suite):
+            if case.setting.batch == LARGEST:  # which batch that is, only `linconv bench` finds out
+                continue
             for implementation in case.implementations:
                 name = f"{suite}: {case.key}: {implementation.name}"
                 yield pytest.param(case, implementation, id=name, marks=pytest.mark.benchmark(group=case.key))
