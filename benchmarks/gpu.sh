@@ -5,7 +5,8 @@
 #   benchmarks/gpu.sh build       compiles csrc against that torch, into linconv/lib
 #   benchmarks/gpu.sh test        the operators' tests, CPU ones too; offsets past 2^31, repeats, CUDA graphs
 #   benchmarks/gpu.sh sanitize    compute-sanitizer: memcheck, racecheck, initcheck, on a small set
-#   benchmarks/gpu.sh bench       speeds against peers, correctness first, JSON into $OUT or benchmarks/results/<gpu>/
+#   benchmarks/gpu.sh bench       the scan against peers, correctness first, JSON into $OUT or benchmarks/results/<gpu>/
+#   benchmarks/gpu.sh suites      the same of losses, Linformer, convolution and layers, by `linconv bench`
 #
 # PYTHON: which Python, else python3.
 set -euo pipefail
@@ -41,10 +42,17 @@ sanitize() {
   done
 }
 
+results() {  # the folder for them
+  echo "${OUT:-benchmarks/results/$("$python" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")}"
+}
+
 bench() {
-  local gpu
-  gpu=$("$python" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
-  LINCONV_POISON=0 "$python" benchmarks/bench_gpu_scan.py --out "${OUT:-benchmarks/results/$gpu}/bidirectional_ssd.json"
+  LINCONV_POISON=0 "$python" benchmarks/bench_gpu_scan.py --out "$(results)/bidirectional_ssd.json"
+}
+
+suites() {
+  LINCONV_POISON=0 "$python" -m linconv.cli bench loss linformer conv layer --device cuda --budget 540 --longest-call 2 \
+    --out "$(results)/suites"
 }
 
 case "${1:-}" in
@@ -52,5 +60,6 @@ case "${1:-}" in
   test) tests ;;
   sanitize) sanitize ;;
   bench) bench ;;
-  *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  suites) suites ;;
+  *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
