@@ -1,6 +1,6 @@
 """The scan by the Triton kernels of the mamba-ssm package: a check of parity, never a default.
 
-Both directions are two passes, the second over flipped inputs, as `reference` has them.
+Both directions are two passes, the second over flipped inputs, as `reference` has them, which hands over float32.
 """
 
 import torch
