@@ -229,14 +229,33 @@ LINCONV_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
 
+// All lanes into one: the upper half onto the lower, and so on.
+template <class T, int lanes, class F>
+LINCONV_INLINE T fold_lanes(typename VectorOf<T, lanes>::type v, F f) {
+  if constexpr (lanes == 2) {
+    return f(v[0], v[1]);
+  } else {
+    typename VectorOf<T, lanes / 2>::type low, high;
+    if constexpr (lanes == 16) {
+      low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+      high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    } else if constexpr (lanes == 8) {
+      low = __builtin_shufflevector(v, v, 0, 1, 2, 3);
+      high = __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    } else {
+      low = __builtin_shufflevector(v, v, 0, 1);
+      high = __builtin_shufflevector(v, v, 2, 3);
+    }
+    return fold_lanes<T, lanes / 2>(f(low, high), f);
+  }
+}
 template <class V>
 LINCONV_INLINE Lane<V> sum(V v) {
-  constexpr int lanes = sizeof(V) / sizeof(Lane<V>);
-  Lane<V> part[lanes];
-  __builtin_memcpy(part, &v, sizeof(v));
-  for (int half = lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+  return fold_lanes<Lane<V>, sizeof(V) / sizeof(Lane<V>)>(v, [](auto a, auto b) { return a + b; });
+}
+template <class V>
+LINCONV_INLINE Lane<V> greatest(V v) {
+  return fold_lanes<Lane<V>, sizeof(V) / sizeof(Lane<V>)>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Horner's rule, lowest coefficient first.

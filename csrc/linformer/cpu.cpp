@@ -22,7 +22,6 @@ LinformerProjectArgs project_arguments(const Tensor& x, const Tensor& proj, bool
   spans = sequence_spans(seq_lens, std::nullopt, a.batch, a.frames);
   a.spans = spans.data();
   a.splits = most_splits(spans);
-  a.head_block = a.proj.size[0] == 1 ? 2 : 1;
   return a;
 }
 
@@ -38,7 +37,7 @@ Tensor project(Tensor x, Tensor proj, bool normalize, Optional seq_lens) {
     parts = empty({a.batch, a.heads, a.splits, a.rank, a.headdim}, math);
     a.parts = parts->data_ptr();
   }
-  torch::stable::parallel_for(0, a.batch * a.splits * a.head_blocks(), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, a.batch * a.splits * a.heads, 1, [&](int64_t begin, int64_t end) {
     LINCONV_PICK(linformer_project)(a, fp64, begin, end);
   });
   if (a.splits > 1) {

@@ -12,6 +12,7 @@ template <class T>
 constexpr int kPanel = kTileVectors * kWidth<T>;
 
 constexpr int kDepth = 128;   // frames that a projection sums in registers
+constexpr int kSumsBytes = 256 * 1024;  // of what heads that are projected together sum: a share of L2
 constexpr int kQueries = 32;  // whose scores over r keys stay near the core
 
 // Columns of scratch rows: whole panels, and a vector more, lest rows a power of two apart fall into the same cache sets.
@@ -35,6 +36,13 @@ template <class T>
 void load_rows(const View<3>& view, int64_t head, int64_t first, int64_t count, T* to, int ld) {
   load_rows(at(view, view.size[0] == 1 ? 0 : head), view.dtype, view.stride[1], view.stride[2], first, count, view.size[2],
             to, ld);
+}
+
+// The same rows, to be asked for ahead. Elements apart from each other, each on a line of its own, are not worth it.
+Ahead rows_ahead(const View<4>& view, int64_t row, int64_t head, int64_t first, int64_t count) {
+  if (view.stride[3] != 1 || count <= 0) return {};
+  const int64_t size = element_size(view.dtype);
+  return {at(view, row, head, first), view.stride[2] * size, static_cast<int>(count), view.size[3] * size};
 }
 
 template <class T>
@@ -91,21 +99,32 @@ class Project {
  public:
   explicit Project(const LinformerProjectArgs& args)
       : args_(args), rank_(args.rank), headdim_(args.headdim), ranks_(round_up(rank_, kTileRows)), ldp_(leading<T>(rank_)),
-        ldx_(leading<T>(headdim_)),
+        ldx_(leading<T>(headdim_)), heads_(most_heads()),
         arena_(Arena::bytes<T>(kDepth * ldp_) + Arena::bytes<T>(kDepth * ldx_) +
-               Arena::bytes<T>(int64_t(args.head_block) * ranks_ * ldx_)) {
+               Arena::bytes<T>(int64_t(heads_) * ranks_ * ldx_)) {
     proj_ = arena_.take<T>(kDepth * ldp_);
     x_ = arena_.take<T>(kDepth * ldx_);
-    sums_ = arena_.take<T>(int64_t(args.head_block) * ranks_ * ldx_);
+    sums_ = arena_.take<T>(int64_t(heads_) * ranks_ * ldx_);
   }
 
-  void run(int64_t index) {
-    const int64_t first_head = index % args_.head_blocks() * args_.head_block;
-    index /= args_.head_blocks();
-    const int64_t split = index % args_.splits, row = index / args_.splits, length = args_.length(row);
-    const int64_t splits = linformer_splits(length), frames = linformer_split_frames(length);
-    if (split >= splits) return;
-    const int heads = static_cast<int>(min<int64_t>(args_.head_block, args_.heads - first_head));
+  // Task `index` and those behind it, before `end`, that take the same frames and the same projection: the first task left.
+  int64_t run(int64_t index, int64_t end) {
+    const int64_t first_head = index % args_.heads, split = index / args_.heads % args_.splits;
+    const int64_t row = index / args_.heads / args_.splits, length = args_.length(row);
+    const int heads = static_cast<int>(min(min<int64_t>(heads_, end - index), args_.heads - first_head));
+    if (split < linformer_splits(length)) add(row, split, first_head, heads);
+    return index + heads;
+  }
+
+ private:
+  int most_heads() const {
+    if (args_.proj.size[0] > 1) return 1;
+    const int64_t fit = kSumsBytes / (int64_t(sizeof(T)) * ranks_ * ldx_);
+    return static_cast<int>(fit < 1 ? 1 : min(fit, args_.heads));
+  }
+
+  void add(int64_t row, int64_t split, int64_t first_head, int heads) {
+    const int64_t length = args_.length(row), splits = linformer_splits(length), frames = linformer_split_frames(length);
     const int64_t end = min(length, (split + 1) * frames);
     const int64_t size = int64_t(ranks_) * ldx_;
     if (end == 0)
@@ -117,10 +136,13 @@ class Project {
         load_rows(args_.x, row, first_head + h, t, count, x_, ldx_);
         const Strided<T> by_rank{proj_, 1, ldp_};
         const int columns = round_up(headdim_, kWidth<T>);
+        const Ahead next = h + 1 < heads
+                               ? rows_ahead(args_.x, row, first_head + h + 1, t, count)
+                               : rows_ahead(args_.x, row, first_head, t + kDepth, min<int64_t>(kDepth, end - t - kDepth));
         if (t == split * frames)
-          gemm<T, Update::kStore, Triangle::kNone>(ranks_, columns, count, by_rank, x_, ldx_, sums_ + h * size, ldx_);
+          gemm<T, Update::kStore, Triangle::kNone>(ranks_, columns, count, by_rank, x_, ldx_, sums_ + h * size, ldx_, next);
         else
-          gemm<T, Update::kAdd, Triangle::kNone>(ranks_, columns, count, by_rank, x_, ldx_, sums_ + h * size, ldx_);
+          gemm<T, Update::kAdd, Triangle::kNone>(ranks_, columns, count, by_rank, x_, ldx_, sums_ + h * size, ldx_, next);
       }
     }
     for (int h = 0; h < heads; ++h) {
@@ -136,13 +158,18 @@ class Project {
     }
   }
 
- private:
   const LinformerProjectArgs& args_;
-  const int rank_, headdim_, ranks_, ldp_, ldx_;
+  const int rank_, headdim_, ranks_, ldp_, ldx_, heads_;  // heads_: at once, which share the rows of proj they read
   Arena arena_;
   T *proj_, *x_;  // (kDepth, rank), (kDepth, headdim)
-  T* sums_;       // (head_block, rank, headdim)
+  T* sums_;       // (heads_, rank, headdim)
 };
+
+template <class T>
+void project(const LinformerProjectArgs& args, int64_t begin, int64_t end) {
+  Project<T> pass(args);
+  while (begin < end) begin = pass.run(begin, end);
+}
 
 template <class T>
 void sum_parts(const LinformerSumArgs& args, int64_t begin, int64_t end) {
@@ -278,10 +305,9 @@ class Keys {
     for (int i = 0; i < count; ++i) {
       T* row = scores + i * lds;
       for (int j = rank; j < vectors; ++j) row[j] = -__builtin_inff();
-      Vec<T> greatest = linconv::LINCONV_ISA::load(row);
-      for (int j = kWidth<T>; j < vectors; j += kWidth<T>) greatest = max(greatest, linconv::LINCONV_ISA::load(row + j));
-      T most = greatest[0];
-      for (int lane = 1; lane < kWidth<T>; ++lane) most = most > greatest[lane] ? most : greatest[lane];
+      Vec<T> most_of_lanes = linconv::LINCONV_ISA::load(row);
+      for (int j = kWidth<T>; j < vectors; j += kWidth<T>) most_of_lanes = max(most_of_lanes, linconv::LINCONV_ISA::load(row + j));
+      const T most = greatest(most_of_lanes);
       Vec<T> sums{};
       for (int j = 0; j < vectors; j += kWidth<T>) {
         const Vec<T> e = exp(linconv::LINCONV_ISA::load(row + j) - most);
@@ -341,7 +367,9 @@ void attend(const LinformerAttendArgs& args, int64_t begin, int64_t end) {
           reciprocals[i] *= static_cast<T>(args.dropout.keep_scale);
         }
       gemm<T, Update::kScaleRows, Triangle::kNone>(tiled, round_up(keys.headdim, kWidth<T>), keys.rank, {scores, lds, 1},
-                                                   keys.v, ldx, y, ldx, {}, {.rows = reciprocals});
+                                                   keys.v, ldx, y, ldx,
+                                                   rows_ahead(args.q, row, h, t + kQueries, min<int64_t>(kQueries, valid - t - kQueries)),
+                                                   {.rows = reciprocals});
       store_rows(args.out, row, h, t, count, y, ldx);
     }
     clear_rows<T>(args.out, row, h, max(first, valid), last);
@@ -429,16 +457,16 @@ class AttendBackward {
   T *dk_, *dv_;                 // (rank, headdim)
 };
 
-template <class Pass, class Args>
-void run(const Args& args, int64_t begin, int64_t end) {
-  Pass pass(args);
+template <class T>
+void attend_backward(const LinformerAttendArgs& args, int64_t begin, int64_t end) {
+  AttendBackward<T> pass(args);
   for (; begin < end; ++begin) pass.run(begin);
 }
 
 }  // namespace
 
 void linformer_project(const LinformerProjectArgs& args, bool fp64, int64_t begin, int64_t end) {
-  fp64 ? run<Project<double>>(args, begin, end) : run<Project<float>>(args, begin, end);
+  fp64 ? project<double>(args, begin, end) : project<float>(args, begin, end);
 }
 void linformer_sum(const LinformerSumArgs& args, bool fp64, int64_t begin, int64_t end) {
   fp64 ? sum_parts<double>(args, begin, end) : sum_parts<float>(args, begin, end);
@@ -456,7 +484,7 @@ void linformer_attend(const LinformerAttendArgs& args, bool fp64, int64_t begin,
   fp64 ? attend<double>(args, begin, end) : attend<float>(args, begin, end);
 }
 void linformer_attend_backward(const LinformerAttendArgs& args, bool fp64, int64_t begin, int64_t end) {
-  fp64 ? run<AttendBackward<double>>(args, begin, end) : run<AttendBackward<float>>(args, begin, end);
+  fp64 ? attend_backward<double>(args, begin, end) : attend_backward<float>(args, begin, end);
 }
 
 }  // namespace linconv::LINCONV_ISA

@@ -10,20 +10,21 @@
 namespace linconv {
 
 // How the sum over a sequence's frames is cut: by its own length alone, so that neither the batch nor the number of
-// threads has a say in the bits of a result.
-constexpr int64_t kLinformerSplitFrames = 512, kLinformerSplits = 16;  // the least frames of a split; the most splits
+// threads has a say in the bits of a result. Splits of a sequence are of one size, so that tasks are.
+constexpr int64_t kLinformerSplitFrames = 512, kLinformerSplits = 16;  // of a split, until there are so many
+constexpr int64_t kLinformerSplitMultiple = 64;
+// The most splits of any sequence of up to so many frames: rounding may leave the longest with fewer.
+LINCONV_HOST_DEVICE static inline int64_t linformer_most_splits(int64_t frames) {
+  const int64_t splits = (frames + kLinformerSplitFrames - 1) / kLinformerSplitFrames;
+  return splits < 1 ? 1 : splits < kLinformerSplits ? splits : kLinformerSplits;
+}
 LINCONV_HOST_DEVICE static inline int64_t linformer_split_frames(int64_t length) {
-  const int64_t even = (length + kLinformerSplits - 1) / kLinformerSplits;
-  return even < kLinformerSplitFrames ? kLinformerSplitFrames : (even + 127) / 128 * 128;
+  const int64_t splits = linformer_most_splits(length), even = (length + splits - 1) / splits;
+  return (even + kLinformerSplitMultiple - 1) / kLinformerSplitMultiple * kLinformerSplitMultiple;
 }
 LINCONV_HOST_DEVICE static inline int64_t linformer_splits(int64_t length) {
   const int64_t frames = linformer_split_frames(length);
   return length <= frames ? 1 : (length + frames - 1) / frames;
-}
-// The most that any sequence of up to so many frames has: the longest need not be the one.
-static inline int64_t linformer_most_splits(int64_t frames) {
-  const int64_t splits = (frames + kLinformerSplitFrames - 1) / kLinformerSplitFrames;
-  return splits < 1 ? 1 : splits < kLinformerSplits ? splits : kLinformerSplits;
 }
 
 constexpr int kLinformerBlock = 64;     // frames that one task of a gradient over frames takes
@@ -37,7 +38,6 @@ struct LinformerProjectArgs {
   int64_t batch, heads, frames, headdim, rank;
   bool normalize;  // divide by the root of the sequence's length
   int64_t splits;  // the most that any sequence has
-  int head_block;  // heads of a task: they share the projection
   void* parts;     // (batch, heads, splits, r, headdim) in the math type; null where no sequence is cut
   View<4> out;     // (batch, heads, r, headdim)
 
@@ -46,7 +46,6 @@ struct LinformerProjectArgs {
   View<4> dx;     // as x
   View<3> dproj;  // as proj
 
-  int64_t head_blocks() const { return (heads + head_block - 1) / head_block; }
   int64_t length(int64_t row) const { return spans[row].end; }
 };
 
@@ -84,7 +83,7 @@ static inline int64_t linformer_packed(int64_t rank, int64_t headdim) {
   return rank * (headdim + 64) + (rank + 64) * (headdim + 64);
 }
 
-// Tasks: rows, splits, blocks of heads.
+// Tasks: rows, splits, heads.
 LINCONV_KERNEL(void, linformer_project, const LinformerProjectArgs& args, bool fp64, int64_t begin, int64_t end);
 // Tasks: rows and heads.
 LINCONV_KERNEL(void, linformer_sum, const LinformerSumArgs& args, bool fp64, int64_t begin, int64_t end);

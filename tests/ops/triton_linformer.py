@@ -13,7 +13,7 @@ from linconv.ops.linformer import triton as module
 def small_tiles(monkeypatch):
     """In the interpreter, which is slow, sequences are cut into splits as soon as on a GPU into blocks."""
     if interpreter.INTERPRETING:
-        monkeypatch.setattr(module, "LEAST_FRAMES", 32)
+        monkeypatch.setattr(module, "SPLIT_FRAMES", 32)
         monkeypatch.setattr(module, "SPLIT_MULTIPLE", 16)
 
 

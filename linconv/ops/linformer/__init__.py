@@ -158,7 +158,7 @@ def _sum_then_project(hidden, wk, bk, wv, bv, proj_k, proj_v, summed):
 
     def projected(frames, weights, weight, bias):
         out = frames @ weight.to(frames.dtype).mT
-        return out if bias is None else out + weights * bias.to(out.dtype)
+        return out if bias is None else torch.addcmul(out, weights, bias.to(out.dtype))
 
     of_keys = sums(proj_k)
     of_values = of_keys if proj_v is None else sums(proj_v)

@@ -19,7 +19,7 @@ from linconv.ops.triton_launch import capability_of, empty, launch, launched
 
 MATH = {**triton_launch.MATH, torch.bfloat16: tl.bfloat16}
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-LEAST_FRAMES, MOST_SPLITS, SPLIT_MULTIPLE = 512, 16, 128  # of a split, as in csrc/linformer/kernel.h
+SPLIT_FRAMES, MOST_SPLITS, SPLIT_MULTIPLE = 512, 16, 64  # as in csrc/linformer/kernel.h
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ def _empty_frames(like: torch.Tensor) -> torch.Tensor:
 
 def _splits(frames: int) -> int:
     """The most splits that a sequence of at most so many frames has."""
-    size = max(LEAST_FRAMES, triton.cdiv(triton.cdiv(frames, MOST_SPLITS), SPLIT_MULTIPLE) * SPLIT_MULTIPLE)
-    return min(MOST_SPLITS, max(1, triton.cdiv(frames, LEAST_FRAMES))) if frames > size else 1
+    return min(MOST_SPLITS, max(1, triton.cdiv(frames, SPLIT_FRAMES)))
 
 
 def _math(x: torch.Tensor) -> torch.dtype:
@@ -104,7 +103,7 @@ def _strides(name: str, tensor: torch.Tensor, axes: str) -> dict:
 
 
 def _split_options() -> dict:
-    return dict(LEAST=LEAST_FRAMES, MOST=MOST_SPLITS, MULTIPLE=SPLIT_MULTIPLE)
+    return dict(SPLIT=SPLIT_FRAMES, MOST=MOST_SPLITS, MULTIPLE=SPLIT_MULTIPLE)
 
 
 def _sum(parts, out, seq_lens, frames, normalize):

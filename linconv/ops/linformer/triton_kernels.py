@@ -17,10 +17,10 @@ def _length(row, bounds, frames):
 
 
 @triton.jit
-def _split_frames(length, LEAST: tl.constexpr, MOST: tl.constexpr, MULTIPLE: tl.constexpr):
+def _split_frames(length, SPLIT: tl.constexpr, MOST: tl.constexpr, MULTIPLE: tl.constexpr):
     """How many frames a split has of a sequence of `length`, as in csrc/linformer/kernel.h."""
-    even = (length + MOST - 1) // MOST
-    return tl.where(even < LEAST, LEAST, (even + MULTIPLE - 1) // MULTIPLE * MULTIPLE)
+    splits = tl.minimum(tl.maximum((length + SPLIT - 1) // SPLIT, 1), MOST)
+    return tl.maximum(((length + splits - 1) // splits + MULTIPLE - 1) // MULTIPLE, 1) * MULTIPLE
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _kept(seed, row_and_head, frame, key, threshold, keep_scale, MATH: tl.conste
 def project(
     x, proj, parts, bounds, frames, heads, rank, headdim, splits, column_blocks, x_b, x_h, x_t, x_c, p_h, p_t, p_r,
     BT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, MULTIPLE: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """proj^T x over one split: a tile of ranks and columns."""
     tile = tl.program_id(0).to(tl.int64)
@@ -84,7 +84,7 @@ def project(
     row_and_head = tl.program_id(2).to(tl.int64)
     row, head = row_and_head // heads, row_and_head % heads
     length = _length(row, bounds, frames)
-    size = _split_frames(length, LEAST, MOST, MULTIPLE)
+    size = _split_frames(length, SPLIT, MOST, MULTIPLE)
     begin = split * size
     end = tl.minimum(length, begin + size)
     if begin < end or split == 0:
@@ -106,12 +106,12 @@ def project(
 @triton.jit
 def sum_parts(
     parts, out, bounds, frames, heads, splits, size, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
-    LEAST: tl.constexpr, MOST: tl.constexpr, MULTIPLE: tl.constexpr,
+    SPLIT: tl.constexpr, MOST: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row_and_head = tl.program_id(1).to(tl.int64)
     length = _length(row_and_head // heads, bounds, frames)
-    split_frames = _split_frames(length, LEAST, MOST, MULTIPLE)
+    split_frames = _split_frames(length, SPLIT, MOST, MULTIPLE)
     own = tl.maximum((length + split_frames - 1) // split_frames, 1)
     inside = element < size
     parts += row_and_head * splits * size
@@ -272,7 +272,7 @@ def attend_keys(
     grad, q, k, v, dk_parts, dv_parts, normalisers, means, bounds, seed, frames, heads, rank, headdim, splits, scale,
     threshold, keep_scale, g_b, g_h, g_t, g_c, q_b, q_h, q_t, q_c, k_b, k_h, k_r, k_c, v_b, v_h, v_r, v_c,
     BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, MULTIPLE: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """What the queries of one split add to the gradients of a tile of projected keys and values."""
     tile = tl.program_id(0).to(tl.int64)
@@ -280,7 +280,7 @@ def attend_keys(
     row_and_head = tl.program_id(2).to(tl.int64)
     row, head = row_and_head // heads, row_and_head % heads
     length = _length(row, bounds, frames)
-    size = _split_frames(length, LEAST, MOST, MULTIPLE)
+    size = _split_frames(length, SPLIT, MOST, MULTIPLE)
     begin = split * size
     end = tl.minimum(length, begin + size)
     if begin < end or split == 0:
