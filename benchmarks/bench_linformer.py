@@ -80,8 +80,8 @@ def body(record, lengths):
             works["exact"] = lambda t=tensors: F.scaled_dot_product_attention(*t[:3])
         with torch.set_grad_enabled(False):
             plain = {name: work for name, work in works.items() if "training" not in name}
-            taken = compare(plain, min_repeats=5, min_seconds=0.15, max_repeats=30)
-        taken |= compare({n: w for n, w in works.items() if "training" in n}, min_repeats=3, min_seconds=0.1)
+            taken = compare(plain, min_repeats=9, min_seconds=0.5)
+        taken |= compare({n: w for n, w in works.items() if "training" in n}, min_repeats=5, min_seconds=0.5)
         seconds = {name: latency.median for name, latency in taken.items()}
         operation = seconds["mm"] / flops
         for part, count in (("forward", 8), ("training", 26)):

@@ -179,7 +179,16 @@ def define_triton(name: str, module: str, run=None) -> None:
 
 
 def _run_triton(module: str, name: str, *arguments):
-    return getattr(importlib.import_module(module), name)(*arguments)
+    function = getattr(importlib.import_module(module), name)
+    device = next(x.device for a in arguments for x in (a if isinstance(a, list | tuple) else (a,)) if _is_tensor(x))
+    if device.type != "cuda":
+        return function(*arguments)
+    with torch.cuda.device(device):  # Triton launches on the current one, whatever the tensors' is
+        return function(*arguments)
+
+
+def _is_tensor(x) -> bool:
+    return isinstance(x, torch.Tensor)
 
 
 def operator(op: str, backend: str):

@@ -1,24 +1,35 @@
 """How an operator's ``triton.py`` makes memory and launches kernels, or lists what it would launch."""
 
 import os
+import threading
 
 import torch
 import triton.language as tl
 
 from linconv.ops.triton_builds import Build, build_of
 
-__all__ = ["MATH", "capability_of", "empty", "launch", "launched"]
+__all__ = ["MATH", "capability_of", "empty", "launch", "launched", "listener", "poisoned"]
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 _record: list | None = None  # where launches go if they are not to be run
 _recorded_capability = 0  # and the GPUs they are for
 
+# Hears of what this thread makes and launches, as its `current`; see triton_replay.py.
+listener = threading.local()
+
+
+def poisoned() -> bool:
+    """Whether results start as NaN, so that tests see what a kernel forgets to write."""
+    return os.environ.get("LINCONV_POISON") == "1"
+
 
 def empty(shape, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for a result; NaN where LINCONV_POISON=1, so that tests see what a kernel forgets to write."""
+    """Memory for a result; NaN where results are poisoned."""
     memory = torch.empty(shape, dtype=dtype, device=like.device)
-    return memory.fill_(float("nan")) if os.environ.get("LINCONV_POISON") == "1" else memory
+    if (heard := getattr(listener, "current", None)) is not None:
+        heard.on_empty(memory)
+    return memory.fill_(float("nan")) if poisoned() else memory
 
 
 def launch(kernel, grid: tuple, arguments: dict, num_warps: int, num_stages: int = 1, **options) -> None:
@@ -28,7 +39,9 @@ def launch(kernel, grid: tuple, arguments: dict, num_warps: int, num_stages: int
     if _record is not None:
         _record.append((kernel, arguments, num_warps, num_stages, options))
         return
-    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **options)
+    compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **options)
+    if (heard := getattr(listener, "current", None)) is not None:
+        heard.on_launch(kernel, grid, arguments, compiled)
 
 
 def capability_of(x: torch.Tensor) -> int:

@@ -1,6 +1,7 @@
 """Both directions of the scan: the kernels of linconv/ops/ssd with two directions."""
 
-from linconv.ops.ssd.triton import Form, Scan, builds_of, scan_backward, scan_forward
+from linconv.ops.ssd.triton import Form, Scan, builds_of, scan_backward, scan_forward, scan_settings
+from linconv.ops.triton_replay import replayed
 
 
 def _both_directions(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, diagonal, seq_lens, cu_seqlens):
@@ -10,11 +11,13 @@ def _both_directions(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, di
     )  # fmt: skip
 
 
+@replayed(scan_settings)
 def bidirectional_ssd(*arguments):
     """``linconv::bidirectional_ssd_triton``."""
     return scan_forward(_both_directions(*arguments))[0]
 
 
+@replayed(scan_settings)
 def bidirectional_ssd_backward(dy, *arguments):
     """``linconv::bidirectional_ssd_backward_triton``."""
     return scan_backward(_both_directions(*arguments), dy)[:-1]

@@ -16,6 +16,7 @@ import triton.language as tl
 from linconv.ops import triton_launch
 from linconv.ops.linformer import triton_kernels as kernels
 from linconv.ops.triton_launch import capability_of, empty, launch, launched
+from linconv.ops.triton_replay import replayed
 
 MATH = {**triton_launch.MATH, torch.bfloat16: tl.bfloat16}
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
@@ -81,6 +82,11 @@ def _math(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _settings() -> tuple:
+    """What launches depend on besides the arguments."""
+    return (torch.get_float32_matmul_precision(),)
+
+
 def _options(x: torch.Tensor) -> tuple[torch.dtype, dict]:
     """The type that products are taken in, and what every kernel is told of the arithmetic.
 
@@ -122,6 +128,7 @@ def _sum(parts, out, seq_lens, frames, normalize):
     )  # fmt: skip
 
 
+@replayed(_settings)
 def linformer_project(x, proj, normalize, seq_lens):
     """``linconv::linformer_project_triton``."""
     batch, heads, frames, headdim = x.shape
@@ -151,6 +158,7 @@ def _head_strides(proj) -> dict:
     return {**strides, "p_h": 0} if proj.shape[0] == 1 else strides
 
 
+@replayed(_settings)
 def linformer_project_backward(grad, x, proj, normalize, seq_lens):
     """``linconv::linformer_project_backward_triton``."""
     batch, heads, frames, headdim = x.shape
@@ -201,6 +209,7 @@ def _attention(q, k, v, scale, dropout_p, seed, seq_lens):
     return common, _tiles(q, operand, options)
 
 
+@replayed(_settings)
 def linformer_attend(q, k, v, scale, dropout_p, seed, seq_lens):
     """``linconv::linformer_attend_triton``."""
     common, tiles = _attention(q, k, v, scale, dropout_p, seed, seq_lens)
@@ -215,6 +224,7 @@ def linformer_attend(q, k, v, scale, dropout_p, seed, seq_lens):
     return out
 
 
+@replayed(_settings)
 def linformer_attend_backward(grad, q, k, v, scale, dropout_p, seed, seq_lens):
     """``linconv::linformer_attend_backward_triton``."""
     batch, heads, frames, headdim = q.shape

@@ -19,8 +19,16 @@ import triton.language as tl
 
 from linconv.ops.ssd import triton_kernels as kernels
 from linconv.ops.ssd import triton_sweeps as sweeps
-from linconv.ops.ssd.triton_tiles import PLANS, choose_plan, choose_sweep_tiles, choose_tiles, power_of_two
+from linconv.ops.ssd.triton_tiles import (
+    PLANS,
+    choose_plan,
+    choose_sweep_tiles,
+    choose_tiles,
+    forced_plan,
+    power_of_two,
+)
 from linconv.ops.triton_launch import capability_of, empty, launch, launched
+from linconv.ops.triton_replay import replayed
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16}
 # "high" as IEEE float32 too: as three TF32 products the tiles spill registers, whatever their size.
@@ -329,6 +337,11 @@ def scan_backward(scan: Scan, dy, dlast=None):
     return dx, ddt, dA, dB, dC, dD, dbias, dfirst if dfirst is not None else scan.empty(0)
 
 
+def scan_settings() -> tuple:
+    """What launches depend on besides the arguments."""
+    return torch.get_float32_matmul_precision(), forced_plan()
+
+
 def _one_direction(
     x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens, cu_seqlens, reverse
 ):  # noqa: E501
@@ -338,11 +351,13 @@ def _one_direction(
     )  # fmt: skip
 
 
+@replayed(scan_settings)
 def ssd(*arguments):
     """``linconv::ssd_triton``."""
     return scan_forward(_one_direction(*arguments))
 
 
+@replayed(scan_settings)
 def ssd_backward(dy, dfinal_states, *arguments):
     """``linconv::ssd_backward_triton``."""
     return scan_backward(_one_direction(*arguments), dy, dfinal_states)

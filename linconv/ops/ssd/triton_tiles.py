@@ -131,6 +131,11 @@ PLANS = ("chunks", "sweeps")
 PROGRAMS_TO_SWEEP = {8: 2, 9: 2, 10: 2}
 
 
+def forced_plan() -> str:
+    """What the environment says of the plan, "" for nothing."""
+    return os.environ.get("LINCONV_SCAN_PLAN", "")
+
+
 def choose_plan(programs: int, multiprocessors: int, capability: int, precision: str) -> str:
     """ "sweeps", whose states stay in registers, where its programs fill the GPU, else "chunks", which has many more.
 
@@ -145,7 +150,7 @@ def choose_plan(programs: int, multiprocessors: int, capability: int, precision:
     Raises:
         ValueError: LINCONV_SCAN_PLAN is something else.
     """
-    forced = os.environ.get("LINCONV_SCAN_PLAN", "")
+    forced = forced_plan()
     if forced:
         if forced not in PLANS:
             raise ValueError(

@@ -1,0 +1,189 @@
+"""Launches of a call, done again without the Python that worked them out.
+
+Between the call of an operator and its first kernel stand sizes, strides, tiles, grids and what Triton looks up by
+them: far more time, for a few seconds of speech, than the kernels take. All of it depends on the arguments' shapes,
+strides, dtypes and alignment alone. So a call that has been seen before is noted down, and from then on only memory is
+made and addresses are filled in.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from linconv.ops import triton_launch
+
+__all__ = ["replayed"]
+
+MOST_CALLS = 1024  # that an operator remembers
+ALIGNMENT = 256  # bytes, of what lies in one piece of scratch memory
+POINTER_ALIGNMENT = 16  # bytes, which Triton compiles other code for
+
+
+def replayed(settings: Callable[[], tuple] = tuple):
+    """Makes a function on CUDA tensors repeat what it launched for arguments alike.
+
+    The function makes memory by ``triton_launch.empty`` only, launches by ``triton_launch.launch`` only, reads no
+    element of a tensor, and returns tensors that it made, or None in their place. Its first argument is a tensor.
+
+    Args:
+        settings: what else it depends on, as a tuple that can be compared.
+    """
+
+    def decorate(function):
+        calls = _Calls(function)
+
+        @functools.wraps(function)
+        def run(*arguments):
+            if arguments[0].device.type != "cuda":  # Triton's interpreter, or a list of launches
+                return function(*arguments)
+            return calls(settings(), arguments)
+
+        return run
+
+    return decorate
+
+
+class _Calls:
+    """What a function did before, by all that it depends on."""
+
+    def __init__(self, function):
+        self.function = function
+        self.known: dict[tuple, _Call | None] = {}  # None: seen once. Most lengths of speech are not seen twice.
+
+    def __call__(self, settings: tuple, arguments: tuple):
+        key = (settings, *map(_looked_at, arguments))
+        call = self.known.get(key)
+        if call is not None:
+            return call(arguments)
+        if key not in self.known:
+            while len(self.known) >= MOST_CALLS:
+                self.known.pop(next(iter(self.known)), None)
+            self.known[key] = None
+            return self.function(*arguments)
+        recording = _Recording(arguments)
+        with recording:
+            results = self.function(*recording.arguments)
+        self.known[key] = recording.call(results)
+        return results
+
+
+def _looked_at(argument):
+    """What may decide of an argument which launches there are."""
+    if isinstance(argument, torch.Tensor):
+        aligned = argument.data_ptr() % POINTER_ALIGNMENT == 0
+        return argument.shape, argument.stride(), argument.dtype, argument.device, aligned
+    return argument
+
+
+@dataclass(frozen=True)
+class _Address:
+    """``offset`` bytes behind the start of a tensor: one of the arguments, then of those that were made, by number."""
+
+    tensor: int
+    offset: int
+
+
+class _Recording:
+    """Listens to the memory that a function makes and to the kernels that it launches."""
+
+    def __init__(self, arguments: tuple):
+        # Aliases: a tensor that is passed twice may be two tensors next time.
+        self.arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+        self.made: list[torch.Tensor] = []
+        self.launches: list[tuple[Callable, list]] = []
+
+    def __enter__(self):
+        triton_launch.listener.current = self
+
+    def __exit__(self, *_):
+        triton_launch.listener.current = None
+
+    def on_empty(self, tensor: torch.Tensor) -> None:
+        self.made.append(tensor)
+
+    def on_launch(self, kernel, grid: tuple, arguments: dict, compiled) -> None:
+        values = [arguments[name] for name in kernel.arg_names]
+        values = [self._address(value) if isinstance(value, torch.Tensor) else value for value in values]
+        self.launches.append((compiled[(*grid, 1, 1)[:3]], values))
+
+    def _address(self, tensor: torch.Tensor) -> _Address | int:
+        if tensor.numel() == 0:
+            return 0
+        for i, argument in enumerate(self.arguments):
+            if argument is tensor:
+                return _Address(i, 0)
+        made = self._made(tensor)
+        return _Address(len(self.arguments) + made, tensor.data_ptr() - self.made[made].data_ptr())
+
+    def _made(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage().data_ptr()
+        for i, memory in enumerate(self.made):
+            if memory is tensor or (storage != 0 and memory.untyped_storage().data_ptr() == storage):
+                return i
+        raise RuntimeError("a replayed function used a tensor that is neither an argument nor made by empty()")
+
+    def call(self, results) -> "_Call":
+        several = isinstance(results, tuple)
+        returned = [(None if r is None else (self._made(r), r)) for r in (results if several else (results,))]
+        return _Call(self, returned, several)
+
+
+class _Call:
+    """A call's memory and launches. Results have memory of their own; all else is one piece."""
+
+    def __init__(self, recording: _Recording, returned: list, several: bool):
+        own = list(dict.fromkeys(result[0] for result in returned if result is not None))
+        self.own = [(recording.made[i].shape, recording.made[i].dtype) for i in own]
+        self.returned = [
+            None if result is None else (own.index(result[0]), _view(result[1], recording.made[result[0]]))
+            for result in returned
+        ]
+        self.several = several
+
+        arguments = [i for i, a in enumerate(recording.arguments) if isinstance(a, torch.Tensor)]
+        self.arguments = arguments
+        # Where an address is counted from (the tensors among the arguments, own results, scratch), and how far.
+        start = {i: (at, 0) for at, i in enumerate(arguments)}
+        total = 0
+        for i, memory in enumerate(recording.made):
+            number = len(recording.arguments) + i
+            if i in own:
+                start[number] = len(arguments) + own.index(i), 0
+            else:
+                start[number] = len(arguments) + len(own), total
+                total += math.ceil(memory.numel() * memory.element_size() / ALIGNMENT) * ALIGNMENT
+        self.scratch = total
+        self.launches = []
+        for launch, values in recording.launches:
+            addresses = [(i, v) for i, v in enumerate(values) if isinstance(v, _Address)]
+            places = [(i, start[a.tensor][0], start[a.tensor][1] + a.offset) for i, a in addresses]
+            self.launches.append((launch, values, places))
+
+    def __call__(self, arguments: tuple):
+        device = arguments[0].device
+        own = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.own]
+        scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device)
+        if triton_launch.poisoned():
+            for tensor in own:
+                tensor.fill_(math.nan)
+            scratch.fill_(0xFF)  # NaN in every floating type
+        starts = [arguments[i].data_ptr() for i in self.arguments]
+        starts += [tensor.data_ptr() for tensor in own]
+        starts.append(scratch.data_ptr())
+        for launch, values, places in self.launches:
+            values = values.copy()
+            for i, tensor, offset in places:
+                values[i] = starts[tensor] + offset
+            launch(*values)
+        results = [None if r is None else own[r[0]] if r[1] is None else own[r[0]].as_strided(*r[1]) for r in self.returned]
+        return tuple(results) if self.several else results[0]
+
+
+def _view(result: torch.Tensor, memory: torch.Tensor) -> tuple | None:
+    """How a result is seen in its memory; None where it is all of it as it was made."""
+    if result is memory:
+        return None
+    return result.shape, result.stride(), result.storage_offset()
