@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from linconv._version import __version__
+from linconv.ops.autograd import register_autograd
 
 __all__ = [
     "LinconvPerformanceWarning",
@@ -160,7 +161,7 @@ def register(op, *, fake, fake_backward, setup_context, backward, triton=None, p
 
         torch.library.register_fake(f"linconv::{name}", fake)
         torch.library.register_fake(f"linconv::{op}_backward{suffix}", fake_backward)
-        torch.library.register_autograd(f"linconv::{name}", with_operator, setup_context=setup_context)
+        register_autograd(name, with_operator, setup_context)
 
 
 def define_triton(name: str, module: str, run=None) -> None:

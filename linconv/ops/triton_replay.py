@@ -178,8 +178,12 @@ class _Call:
             for i, tensor, offset in places:
                 values[i] = starts[tensor] + offset
             launch(*values)
-        results = [None if r is None else own[r[0]] if r[1] is None else own[r[0]].as_strided(*r[1]) for r in self.returned]
-        return tuple(results) if self.several else results[0]
+        results = tuple(None if r is None else _seen(own[r[0]], r[1]) for r in self.returned)
+        return results if self.several else results[0]
+
+
+def _seen(memory: torch.Tensor, view: tuple | None) -> torch.Tensor:
+    return memory if view is None else memory.as_strided(*view)
 
 
 def _view(result: torch.Tensor, memory: torch.Tensor) -> tuple | None:

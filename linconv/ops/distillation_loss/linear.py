@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linconv.ops import checks, dispatch
+from linconv.ops.autograd import register_autograd
 from linconv.ops.distillation_loss import reference
 from linconv.ops.distillation_loss.arguments import checked_mask, valid_rows
 
@@ -225,7 +226,7 @@ def _register() -> None:
             torch.library.register_fake(f"linconv::{name}{suffix}", fake)
     for suffix, backend in (("", None), ("_triton", "triton")):
         differentiate = functools.partial(_differentiate, backend=backend)
-        torch.library.register_autograd(f"linconv::linear_kd_loss{suffix}", differentiate, setup_context=_save)
+        register_autograd(f"linear_kd_loss{suffix}", differentiate, _save)
 
 
 if dispatch.compiled("kd_statistics"):

@@ -23,23 +23,19 @@ def check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, *, directi
     directions: 2 where arguments may carry a leading axis of 2, else 1. Returns the sizes by name.
     """
     sizes = {}
-    tensors = dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)
-    for name, tensor in tensors.items():
+    for (name, dims), tensor in zip(DIMS.items(), (x, dt, A, B, C, D, dt_bias)):
         if tensor is None and name in ("D", "dt_bias"):
             continue
         checks.floating_tensor(name, tensor)
-        dims = DIMS[name]
-        per_direction = directions == 2 and tensor.dim() == len(dims) + 1
-        shape = tuple(tensor.shape[1:]) if per_direction else tuple(tensor.shape)
-        wanted = "(" + ", ".join(dims) + ("," if len(dims) == 1 else "") + ")"
-        if directions == 2:
-            wanted += f" or (2, {', '.join(dims)})"
-        known = ", ".join(f"{k} = {v}" for k, v in sizes.items() if k in dims)
-        if len(shape) != len(dims) or (per_direction and tensor.shape[0] != 2):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted {wanted}")
+        shape = tensor.shape
+        if directions == 2 and len(shape) == len(dims) + 1 and shape[0] == 2:
+            shape = shape[1:]
+        if len(shape) != len(dims):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted {_wanted(dims, directions)}")
+        known = dict(sizes)
         for dim, size in zip(dims, shape):
             if sizes.setdefault(dim, size) != size:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted {wanted} with {known}")
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted {_wanted(dims, directions, known)}")
         checks.like(name, tensor, "x", x)
     for dim in ("headdim", "dstate"):
         if not 1 <= sizes[dim] <= MAX_SIZE:
@@ -51,6 +47,15 @@ def check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, *, directi
         raise ValueError(f"dt_limit is {tuple(dt_limit)}, wanted (low, high) with low <= high")
     checks.sequence_bounds(seq_lens, cu_seqlens, sizes["batch"], sizes["L"], x.device)
     return sizes
+
+
+def _wanted(dims, directions, known=()):
+    """The shape that an argument is wanted in, with the sizes that are known."""
+    wanted = f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
+    if directions == 2:
+        wanted += f" or (2, {', '.join(dims)})"
+    told = ", ".join(f"{dim} = {known[dim]}" for dim in known if dim in dims)
+    return f"{wanted} with {told}" if told else wanted
 
 
 def check_states(initial_states, sizes, cu_seqlens, x):

@@ -1,0 +1,82 @@
+"""Autograd formulas of operators, registered with as little Python between a call and its kernel as can be.
+
+``torch.library.register_autograd`` reads the whole schema again at each call, for defaults that linconv's operators do
+not have: 50 us, in which a GPU would run the scan of a second of speech. This is what it does but for that.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["register_autograd"]
+
+_library = torch.library.Library("linconv", "FRAGMENT")  # what it registers lives as long as it does
+# torch's own registration is made of these; a torch that has them no longer is asked to register.
+_MADE_OF = ("_AutoDispatchBelowAutograd", "_after_autograd_keyset", "_any_requires_grad")
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Registers the gradients of ``linconv::<name>``, as ``torch.library.register_autograd`` does.
+
+    Args:
+        name: the operator's, without defaults in its schema, whose results are tensors.
+        backward: from ctx and the gradients of results those of the arguments, None where there is none, in lists where
+            the argument is a list.
+        setup_context: called with ctx, inputs and output, by position.
+    """
+    if not all(hasattr(torch._C, part) for part in _MADE_OF):
+        torch.library.register_autograd(
+            f"linconv::{name}", backward, setup_context=lambda ctx, inputs, output: setup_context(ctx, inputs, output)
+        )
+        return
+    operator = getattr(torch.ops.linconv, name).default
+    below, after, any_requires_grad = (getattr(torch._C, part) for part in _MADE_OF)
+
+    class Gradients(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, lengths, *flat):
+            inputs = _nested(flat, lengths)
+            ctx.lengths = lengths
+            with below():
+                output = operator.redispatch(keyset & after, *inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            needed = ctx.needs_input_grad
+            ctx.needs_input_grad = _nested(needed[2:], ctx.lengths)
+            try:
+                results = backward(ctx, *grads)
+            finally:
+                ctx.needs_input_grad = needed
+            return None, None, *_flat(results if isinstance(results, tuple) else (results,), ctx.lengths)
+
+    def differentiable(keyset, *inputs):
+        if torch.is_grad_enabled() and any_requires_grad(*inputs):
+            lengths = tuple(len(value) if isinstance(value, list | tuple) else -1 for value in inputs)
+            return Gradients.apply(keyset, lengths, *_flat(inputs, lengths))
+        with below():
+            return operator.redispatch(keyset & after, *inputs)
+
+    _library.impl(name, differentiable, "Autograd", with_keyset=True)
+
+
+# An autograd function takes tensors as arguments of their own: lists are written out, their lengths beside them, -1
+# for what is no list.
+
+
+def _flat(values: tuple, lengths: tuple) -> tuple:
+    if max(lengths) < 0:
+        return values
+    return tuple(x for value, length in zip(values, lengths) for x in ((value,) if length < 0 else value))
+
+
+def _nested(flat: tuple, lengths: tuple) -> tuple:
+    if max(lengths) < 0:
+        return flat
+    values, at = [], 0
+    for length in lengths:
+        values.append(flat[at] if length < 0 else list(flat[at : at + length]))
+        at += 1 if length < 0 else length
+    return tuple(values)
