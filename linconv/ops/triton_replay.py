@@ -15,7 +15,7 @@ import torch
 
 from linconv.ops import triton_launch
 
-__all__ = ["replayed"]
+__all__ = ["Calls", "replayed"]
 
 MOST_CALLS = 1024  # that an operator remembers
 ALIGNMENT = 256  # bytes, of what lies in one piece of scratch memory
@@ -33,7 +33,7 @@ def replayed(settings: Callable[[], tuple] = tuple):
     """
 
     def decorate(function):
-        calls = _Calls(function)
+        calls = Calls(function)
 
         @functools.wraps(function)
         def run(*arguments):
@@ -46,7 +46,7 @@ def replayed(settings: Callable[[], tuple] = tuple):
     return decorate
 
 
-class _Calls:
+class Calls:
     """What a function did before, by all that it depends on."""
 
     def __init__(self, function):

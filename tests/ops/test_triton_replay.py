@@ -52,7 +52,7 @@ def launches(monkeypatch):
 
 def calls_of(function, settings=tuple):
     """The function as on CUDA tensors."""
-    calls = triton_replay._Calls(function.__wrapped__)
+    calls = triton_replay.Calls(function.__wrapped__)
     return lambda *arguments: calls(settings(), arguments)
 
 
@@ -226,7 +226,7 @@ def test_results_are_memory_of_their_own(launches):
 
 def test_no_more_calls_are_remembered_than_there_is_room_for(launches, monkeypatch):
     monkeypatch.setattr(triton_replay, "MOST_CALLS", 2)
-    calls = triton_replay._Calls(bidirectional_ssd.bidirectional_ssd.__wrapped__)
+    calls = triton_replay.Calls(bidirectional_ssd.bidirectional_ssd.__wrapped__)
     for length in (5, 6, 7, 8):
         for _ in range(3):
             calls((), tuple(both_directions(length=length)))
@@ -239,7 +239,7 @@ def test_a_tensor_of_unknown_origin_is_an_error(launches):
     def function(x):
         ssd.launch(ssd.kernels.pass_states, (1,), dict.fromkeys(ssd.kernels.pass_states.arg_names, x + 1), 4)
 
-    calls = triton_replay._Calls(function)
+    calls = triton_replay.Calls(function)
     calls((), (torch.ones(3),))
     with pytest.raises(RuntimeError, match="neither an argument nor made by empty"):
         calls((), (torch.ones(3),))

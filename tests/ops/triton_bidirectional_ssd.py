@@ -226,6 +226,15 @@ def test_repeats_bit_for_bit():
         assert all(torch.equal(gradients[n], other[n]) for n in NAMES)
 
 
+@by_each_plan
+def test_a_call_seen_before_takes_its_own_tensors(plan):
+    """Seen once, noted down, done again (triton_replay.py)."""
+    for seed in range(interpreter.CALLS):
+        torch.manual_seed(seed)
+        arguments = on_device(scan_arguments(2, 9, 2, 5, 1, 3, per_direction=REGIMES["hydra"]))
+        assert_matches_the_recurrence(arguments, plan, diagonal="shifted", **sequences("seq_lens", 2, 9))
+
+
 def test_opcheck():
     arguments = [t.requires_grad_() for t in on_device(scan_arguments(2, 9, 2, 3, 1, 2)).values()]
     lengths = torch.tensor([9, 4], device=interpreter.DEVICE)
@@ -238,11 +247,13 @@ def test_opcheck():
 
 
 @pytest.mark.skipif(interpreter.INTERPRETING, reason="needs a GPU")
+@pytest.mark.parametrize("calls", [1, 2])  # before: launches are captured as they are noted down, and done again
 @by_each_plan
-def test_cuda_graph(plan):
+def test_cuda_graph(plan, calls):
     arguments = on_device(scan_arguments(2, 300, 4, 64, 1, 64, per_direction=REGIMES["hydra"], dtype=torch.bfloat16))
     lengths = torch.tensor([300, 100], device="cuda")
-    wanted, wanted_gradients = with_gradients(kernels, arguments, plan=plan, seq_lens=lengths)  # compiles
+    for _ in range(calls):  # compiles
+        wanted, wanted_gradients = with_gradients(kernels, arguments, plan=plan, seq_lens=lengths)
     leaves = {n: t.requires_grad_() for n, t in arguments.items()}
     torch.manual_seed(1)
     upstream = torch.randn(wanted.shape, dtype=torch.float64).to(wanted)

@@ -35,6 +35,17 @@ def tensors(batch, heads, length, headdim, rank, *, per_head=False, shared=False
 )
 def test_matches_the_reference_in_fp64(length, headdim, rank, per_head, shared, dropout_p):
     """With lengths and dropout; gradients too."""
+    assert_matches_the_reference(length, headdim, rank, per_head, shared, dropout_p)
+
+
+def test_a_call_seen_before_takes_its_own_tensors():
+    """Seen once, noted down, done again (triton_replay.py)."""
+    for seed in range(interpreter.CALLS):
+        torch.manual_seed(seed)
+        assert_matches_the_reference(9, 5, 17, False, False, 0.3)
+
+
+def assert_matches_the_reference(length, headdim, rank, per_head, shared, dropout_p):
     inputs = tensors(3, 2, length, headdim, rank, per_head=per_head, shared=shared)
     lengths = torch.tensor([length, length // 3, 0], device=interpreter.DEVICE)
     upstream = random(3, 2, length, headdim)

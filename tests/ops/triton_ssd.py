@@ -57,6 +57,17 @@ def test_matches_the_recurrence(kind, reverse, started, groups, length):
     assert_close({"y": y, "states": states}, {"y": wanted_y, "states": wanted_states})
 
 
+def test_a_call_seen_before_takes_its_own_tensors():
+    """Seen once, noted down, done again (triton_replay.py)."""
+    for seed in range(interpreter.CALLS):
+        torch.manual_seed(seed)
+        arguments = scan_arguments(2, 9, 2, 5, 1, 3)
+        arguments = on_device(dict(arguments, initial_states=torch.randn(2, 2, 5, 3, dtype=torch.float64)))
+        (y, states), gradients = with_gradients(kernels, arguments)
+        (wanted_y, wanted_states), wanted = with_gradients(oracle, arguments)
+        assert_close({"y": y, "states": states, **gradients}, {"y": wanted_y, "states": wanted_states, **wanted})
+
+
 @pytest.mark.parametrize("plan", interpreter.SCAN_PLANS)
 def test_padding_is_never_read(plan):
     arguments = scan_arguments(2, 40, 1, 5, 1, 3, dtype=torch.float32)
