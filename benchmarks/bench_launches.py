@@ -3,10 +3,18 @@
     python benchmarks/bench_launches.py --out benchmarks/results/cpu/launches.json
 
 No GPU is needed, and none is timed: kernels are compiled for sm_90 and given to a driver that launches nothing, so that
-what is left is Python, Triton's and ours. What the driver and the operator's registration with torch take comes on top.
+what is left is Python, Triton's and ours. First calls are those of a new process, with Triton's cache on disk empty and
+then filled. What the driver and the operator's registration with torch take comes on top.
 The peer is Triton's own launch of the same kernels, which looks up sizes, types and alignment at each call. Batch 8 of
 `--lengths` frames, width 1024, heads of 64, bfloat16; Linformer has r = 256.
 """
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -20,6 +28,7 @@ from linconv.ops.linformer import triton as linformer
 
 BATCH, HEADS, HEADDIM, DSTATE, RANK = 8, 16, 64, 64, 256
 INF = float("inf")
+FIRST_CALLS = "first-calls"  # this script as its own process, where Triton has compiled nothing yet
 
 
 class Utilities:
@@ -93,8 +102,26 @@ def count_launches(work):
     return Launcher.launches - before
 
 
+def first_calls(length):
+    """Seconds of each operator's first call in this process, as JSON: compilation, or what is in the cache, and launches."""
+    driver.set_active(Driver())
+    found = {}
+    for name, (function, arguments) in cases(length).items():
+        start = time.perf_counter()
+        function.__wrapped__(*arguments)
+        found[name] = time.perf_counter() - start
+    print(json.dumps(found))
+
+
 def body(record, lengths):
     driver.set_active(Driver())
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        for state in ("cold", "warm"):
+            command = [sys.executable, __file__, FIRST_CALLS, str(lengths[0])]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            for name, seconds in json.loads(done.stdout).items():
+                record.add(op=name, length=lengths[0], disk_cache=state, first_call_seconds=seconds)
     for length in lengths:
         for name, (function, arguments) in cases(length).items():
             calls = triton_replay.Calls(function.__wrapped__)
@@ -106,7 +133,9 @@ def body(record, lengths):
                 works["again"]()
             launches, others = (count_launches(works[n]) for n in ("again", "worked out"))
             if launches != others:
-                raise SystemExit(f"{name}: {launches} launches, {others} where they are worked out; no time is reported")
+                raise SystemExit(
+                    f"{name}: {launches} launches, {others} where they are worked out; no time is reported"
+                )
             taken = {n: latency.median for n, latency in compare(works, min_repeats=300, max_repeats=300).items()}
             record.add(
                 op=name, length=length, launches=launches, host_seconds=taken["again"], peer="Triton's launch",
@@ -115,4 +144,7 @@ def body(record, lengths):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [FIRST_CALLS]:
+        first_calls(int(sys.argv[2]))
+        sys.exit()
     run("launches", __doc__.splitlines()[0], [499], body)
