@@ -103,7 +103,7 @@ def count_launches(work):
 
 
 def first_calls(length):
-    """Seconds of each operator's first call in this process, as JSON: compilation, or what is in the cache, and launches."""
+    """Seconds of each operator's first call in this process, as JSON: compiling, or reading the cache, and launches."""
     driver.set_active(Driver())
     found = {}
     for name, (function, arguments) in cases(length).items():
