@@ -8,6 +8,7 @@ made and addresses are filled in.
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ class Calls:
     def __init__(self, function):
         self.function = function
         self.known: dict[tuple, _Call | None] = {}  # None: seen once. Most lengths of speech are not seen twice.
+        self.lock = threading.Lock()
 
     def __call__(self, settings: tuple, arguments: tuple):
         key = (settings, *map(_looked_at, arguments))
@@ -59,14 +61,17 @@ class Calls:
         if call is not None:
             return call(arguments)
         if key not in self.known:
-            while len(self.known) >= MOST_CALLS:
-                self.known.pop(next(iter(self.known)), None)
-            self.known[key] = None
+            with self.lock:  # forward and backward passes may be in threads of their own
+                while len(self.known) >= MOST_CALLS:
+                    del self.known[next(iter(self.known))]
+                self.known[key] = None
             return self.function(*arguments)
         recording = _Recording(arguments)
         with recording:
             results = self.function(*recording.arguments)
-        self.known[key] = recording.call(results)
+        call = recording.call(results)
+        with self.lock:
+            self.known[key] = call
         return results
 
 

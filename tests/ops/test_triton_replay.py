@@ -4,6 +4,8 @@ No kernel runs here: what would be launched is noted down. That results are righ
 kernels on a GPU, which call it again with other tensors.
 """
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -222,6 +224,16 @@ def test_results_are_memory_of_their_own(launches):
     storages = [r.untyped_storage().data_ptr() for r in results if r.numel()]
     assert len(set(storages)) == len(storages)
     assert all(r.untyped_storage().nbytes() == r.numel() * r.element_size() for r in results)
+
+
+def test_no_tensor_is_kept(launches):
+    run = calls_of(bidirectional_ssd.bidirectional_ssd)
+    for _ in range(3):
+        arguments = both_directions()
+        kept = [weakref.ref(t) for t in (*arguments, run(*arguments)) if isinstance(t, torch.Tensor)]
+        del launches[:], arguments
+        gc.collect()
+        assert not any(tensor() is not None for tensor in kept)
 
 
 def test_no_more_calls_are_remembered_than_there_is_room_for(launches, monkeypatch):
