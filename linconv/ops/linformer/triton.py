@@ -61,7 +61,8 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, capability:
         return Tiles(frames=64, ranks=64, columns=D, gradient_frames=64, gradient_ranks=gradient_ranks)
     if D <= 128:
         return Tiles(frames=64, ranks=32, columns=64, gradient_frames=64, gradient_ranks=32, warps=8, stages=1)
-    return Tiles(frames=64, ranks=32, columns=64, gradient_frames=32, gradient_ranks=16, warps=8, stages=1)
+    gradient_frames = 32 if capability >= 90 else 16
+    return Tiles(frames=64, ranks=32, columns=64, gradient_frames=gradient_frames, gradient_ranks=16, warps=8, stages=1)
 
 
 def _power(size: int) -> int:

@@ -19,8 +19,11 @@ def _length(row, bounds, frames):
 @triton.jit
 def _split_frames(length, SPLIT: tl.constexpr, MOST: tl.constexpr, MULTIPLE: tl.constexpr):
     """How many frames a split has of a sequence of `length`, as in csrc/linformer/kernel.h."""
-    splits = tl.minimum(tl.maximum((length + SPLIT - 1) // SPLIT, 1), MOST)
-    return tl.maximum(((length + splits - 1) // splits + MULTIPLE - 1) // MULTIPLE, 1) * MULTIPLE
+    # The one division by what is no constant is of 32-bit numbers: of 64-bit ones it takes registers that spill.
+    short = tl.minimum(length, MOST * SPLIT).to(tl.int32)
+    splits = tl.maximum((short + SPLIT - 1) // SPLIT, 1)
+    even = tl.where(length > MOST * SPLIT, (length + MOST - 1) // MOST, (short + splits - 1) // splits)
+    return tl.maximum((even + MULTIPLE - 1) // MULTIPLE, 1) * MULTIPLE
 
 
 @triton.jit
