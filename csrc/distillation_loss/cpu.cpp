@@ -76,7 +76,7 @@ struct Logits {
   Logits(const Logits&) = delete;
   DType math() const { return args.in_double ? DType::kFloat64 : DType::kFloat32; }
   // Rows that make a share of work worth handing out.
-  int64_t grain() const { return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, args.student.size[2])); }
+  int64_t grain() const { return std::max<int64_t>(1, (1 << 12) / std::max<int64_t>(1, args.student.size[2])); }
 };
 
 std::vector<double> values(const Tensor& tensor, int64_t count, const char* name) {

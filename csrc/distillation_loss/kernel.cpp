@@ -262,13 +262,6 @@ void backward(const LayerArgs& a, T* scratch, int64_t begin, int64_t end) {
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
-template <class T>
-LINCONV_INLINE T largest(Vec<T> v) {
-  T out = v[0];
-  for (int i = 1; i < kWidth<T>; ++i) out = out > v[i] ? out : v[i];
-  return out;
-}
-
 // n columns of a row in the math type; past them -inf up to a whole number of vectors.
 template <class T>
 LINCONV_INLINE const T* columns(const View<3>& view, const void* row, int64_t column, int64_t n, T* buffer) {
@@ -299,7 +292,7 @@ void forward(const LogitArgs& a, T* scratch, int64_t begin, int64_t end) {
       const T *sp = columns(a.student, s_row, c, n, s_buffer), *tp = columns(a.teacher, t_row, c, n, t_buffer);
       Vec<T> s_max = splat(-kInfinity<T>), t_max = s_max;
       for (int64_t i = 0; i < n; i += kWidth<T>) s_max = max(s_max, load(sp + i)), t_max = max(t_max, load(tp + i));
-      raise(sums, static_cast<double>(largest<T>(s_max) * inverse), static_cast<double>(largest<T>(t_max) * inverse));
+      raise(sums, static_cast<double>(greatest(s_max) * inverse), static_cast<double>(greatest(t_max) * inverse));
       const T s_shift = static_cast<T>(shift(sums.s)), t_shift = static_cast<T>(shift(sums.t));
       Vec<T> s_sum{}, t_sum{}, w_sum{};
       for (int64_t i = 0; i < n; i += kWidth<T>) {
@@ -335,7 +328,9 @@ void backward(const LogitArgs& a, T* scratch, int64_t begin, int64_t end) {
     const auto [s, t, w] = load_softmaxes(in);
     const T s_shift = static_cast<T>(shift(s)), t_shift = static_cast<T>(shift(t));
     const T s_part = static_cast<T>(1 / s.total), t_part = static_cast<T>(1 / t.total);
-    const T offset_ = static_cast<T>(__builtin_log(s.total) - __builtin_log(t.total) - in[5]);
+    double offset_in_double = 0;  // of teachers' gradients alone: two logarithms are half of the work on a short row
+    if (dt_row.row != nullptr) offset_in_double = __builtin_log(s.total) - __builtin_log(t.total) - in[5];
+    const T offset_ = static_cast<T>(offset_in_double);
     const T g = static_cast<T>(a.scale[index * a.scale_stride] / a.temperature);
     const void *s_row = at(a.student, b, f), *t_row = at(a.teacher, b, f);
     for (int64_t c = 0; c < classes; c += kLossColumns) {
