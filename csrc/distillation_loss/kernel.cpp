@@ -328,9 +328,9 @@ void backward(const LogitArgs& a, T* scratch, int64_t begin, int64_t end) {
     const auto [s, t, w] = load_softmaxes(in);
     const T s_shift = static_cast<T>(shift(s)), t_shift = static_cast<T>(shift(t));
     const T s_part = static_cast<T>(1 / s.total), t_part = static_cast<T>(1 / t.total);
-    double offset_in_double = 0;  // of teachers' gradients alone: two logarithms are half of the work on a short row
-    if (dt_row.row != nullptr) offset_in_double = __builtin_log(s.total) - __builtin_log(t.total) - in[5];
-    const T offset_ = static_cast<T>(offset_in_double);
+    // Two logarithms count on a short row, and only teachers' gradients take them.
+    const bool of_teacher = dt_row.row != nullptr;
+    const T offset_ = of_teacher ? static_cast<T>(__builtin_log(s.total) - __builtin_log(t.total) - in[5]) : T(0);
     const T g = static_cast<T>(a.scale[index * a.scale_stride] / a.temperature);
     const void *s_row = at(a.student, b, f), *t_row = at(a.teacher, b, f);
     for (int64_t c = 0; c < classes; c += kLossColumns) {
