@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from linconv.ops.distillation_loss import distillation_terms
 __all__ = ["METRICS_FILE", "DistillationTrainer"]
 
 METRICS_FILE = "metrics.jsonl"
+SECONDS_TO_FREE = 1  # what processes gathered from each other, at the end of a run: far more than it takes
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +121,12 @@ class DistillationTrainer(Trainer):
 
         Gloo's threads need the interpreter to free what they gathered. Left to the interpreter's end, one that still
         waits for it aborts the process; and to end the group at once would wait for them with the interpreter held,
-        for ever. So they are given it first, at a barrier.
+        for ever. So they are given it first: at a barrier, and for a moment after it, since what the barrier itself
+        waited for is freed behind it. Nothing tells when that is done.
         """
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+            time.sleep(SECONDS_TO_FREE)
         self.accelerator.end_training()
 
     # ---- The loss
