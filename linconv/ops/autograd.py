@@ -1,7 +1,7 @@
 """Autograd formulas of operators, registered with as little Python between a call and its kernel as can be.
 
 ``torch.library.register_autograd`` reads the whole schema again at each call, for defaults that linconv's operators do
-not have: 50 us, in which a GPU would run the scan of a second of speech. This is what it does but for that.
+not have: some 40 us, several times the least time of a scan of 1,000 frames. This is what it does but for that.
 """
 
 from collections.abc import Callable
