@@ -150,6 +150,20 @@ def test_padded_is_alone(dtype, shared, per_head):
     assert all(g is None or g.isfinite().all() for g in grads)
 
 
+def test_batch_whose_longest_row_has_fewer_splits_than_a_shorter_one():
+    """8,192 frames are 16 splits of 512; 8,193 are 15 of 576."""
+    lengths, length = torch.tensor([8193, 8192, 513]), 8193
+    inputs = [*(random(3, 2, length, 5, dtype=torch.float64) for _ in range(3))]
+    inputs += [random(length, 7, dtype=torch.float64) for _ in range(2)]
+    upstream = random(3, 2, length, 5, dtype=torch.float64)
+    (y, grads), (wanted, wanted_grads) = (
+        gradients(lambda *t, b=b: linformer_attention(*t, seq_lens=lengths, backend=b), inputs, upstream)
+        for b in (here(), "reference")
+    )
+    for got, exact in zip((y, *grads), (wanted, *wanted_grads), strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype):
     """Slices, transposes and expansions give what contiguous copies give."""
