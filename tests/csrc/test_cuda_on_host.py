@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 TESTS = {
     "short_conv": "not instruction_set and not outside_the_tensor",
     "gated_rms_norm": "not instruction_set",
-    "linformer": "not instruction_set and not number_of_threads and not drops_that_share",
+    "linformer": "not instruction_set and not number_of_threads and not drops_that_share and not fewer_splits",
     "distillation_loss": "not instruction_set and not outside_the_tensor and not past_the_caches "
     "and not number_of_threads and not gradcheck and not (strides and not dtype1)",
     "ssd": "forward or padding_is_never_read or handed_over",
