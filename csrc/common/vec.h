@@ -220,12 +220,27 @@ inline void store_row(void* p, DType dtype, int64_t stride, int64_t n, const T* 
 
 // ---- Functions ----
 
+// Of x86's instructions for a < b ? a : b and a > b ? a : b GCC 12 makes use only now and then.
 template <class V>
 LINCONV_INLINE V min(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(V, Vec<float>)) return _mm512_maskz_min_ps(0xffff, a, b);
+  else if constexpr (__is_same(V, Vec<double>)) return _mm512_maskz_min_pd(0xff, a, b);
+#elif defined(__AVX2__)
+  if constexpr (__is_same(V, Vec<float>)) return _mm256_min_ps(a, b);
+  else if constexpr (__is_same(V, Vec<double>)) return _mm256_min_pd(a, b);
+#endif
   return a < b ? a : b;
 }
 template <class V>
 LINCONV_INLINE V max(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(V, Vec<float>)) return _mm512_maskz_max_ps(0xffff, a, b);
+  else if constexpr (__is_same(V, Vec<double>)) return _mm512_maskz_max_pd(0xff, a, b);
+#elif defined(__AVX2__)
+  if constexpr (__is_same(V, Vec<float>)) return _mm256_max_ps(a, b);
+  else if constexpr (__is_same(V, Vec<double>)) return _mm256_max_pd(a, b);
+#endif
   return a > b ? a : b;
 }
 

@@ -1,15 +1,11 @@
 #include "linformer/kernel.h"
 
 #include "common/arena.h"
-#include "common/gemm.h"
+#include "common/panels.h"
 #include "common/rows.h"
-#include "common/transpose.h"
 
 namespace linconv::LINCONV_ISA {
 namespace {
-
-template <class T>
-constexpr int kPanel = kTileVectors * kWidth<T>;
 
 constexpr int kDepth = 128;   // frames that a projection sums in registers
 constexpr int kSumsBytes = 256 * 1024;  // of what heads that are projected together sum: a share of L2
@@ -67,29 +63,6 @@ template <class T>
 T length_factor(int64_t length, bool normalize) {
   if (!normalize || length == 0) return T(1);
   return T(1) / (sizeof(T) == 8 ? __builtin_sqrt(static_cast<double>(length)) : __builtin_sqrtf(static_cast<float>(length)));
-}
-
-// A matrix (rows, columns) in scratch, transposed into panels: element (i, j) at panels[i / kPanel][j][i % kPanel], the
-// right factor of products whose columns are its rows. Rows behind the last one, up to a whole panel, become zeros.
-template <class T>
-void transpose_to_panels(T* from, int ld, int rows, int columns, T* panels) {
-  const int padded = round_up(rows, kPanel<T>), height = round_up(columns, kWidth<T>);
-  for (int i = rows; i < padded; ++i)
-    for (int j = 0; j < height; ++j) from[i * ld + j] = 0;
-  for (int i = 0; i < padded; i += kPanel<T>)
-    transpose(from + i * ld, ld, kPanel<T>, height, panels + int64_t(i) * height, kPanel<T>);
-}
-template <class T>
-int64_t panels_size(int64_t rows, int64_t columns) {
-  return int64_t(round_up(rows, kPanel<T>)) * round_up(columns, kWidth<T>);
-}
-
-// c (rows, panels of columns) = a (rows, depth) times panels of transpose_to_panels, whose matrix has `depth` columns.
-template <class T, Update update>
-void gemm_panels(int rows, int columns, int depth, Strided<T> a, const T* panels, T* c, int ldc) {
-  const int height = round_up(depth, kWidth<T>);
-  for (int j = 0; j < columns; j += kPanel<T>)
-    gemm<T, update, Triangle::kNone>(rows, kPanel<T>, depth, a, panels + int64_t(j) * height, kPanel<T>, c + j, ldc);
 }
 
 // ---- Projection ----
@@ -301,24 +274,35 @@ class Keys {
   // exp(scores - their maximum) of `count` rows of q, and the reciprocal of each row's sum.
   void attend(const T* q, int count, T* scores, T* reciprocals) const {
     gemm_panels<T, Update::kStore>(round_up(count, kTileRows), columns, headdim, {q, ldx, 1}, k_panels, scores, lds);
-    const int vectors = round_up(rank, kWidth<T>);
-    for (int i = 0; i < count; ++i) {
-      T* row = scores + i * lds;
-      for (int j = rank; j < vectors; ++j) row[j] = -__builtin_inff();
-      Vec<T> most_of_lanes = linconv::LINCONV_ISA::load(row);
-      for (int j = kWidth<T>; j < vectors; j += kWidth<T>) most_of_lanes = max(most_of_lanes, linconv::LINCONV_ISA::load(row + j));
-      const T most = greatest(most_of_lanes);
-      Vec<T> sums{};
-      for (int j = 0; j < vectors; j += kWidth<T>) {
-        const Vec<T> e = exp(linconv::LINCONV_ISA::load(row + j) - most);
-        store(row + j, e);
-        sums += e;
-      }
-      reciprocals[i] = T(1) / sum(sums);
-    }
+    for (int i = 0; i < count; i += kRowsTogether) softmax(scores + i * lds, reciprocals + i);
   }
 
  private:
+  static constexpr int kRowsTogether = 4;  // the latencies of one hide behind the others
+  static_assert(kTileRows % kRowsTogether == 0);
+
+  void softmax(T* scores, T* reciprocals) const {
+    using linconv::LINCONV_ISA::load;
+    const int vectors = round_up(rank, kWidth<T>);
+    Vec<T> most[kRowsTogether], sums[kRowsTogether] = {};
+    for (int i = 0; i < kRowsTogether; ++i) {
+      for (int j = rank; j < vectors; ++j) scores[i * lds + j] = -__builtin_inff();
+      most[i] = load(scores + i * lds);
+    }
+    for (int j = kWidth<T>; j < vectors; j += kWidth<T>)
+#pragma GCC unroll 4
+      for (int i = 0; i < kRowsTogether; ++i) most[i] = max(most[i], load(scores + i * lds + j));
+    for (Vec<T>& lanes : most) lanes = splat(greatest(lanes));
+    for (int j = 0; j < vectors; j += kWidth<T>)
+#pragma GCC unroll 4
+      for (int i = 0; i < kRowsTogether; ++i) {
+        const Vec<T> e = exp(load(scores + i * lds + j) - most[i]);
+        store(scores + i * lds + j, e);
+        sums[i] += e;
+      }
+    for (int i = 0; i < kRowsTogether; ++i) reciprocals[i] = T(1) / sum(sums[i]);
+  }
+
   const LinformerAttendArgs& args_;
   const bool backward_;
 

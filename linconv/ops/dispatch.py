@@ -131,14 +131,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def register(op, *, fake, fake_backward, setup_context, backward, triton=None, prefer=("cuda", "triton")) -> None:
+def register(op, *, fake, setup_context, backward, fake_backward=None, triton=None, prefer=("cuda", "triton")) -> None:
     """Registers ``linconv::<op>`` with torch, for every backend that has it.
 
     Args:
         op: the operator's name; its gradients are ``<op>_backward``'s.
-        fake, fake_backward: what the two give for tensors without data.
-        setup_context, backward: the autograd formula. ``backward`` finds the operator for the gradients, of the backend
-            that ran forward, as ``ctx.backward_operator``.
+        fake, fake_backward: what the two give for tensors without data; the latter None where the gradients are made of
+            operators that have their own.
+        setup_context, backward: the autograd formula. ``backward`` finds ``<op>_backward``, of the backend that ran
+            forward, as ``ctx.backward_operator``.
         triton: the module with functions named as the two operators, which run the Triton kernels; imported at the
             first call. None where there are none.
         prefer: which backend takes CUDA tensors, best first.
@@ -156,11 +157,13 @@ def register(op, *, fake, fake_backward, setup_context, backward, triton=None, p
         suffix = "_triton" if backend else ""
 
         def with_operator(ctx, *grads, backend=backend):
-            ctx.backward_operator = operator(f"{op}_backward", backend or grads[0].device.type)
+            if fake_backward is not None:
+                ctx.backward_operator = operator(f"{op}_backward", backend or grads[0].device.type)
             return backward(ctx, *grads)
 
         torch.library.register_fake(f"linconv::{name}", fake)
-        torch.library.register_fake(f"linconv::{op}_backward{suffix}", fake_backward)
+        if fake_backward is not None:
+            torch.library.register_fake(f"linconv::{op}_backward{suffix}", fake_backward)
         register_autograd(name, with_operator, setup_context)
 
 

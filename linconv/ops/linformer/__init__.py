@@ -7,10 +7,10 @@ Two operators make it up, each with its own gradients. ``linformer_project`` sum
 import math
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from linconv.ops import checks, dispatch
+from linconv.ops.linear import linear
 from linconv.ops.linformer import reference
 
 __all__ = ["linformer_attention", "linformer_self_attention", "rewrite_pays"]
@@ -124,11 +124,15 @@ def linformer_self_attention(
     def summed(x, proj):
         return _project(x, proj, normalize, seq_lens, backend)
 
-    q = heads(F.linear(hidden, wq, bq))
+    def projected(x, weight, bias, factor=None):
+        return linear(x, weight, bias, factor=factor, backend=backend)
+
+    q = heads(projected(hidden, wq, bq))
     if rewrite:
-        k, v = map(heads, _sum_then_project(hidden, wk, bk, wv, bv, proj_k, None if shared else proj_v, summed))
+        sums = _sum_then_project(hidden, wk, bk, wv, bv, proj_k, None if shared else proj_v, summed, projected)
+        k, v = map(heads, sums)
     else:
-        k, v = summed(heads(F.linear(hidden, wk, bk)), proj_k), summed(heads(F.linear(hidden, wv, bv)), proj_v)
+        k, v = (summed(heads(projected(hidden, w, b)), e) for w, b, e in ((wk, bk, proj_k), (wv, bv, proj_v)))
     return _attend(q, k, v, scale, dropout_p, seed, seq_lens, backend).transpose(1, 2).flatten(-2)
 
 
@@ -145,7 +149,7 @@ def rewrite_pays(length, rank, d, width, *, shared):
     return after < before
 
 
-def _sum_then_project(hidden, wk, bk, wv, bv, proj_k, proj_v, summed):
+def _sum_then_project(hidden, wk, bk, wv, bv, proj_k, proj_v, summed, projected):
     """Projected keys and values, (batch, r, width) each, from sums of hidden states; proj_v is None where shared."""
     d = hidden.shape[-1]
     blocks = next(n for n in range(1, d + 1) if d % n == 0 and d // n <= 64)
@@ -153,16 +157,15 @@ def _sum_then_project(hidden, wk, bk, wv, bv, proj_k, proj_v, summed):
     ones = hidden.new_ones(()).expand(hidden.shape[0], 1, hidden.shape[1], 1)
     biased = bk is not None or bv is not None
 
-    def sums(proj):  # of the frames (batch, r, d), and of as many ones (batch, r, 1)
-        return summed(columns, proj).transpose(1, 2).flatten(-2), summed(ones, proj)[:, 0] if biased else None
-
-    def projected(frames, weights, weight, bias):
-        out = frames @ weight.to(frames.dtype).mT
-        return out if bias is None else torch.addcmul(out, weights, bias.to(out.dtype))
+    def sums(proj):  # of the frames (batch, r, d), and of as many ones (batch, r)
+        return summed(columns, proj).transpose(1, 2).flatten(-2), summed(ones, proj)[:, 0, :, 0] if biased else None
 
     of_keys = sums(proj_k)
     of_values = of_keys if proj_v is None else sums(proj_v)
-    return projected(*of_keys, wk, bk), projected(*of_values, wv, bv)
+    return (
+        projected(frames, weight.to(frames.dtype), None if bias is None else bias.to(frames.dtype), factor)
+        for (frames, factor), weight, bias in ((of_keys, wk, bk), (of_values, wv, bv))
+    )
 
 
 # ---- Checks

@@ -1,0 +1,76 @@
+"""Products with a weight whose rows do not depend on how many there are: what padded = alone needs of a projection."""
+
+import torch
+
+from linconv.ops import checks, dispatch
+from linconv.ops.linear import reference
+
+__all__ = ["linear"]
+
+
+def linear(x, weight, bias=None, *, factor=None, backend=None):
+    """``x weight^T + factor bias^T``; on CPU a row's bits depend on that row and the weight alone.
+
+    A library's product chooses its blocks by the number of rows, and with them the order of a row's sums. This one has
+    one order. It is torch's own on other devices, under autocast, and for x in bfloat16, for which some CPUs have
+    instructions that torch uses and this does not. Math in float32, in float64 for float64 input.
+
+    Args:
+        x: (..., d); float32, bfloat16, float16 or float64, any strides.
+        weight: (columns, d), any strides.
+        bias: (columns,) or None.
+        factor: (...,), what the bias is multiplied by in each row; None for 1.
+        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is; torch's but for "cpu".
+
+    Returns:
+        (..., columns) in x's dtype (autocast's, where it is on).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype or shape.
+    """
+    for name, value in (("x", x), ("weight", weight), ("bias", bias), ("factor", factor)):
+        if value is not None or name in ("x", "weight"):
+            checks.floating_tensor(name, value)
+            checks.like(name, value, "x", x)
+    if x.dim() == 0:
+        raise ValueError("x has shape (), wanted (..., d)")
+    *lead, d = x.shape
+    checks.shape("weight", weight, (None, d), "(columns, d)")
+    if bias is not None:
+        checks.shape("bias", bias, (weight.shape[0],), "(columns,)")
+    if factor is not None:
+        checks.shape("factor", factor, tuple(lead), "(...,)")
+    torchs = x.device.type != "cpu" or x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    if torchs or backend not in (None, "cpu") or dispatch.pick("linear", x.device, backend) == "reference":
+        return reference.linear(x, weight, bias, factor=factor)
+    factor = None if factor is None else factor.reshape(-1)
+    return _linear(x.reshape(-1, d), weight, bias, factor).reshape(*lead, weight.shape[0])
+
+
+def _linear(x, weight, bias=None, factor=None):
+    return torch.ops.linconv.linear(x, weight, bias, factor)
+
+
+def _fake(x, weight, bias, factor):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    """Products of the same kind, of views: the operator is its own derivative, to any order."""
+    x, weight, bias, factor = ctx.saved_tensors
+    of_x, of_weight, of_bias, of_factor = ctx.needs_input_grad
+    most = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    of_rows = grad.to(most) if factor is None else factor.to(most)[:, None] * grad
+    return (
+        _linear(grad, weight.mT) if of_x else None,
+        _linear(grad.mT.to(most), x.mT).to(weight.dtype) if of_weight else None,
+        of_rows.sum(0).to(bias.dtype) if of_bias else None,
+        (grad.to(most) @ bias.to(most)).to(factor.dtype) if of_factor else None,
+    )
+
+
+dispatch.register("linear", fake=_fake, setup_context=_save, backward=_backward)
