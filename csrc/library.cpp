@@ -85,6 +85,10 @@ STABLE_TORCH_LIBRARY(linconv, m) {
   m.def(
       "linformer_attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed, "
       "Tensor? seq_lens) -> (Tensor, Tensor, Tensor)");
+  // hidden (batch, L, d), weights (width, d), biases (width,), projections (1, Lmax, r) -> (batch, L, width); no gradients.
+  m.def(
+      "linformer_self_attention(Tensor hidden, Tensor wq, Tensor? bq, Tensor wk, Tensor? bk, Tensor wv, Tensor? bv, "
+      "Tensor proj_k, Tensor? proj_v, int num_heads, float scale, bool normalize, Tensor? seq_lens) -> Tensor");
 }
 
 namespace linconv {

@@ -1,36 +1,43 @@
-#include "linear/kernel.h"
-
-#include "common/tensor.h"
+#include "linear/product.h"
 
 namespace linconv {
+
+Product::Product(const View<2>& x, const View<2>& weight, const View<1>& bias, const View<1>& factor, const View<2>& out)
+    : fp64(x.dtype == DType::kFloat64) {
+  args = {x, weight, bias, factor, out, nullptr, x.size[0], weight.size[0], x.size[1]};
+  const DType math = math_type(x.dtype);
+  require_sizes(weight, {args.columns, args.depth}, "weight");
+  require_sizes(out, {args.rows, args.columns}, "out");
+  require(math_type(weight.dtype) == math, "x and weight: wanted both or none in Double");
+  if (bias.data != nullptr) {
+    require_sizes(bias, {args.columns}, "bias");
+    require(math_type(bias.dtype) == math, "x and bias: wanted both or none in Double");
+  }
+  if (factor.data != nullptr) {
+    require_sizes(factor, {args.rows}, "factor");
+    require(math_type(factor.dtype) == math, "x and factor: wanted both or none in Double");
+  }
+  packed = empty({linear_packed(args.columns, args.depth)}, math);
+  args.packed = packed.data_ptr();
+}
+
+Tasks Product::pack() const {
+  const int64_t count = args.rows == 0 ? 0 : (args.columns + kLinearPacked - 1) / kLinearPacked;
+  return {count, [a = args, fp64 = fp64](int64_t begin, int64_t end) { LINCONV_PICK(linear_pack)(a, fp64, begin, end); }};
+}
+
+Tasks Product::multiply() const {
+  const int64_t count = (args.rows + kLinearRows - 1) / kLinearRows * args.column_blocks();
+  return {count, [a = args, fp64 = fp64](int64_t begin, int64_t end) { LINCONV_PICK(linear)(a, fp64, begin, end); }};
+}
+
 namespace {
 
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> factor) {
-  LinearArgs a{};
-  a.x = view<2>(x, "x");
-  a.weight = view<2>(weight, "weight");
-  a.bias = view<1>(bias, "bias");
-  a.factor = view<1>(factor, "factor");
-  a.rows = a.x.size[0], a.columns = a.weight.size[0], a.depth = a.x.size[1];
-  require_sizes(a.weight, {a.columns, a.depth}, "weight");
-  if (bias) require_sizes(a.bias, {a.columns}, "bias");
-  if (factor) require_sizes(a.factor, {a.rows}, "factor");
-  const DType math = math_type(a.x.dtype);
-  const bool fp64 = math == DType::kFloat64;
-  const auto as_x = [&](DType dtype) { return math_type(dtype) == math; };
-  require(as_x(a.weight.dtype) && (!bias || as_x(a.bias.dtype)) && (!factor || as_x(a.factor.dtype)),
-          "x, weight, bias and factor: wanted all or none in Double");
-  Tensor out = empty({a.rows, a.columns}, a.x.dtype), packed = empty({linear_packed(a.columns, a.depth)}, math);
-  a.out = view<2>(out, "out");
-  a.packed = packed.data_ptr();
-  const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-  if (a.rows == 0) return out;
-  torch::stable::parallel_for(0, blocks(a.columns, kLinearPacked), 1, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(linear_pack)(a, fp64, begin, end);
-  });
-  torch::stable::parallel_for(0, blocks(a.rows, kLinearRows) * a.column_blocks(), 1, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(linear)(a, fp64, begin, end);
-  });
+  Tensor out = empty({view<2>(x, "x").size[0], view<2>(weight, "weight").size[0]}, dtype_of(x, "x"));
+  const Product product(view<2>(x, "x"), view<2>(weight, "weight"), view<1>(bias, "bias"), view<1>(factor, "factor"), view<2>(out, "out"));
+  run(product.pack());
+  run(product.multiply());
   return out;
 }
 

@@ -44,19 +44,21 @@ void pack(const LinearArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Rows of x in scratch, read from memory once for all columns where the whole depth fits.
+// Rows of x as the product reads them: where they are if they can be, else in scratch, read from memory once for all
+// columns where the whole depth fits.
 template <class T>
 class LeftRows {
  public:
   explicit LeftRows(const LinearArgs& args)
-      : args_(args), x_(args.x), by_row_(magnitude(x_.stride[1]) <= magnitude(x_.stride[0])),
+      : args_(args), x_(args.x), by_row_(magnitude(x_.stride[1]) <= magnitude(x_.stride[0])), in_place_(readable()),
         depth_(static_cast<int>(args.depth <= kDepthKept ? args.depth : kDepth)),
         ld_(round_up(by_row_ ? depth_ : static_cast<int>(kLinearRows), kWidth<T>) + kWidth<T>),
         arena_(Arena::bytes<T>((by_row_ ? kLinearRows : depth_) * ld_)),
         rows_(arena_.template take<T>((by_row_ ? kLinearRows : depth_) * ld_)) {}
 
-  // `rows` from `row` on, `depth` of their elements from k on, as the product reads them.
+  // `rows` from `row` on, `depth` of their elements from k on.
   Strided<T> load(int64_t row, int rows, int64_t k, int depth) {
+    if (in_place_ && rows % kTileRows == 0) return {static_cast<const T*>(at(x_, row, k)), x_.stride[0], 1};
     if (args_.depth > kDepthKept)
       copy(row, rows, k, depth), k = 0;
     else if (row != row_)
@@ -68,6 +70,12 @@ class LeftRows {
  private:
   static constexpr int kDepthKept = 1024;
 
+  // Rows a large power of two apart would fall into the same cache sets.
+  bool readable() const {
+    const int64_t bytes = x_.stride[0] * int64_t(sizeof(T));
+    return x_.dtype == kMathDType<T> && x_.stride[1] == 1 && bytes % 2048 != 0;
+  }
+
   void copy(int64_t row, int rows, int64_t k, int depth) {
     if (by_row_)
       for (int i = 0; i < rows; ++i) load_row(at(x_, row + i, k), x_.dtype, x_.stride[1], depth, rows_ + i * ld_);
@@ -77,7 +85,7 @@ class LeftRows {
 
   const LinearArgs& args_;
   const View<2>& x_;
-  const bool by_row_;
+  const bool by_row_, in_place_;
   const int depth_, ld_;
   Arena arena_;
   T* rows_;

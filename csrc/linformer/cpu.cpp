@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <tuple>
 
+#include "common/tasks.h"
+#include "linear/product.h"
 #include "linformer/arguments.h"
 #include "linformer/kernel.h"
 
@@ -9,49 +11,70 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
+constexpr int64_t kColumnsSummed = 64;  // of hidden states, by a task, at most
+constexpr int64_t kTasksOfAThread = 8;  // from which on it matters little that some threads have one more
+
 int64_t most_splits(const std::vector<Span>& spans) {
   int64_t most = 1;
   for (const Span& span : spans) most = std::max(most, linformer_splits(span.end));
   return most;
 }
 
+// The valid frames of each row of x (batch, heads, L, headdim).
+std::vector<Span> frame_spans(const Tensor& x, const Optional& seq_lens) {
+  require_strided(x, 4, "x");
+  return sequence_spans(seq_lens, std::nullopt, x.size(0), x.size(2));
+}
+
 // `spans` must outlive the result.
-LinformerProjectArgs project_arguments(const Tensor& x, const Tensor& proj, bool normalize, const Optional& seq_lens,
-                                       std::vector<Span>& spans) {
+LinformerProjectArgs project_arguments(const Tensor& x, const Tensor& proj, bool normalize, const std::vector<Span>& spans) {
   auto a = read_project_arguments<LinformerProjectArgs>(x, proj, normalize);
-  spans = sequence_spans(seq_lens, std::nullopt, a.batch, a.frames);
   a.spans = spans.data();
   a.splits = most_splits(spans);
   return a;
 }
 
+// Sums over frames. Both steps are to be run, parts() first.
+struct Projection {
+  LinformerProjectArgs args;
+  std::optional<Tensor> memory;  // of the parts
+  bool fp64;
+
+  // A task adds the splits of a sequence up by itself where that leaves no thread idle; the sum is the same, bit for bit.
+  Projection(const LinformerProjectArgs& arguments, const View<4>& out) : args(arguments), fp64(out.dtype == DType::kFloat64) {
+    args.out = out;
+    const int64_t tasks = args.batch * args.heads, threads = torch::stable::get_num_threads();
+    if (args.splits == 1 || tasks % threads == 0 || tasks >= kTasksOfAThread * threads) return;
+    memory = empty({args.batch, args.heads, args.splits, args.rank, args.headdim}, out.dtype);
+    args.parts = memory->data_ptr();
+  }
+
+  Tasks parts() const {
+    return {args.batch * args.splits_in_memory() * args.heads, [a = args, fp64 = fp64](int64_t begin, int64_t end) {
+              LINCONV_PICK(linformer_project)(a, fp64, begin, end);
+            }};
+  }
+  Tasks sum() const {
+    const LinformerSumArgs a{args.parts, args.out, args.spans, args.heads, args.splits, args.rank, args.headdim, args.normalize, false};
+    return {args.parts != nullptr ? args.batch * args.heads : 0, [a, fp64 = fp64](int64_t begin, int64_t end) {
+              LINCONV_PICK(linformer_sum)(a, fp64, begin, end);
+            }};
+  }
+};
+
 Tensor project(Tensor x, Tensor proj, bool normalize, Optional seq_lens) {
-  std::vector<Span> spans;
-  LinformerProjectArgs a = project_arguments(x, proj, normalize, seq_lens, spans);
-  const DType math = math_type(a.x.dtype);
-  const bool fp64 = math == DType::kFloat64;
-  Tensor out = empty({a.batch, a.heads, a.rank, a.headdim}, math);
-  a.out = view<4>(out, "out");
-  std::optional<Tensor> parts;
-  if (a.splits > 1) {
-    parts = empty({a.batch, a.heads, a.splits, a.rank, a.headdim}, math);
-    a.parts = parts->data_ptr();
-  }
-  torch::stable::parallel_for(0, a.batch * a.splits * a.heads, 1, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(linformer_project)(a, fp64, begin, end);
-  });
-  if (a.splits > 1) {
-    const LinformerSumArgs sum{a.parts, a.out, a.spans, a.heads, a.splits, a.rank, a.headdim, normalize, false};
-    torch::stable::parallel_for(0, a.batch * a.heads, 1, [&](int64_t begin, int64_t end) {
-      LINCONV_PICK(linformer_sum)(sum, fp64, begin, end);
-    });
-  }
+  const std::vector<Span> spans = frame_spans(x, seq_lens);
+  const LinformerProjectArgs a = project_arguments(x, proj, normalize, spans);
+  Tensor out = empty({a.batch, a.heads, a.rank, a.headdim}, math_type(a.x.dtype));
+  const Projection projection(a, view<4>(out, "out"));
+  run(projection.parts());
+  run(projection.sum());
   return out;
 }
 
 std::tuple<Tensor, Tensor> project_backward(Tensor grad, Tensor x, Tensor proj, bool normalize, Optional seq_lens) {
-  std::vector<Span> spans;
-  LinformerProjectArgs a = project_arguments(x, proj, normalize, seq_lens, spans);
+  const std::vector<Span> spans = frame_spans(x, seq_lens);
+  LinformerProjectArgs a = project_arguments(x, proj, normalize, spans);
   const DType math = math_type(a.x.dtype);
   const bool fp64 = math == DType::kFloat64;
   add_gradient(a, grad, {a.batch, a.heads, a.rank, a.headdim}, a.x, "x");
@@ -83,15 +106,18 @@ LinformerAttendArgs attend_arguments(const Tensor& q, const Tensor& k, const Ten
   return a;
 }
 
+Tasks attend_tasks(const LinformerAttendArgs& args) {
+  return {args.batch * args.heads * args.query_blocks(), [a = args](int64_t begin, int64_t end) {
+            LINCONV_PICK(linformer_attend)(a, a.q.dtype == DType::kFloat64, begin, end);
+          }};
+}
+
 Tensor attend(Tensor q, Tensor k, Tensor v, double scale, double dropout_p, Optional seed, Optional seq_lens) {
   std::vector<Span> spans;
   LinformerAttendArgs a = attend_arguments(q, k, v, scale, dropout_p, seed, seq_lens, spans);
   Tensor out = empty_frames(a.q);
   a.out = view<4>(out, "out");
-  const bool fp64 = a.q.dtype == DType::kFloat64;
-  torch::stable::parallel_for(0, a.batch * a.heads * a.query_blocks(), 1, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(linformer_attend)(a, fp64, begin, end);
-  });
+  run(attend_tasks(a));
   return out;
 }
 
@@ -122,6 +148,94 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Tensor grad, Tensor q, Tensor
   return {dq, dk, dv};
 }
 
+// Self-attention where keys and values are projected after the sum over frames. Nothing is kept for gradients, and steps
+// that need nothing of each other's do not wait for one another.
+Tensor self_attention(Tensor hidden, Tensor wq, Optional bq, Tensor wk, Optional bk, Tensor wv, Optional bv, Tensor proj_k,
+                      Optional proj_v, int64_t heads, double scale, bool normalize, Optional seq_lens) {
+  using torch::stable::transpose;
+  const View<3> x = view<3>(hidden, "hidden");
+  const int64_t batch = x.size[0], frames = x.size[1], d = x.size[2];
+  const int64_t width = view<2>(wq, "wq").size[0], rank = view<3>(proj_k, "proj_k").size[2];
+  require(d >= 1, "hidden has no columns, wanted at least 1");
+  require(heads >= 1 && width % heads == 0, "num_heads is ", heads, ", wanted a divisor of ", width);
+  const DType math = math_type(x.dtype);
+  const std::vector<Span> spans = sequence_spans(seq_lens, std::nullopt, batch, frames);
+
+  // Sums of frames, a block of their columns to a task, and of as many ones, which biases are multiplied by; for keys and
+  // for values, or for both.
+  const int64_t sides = proj_v ? 2 : 1, all_ranks = batch * rank;
+  const Tensor sums = empty({sides, all_ranks, d}, math), ones = empty({sides, all_ranks}, math);
+  const auto sums_of = [&](int64_t side) { return offset(sums.data_ptr(), math, side * all_ranks * d); };
+  const auto ones_of = [&](int64_t side) { return offset(ones.data_ptr(), math, side * all_ranks); };
+  int64_t blocks = (d + kColumnsSummed - 1) / kColumnsSummed;
+  while (d % blocks != 0) ++blocks;
+  const int64_t block = d / blocks;
+  const Tensor columns = transpose(torch::stable::view(hidden, {batch, frames, blocks, block}), 1, 2);
+  double one64 = 1;
+  float one32 = 1;
+  void* one = math == DType::kFloat64 ? static_cast<void*>(&one64) : &one32;
+  std::vector<Projection> of_frames, of_ones;
+  for (int64_t side = 0; side < sides; ++side) {
+    LinformerProjectArgs a = project_arguments(columns, side == 0 ? proj_k : *proj_v, normalize, spans);
+    require(a.rank == rank, "proj_v has r = ", a.rank, ", wanted ", rank);
+    require(a.proj.size[0] == 1, "projections are per head, wanted ones that all heads share");
+    of_frames.emplace_back(a, View<4>{sums_of(side), math, {batch, blocks, rank, block}, {rank * d, block, d, 1}});
+    a.heads = a.headdim = 1;
+    a.x = {one, math, {batch, 1, frames, 1}, {}};
+    of_ones.emplace_back(a, View<4>{ones_of(side), math, {batch, 1, rank, 1}, {rank, rank, 1, 1}});
+  }
+
+  // Queries of valid frames.
+  const Tensor q = empty({batch, frames, width}, math);
+  const auto rows_of = [&](int64_t row) { return View<2>{at(x, row), x.dtype, {frames, d}, {x.stride[1], x.stride[2]}}; };
+  const auto queries_of = [&](int64_t row) {
+    return View<2>{offset(q.data_ptr(), math, row * frames * width), math, {frames, width}, {width, 1}};
+  };
+  const Product queries(rows_of(0), view<2>(wq, "wq"), view<1>(bq, "bq"), {}, queries_of(0));
+  std::vector<Tasks> rows;
+  for (int64_t row = 0; row < batch; ++row) {
+    Product product = queries;
+    product.args.rows = spans[row].end;
+    product.args.x = rows_of(row);
+    product.args.out = queries_of(row);
+    rows.push_back(product.multiply());
+  }
+
+  // Keys and values of the sums, transposed: the sums are what is packed, being fewer than the rows of the weights.
+  const Tensor k = empty({width, all_ranks}, math), v = empty({width, all_ranks}, math);
+  const auto of_sums = [&](const Tensor& weight, const Optional& bias, int64_t side, const Tensor& out) {
+    const View<1> counts{ones_of(side), math, {all_ranks}, {1}};
+    return Product(view<2>(weight, "weight"), {sums_of(side), math, {all_ranks, d}, {d, 1}}, bias ? counts : View<1>{},
+                   view<1>(bias, "bias"), view<2>(out, "out"));
+  };
+  const Product keys = of_sums(wk, bk, 0, k), values = of_sums(wv, bv, sides - 1, v);
+
+  const Tensor out = empty({batch, frames, width}, x.dtype);
+  const auto by_head = [&](const Tensor& frames_first) {  // (batch, heads, L, headdim)
+    return transpose(torch::stable::view(frames_first, {batch, frames, heads, width / heads}), 1, 2);
+  };
+  const auto of_ranks = [&](const Tensor& columns_first) {  // (batch, heads, r, headdim)
+    const Tensor t = transpose(torch::stable::view(columns_first, {heads, width / heads, batch, rank}), 0, 2);
+    return transpose(transpose(t, 1, 2), 2, 3);
+  };
+  auto a = read_attend_arguments<LinformerAttendArgs>(by_head(q), of_ranks(k), of_ranks(v), scale, 0, std::nullopt);
+  a.spans = spans.data();
+  a.out = view<4>(by_head(out), "out");
+
+  run(queries.pack());
+  const auto all = [](const std::vector<Projection>& of, Tasks (Projection::*tasks)() const) {
+    std::vector<Tasks> found;
+    for (const Projection& projection : of) found.push_back((projection.*tasks)());
+    return chain(std::move(found));
+  };
+  run_together({chain(std::move(rows)), all(of_frames, &Projection::parts), all(of_ones, &Projection::parts)});
+  run_together({all(of_frames, &Projection::sum), all(of_ones, &Projection::sum)});
+  run(chain({keys.pack(), values.pack()}));
+  run(chain({keys.multiply(), values.multiply()}));
+  run(attend_tasks(a));
+  return out;
+}
+
 }  // namespace
 }  // namespace linconv
 
@@ -130,4 +244,5 @@ STABLE_TORCH_LIBRARY_IMPL(linconv, CPU, m) {
   m.impl("linformer_project_backward", TORCH_BOX(&linconv::project_backward));
   m.impl("linformer_attend", TORCH_BOX(&linconv::attend));
   m.impl("linformer_attend_backward", TORCH_BOX(&linconv::attend_backward));
+  m.impl("linformer_self_attention", TORCH_BOX(&linconv::self_attention));
 }

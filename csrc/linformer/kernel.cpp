@@ -72,70 +72,103 @@ class Project {
  public:
   explicit Project(const LinformerProjectArgs& args)
       : args_(args), rank_(args.rank), headdim_(args.headdim), ranks_(round_up(rank_, kTileRows)), ldp_(leading<T>(rank_)),
-        ldx_(leading<T>(headdim_)), heads_(most_heads()),
-        arena_(Arena::bytes<T>(kDepth * ldp_) + Arena::bytes<T>(kDepth * ldx_) +
-               Arena::bytes<T>(int64_t(heads_) * ranks_ * ldx_)) {
-    proj_ = arena_.take<T>(kDepth * ldp_);
-    x_ = arena_.take<T>(kDepth * ldx_);
-    sums_ = arena_.take<T>(int64_t(heads_) * ranks_ * ldx_);
+        ldx_(leading<T>(headdim_)), size_(int64_t(ranks_) * ldx_), heads_(most_heads()),
+        arena_(Arena::bytes<T>(kDepth * ldp_) + Arena::bytes<T>(kDepth * ldx_) + 2 * Arena::bytes<T>(heads_ * size_)) {
+    proj_ = arena_.template take<T>(kDepth * ldp_);
+    x_ = arena_.template take<T>(kDepth * ldx_);
+    sums_ = arena_.template take<T>(heads_ * size_);
+    total_ = arena_.template take<T>(heads_ * size_);
   }
 
   // Task `index` and those behind it, before `end`, that take the same frames and the same projection: the first task left.
   int64_t run(int64_t index, int64_t end) {
-    const int64_t first_head = index % args_.heads, split = index / args_.heads % args_.splits;
-    const int64_t row = index / args_.heads / args_.splits, length = args_.length(row);
+    const int64_t first_head = index % args_.heads, group = index / args_.heads;
+    const int64_t row = group / args_.splits_in_memory(), length = args_.length(row), splits = linformer_splits(length);
     const int heads = static_cast<int>(min(min<int64_t>(heads_, end - index), args_.heads - first_head));
-    if (split < linformer_splits(length)) add(row, split, first_head, heads);
+    if (args_.parts != nullptr) {
+      const int64_t split = group % args_.splits;
+      if (split < splits) {
+        add(row, split, first_head, heads, sums_);
+        splits > 1 ? keep(row, split, first_head, heads) : finish(row, first_head, heads, sums_);
+      }
+      return index + heads;
+    }
+    add(row, 0, first_head, heads, total_);
+    for (int64_t split = 1; split < splits; ++split) {
+      add(row, split, first_head, heads, sums_);
+      for (int64_t i = 0; i < heads * size_; ++i) total_[i] += sums_[i];
+    }
+    finish(row, first_head, heads, total_);
     return index + heads;
   }
 
  private:
   int most_heads() const {
     if (args_.proj.size[0] > 1) return 1;
-    const int64_t fit = kSumsBytes / (int64_t(sizeof(T)) * ranks_ * ldx_);
+    const int64_t fit = kSumsBytes / (int64_t(sizeof(T)) * size_);
     return static_cast<int>(fit < 1 ? 1 : min(fit, args_.heads));
   }
 
-  void add(int64_t row, int64_t split, int64_t first_head, int heads) {
-    const int64_t length = args_.length(row), splits = linformer_splits(length), frames = linformer_split_frames(length);
-    const int64_t end = min(length, (split + 1) * frames);
-    const int64_t size = int64_t(ranks_) * ldx_;
+  // The sums of one split's frames, to `sums`.
+  void add(int64_t row, int64_t split, int64_t first_head, int heads, T* sums) {
+    const int64_t length = args_.length(row), frames = linformer_split_frames(length);
+    const int64_t begin = split * frames, end = min(length, begin + frames);
     if (end == 0)
-      for (int64_t i = 0; i < heads * size; ++i) sums_[i] = 0;
-    for (int64_t t = split * frames; t < end; t += kDepth) {
+      for (int64_t i = 0; i < heads * size_; ++i) sums[i] = 0;
+    for (int64_t t = begin; t < end; t += kDepth) {
       const int count = static_cast<int>(min<int64_t>(kDepth, end - t));
       load_rows(args_.proj, first_head, t, count, proj_, ldp_);
       for (int h = 0; h < heads; ++h) {
         load_rows(args_.x, row, first_head + h, t, count, x_, ldx_);
-        const Strided<T> by_rank{proj_, 1, ldp_};
-        const int columns = round_up(headdim_, kWidth<T>);
         const Ahead next = h + 1 < heads
                                ? rows_ahead(args_.x, row, first_head + h + 1, t, count)
                                : rows_ahead(args_.x, row, first_head, t + kDepth, min<int64_t>(kDepth, end - t - kDepth));
-        if (t == split * frames)
-          gemm<T, Update::kStore, Triangle::kNone>(ranks_, columns, count, by_rank, x_, ldx_, sums_ + h * size, ldx_, next);
+        if (t == begin)
+          multiply<Update::kStore>(count, sums + h * size_, next);
         else
-          gemm<T, Update::kAdd, Triangle::kNone>(ranks_, columns, count, by_rank, x_, ldx_, sums_ + h * size, ldx_, next);
+          multiply<Update::kAdd>(count, sums + h * size_, next);
       }
     }
-    for (int h = 0; h < heads; ++h) {
-      T* sums = sums_ + h * size;
-      if (splits == 1) {
-        scale_elements(length_factor<T>(length, args_.normalize), size, sums);
-        store_rows(args_.out, row, first_head + h, 0, rank_, sums, ldx_);
-        continue;
+  }
+
+  template <Update update>
+  void multiply(int count, T* sums, Ahead next) {
+    if (headdim_ > 1) {
+      const int columns = round_up(headdim_, kWidth<T>);
+      gemm<T, update, Triangle::kNone>(ranks_, columns, count, {proj_, 1, ldp_}, x_, ldx_, sums, ldx_, next);
+      return;
+    }
+    for (int i = 0; i < rank_; i += kWidth<T>) {  // vectors of ranks: a single column would leave most lanes unused
+      Vec<T> sum{};
+      for (int t = 0; t < count; ++t) sum += load(proj_ + t * ldp_ + i) * x_[t * ldx_];
+      for (int lane = 0; lane < kWidth<T> && i + lane < rank_; ++lane) {
+        T& to = sums[(i + lane) * ldx_];
+        to = update == Update::kAdd ? to + sum[lane] : sum[lane];
       }
+    }
+  }
+
+  void finish(int64_t row, int64_t first_head, int heads, T* sums) {
+    scale_elements(length_factor<T>(args_.length(row), args_.normalize), heads * size_, sums);
+    for (int h = 0; h < heads; ++h) store_rows(args_.out, row, first_head + h, 0, rank_, sums + h * size_, ldx_);
+  }
+
+  void keep(int64_t row, int64_t split, int64_t first_head, int heads) {
+    for (int h = 0; h < heads; ++h) {
       T* part = static_cast<T*>(args_.parts) +
                 ((row * args_.heads + first_head + h) * args_.splits + split) * rank_ * headdim_;
+      const T* sums = sums_ + h * size_;
       for (int i = 0; i < rank_; ++i) store_row(part + int64_t(i) * headdim_, kMathDType<T>, 1, headdim_, sums + i * ldx_);
     }
   }
 
   const LinformerProjectArgs& args_;
-  const int rank_, headdim_, ranks_, ldp_, ldx_, heads_;  // heads_: at once, which share the rows of proj they read
+  const int rank_, headdim_, ranks_, ldp_, ldx_;
+  const int64_t size_;  // of one head's sums
+  const int heads_;     // at once, which share the rows of proj they read
   Arena arena_;
-  T *proj_, *x_;  // (kDepth, rank), (kDepth, headdim)
-  T* sums_;       // (heads_, rank, headdim)
+  T *proj_, *x_;        // (kDepth, rank), (kDepth, headdim)
+  T *sums_, *total_;    // (heads_, rank, headdim): of one split, and of those behind each other
 };
 
 template <class T>
@@ -261,11 +294,12 @@ class Keys {
     k = arena_.template take<T>(int64_t(columns) * ldx);
     v = arena_.template take<T>(int64_t(columns) * ldx);
     v_panels = backward ? arena_.template take<T>(panels_size<T>(rank, headdim)) : nullptr;
+    columns_ = arena_.template take<T>(round_up(headdim, kWidth<T>) * leading<T>(rank));
   }
 
   void load(int64_t row, int64_t head) {
-    load_rows(args_.k, row, head, 0, rank, k, ldx);
-    load_rows(args_.v, row, head, 0, rank, v, ldx);
+    load_matrix(args_.k, row, head, k);
+    load_matrix(args_.v, row, head, v);
     scale_elements(static_cast<T>(args_.scale), int64_t(rank) * ldx, k);
     transpose_to_panels(k, ldx, rank, headdim, k_panels);
     if (backward_) transpose_to_panels(v, ldx, rank, headdim, v_panels);
@@ -278,6 +312,14 @@ class Keys {
   }
 
  private:
+  // All of a head's rows. Where it is its columns whose elements lie side by side, they are read so, and transposed.
+  void load_matrix(const View<4>& view, int64_t row, int64_t head, T* to) {
+    if (view.stride[2] != 1 || view.stride[3] == 1) return load_rows(view, row, head, 0, rank, to, ldx);
+    const int ld = leading<T>(rank), height = round_up(headdim, kWidth<T>);
+    load_rows(at(view, row, head), view.dtype, view.stride[3], 1, 0, headdim, rank, columns_, ld);
+    transpose(columns_, ld, height, round_up(rank, kWidth<T>), to, ldx);
+  }
+
   static constexpr int kRowsTogether = 4;  // the latencies of one hide behind the others
   static_assert(kTileRows % kRowsTogether == 0);
 
@@ -314,9 +356,10 @@ class Keys {
  private:
   size_t bytes() const {
     return (backward_ ? 2 : 1) * Arena::bytes<T>(panels_size<T>(rank, headdim)) +
-           2 * Arena::bytes<T>(int64_t(columns) * ldx);
+           2 * Arena::bytes<T>(int64_t(columns) * ldx) + Arena::bytes<T>(round_up(headdim, kWidth<T>) * leading<T>(rank));
   }
   Arena arena_;
+  T* columns_;  // (headdim, rank)
 };
 
 // 1 for the weights of one query that dropout keeps, 0 for the others.

@@ -38,7 +38,7 @@ struct LinformerProjectArgs {
   int64_t batch, heads, frames, headdim, rank;
   bool normalize;  // divide by the root of the sequence's length
   int64_t splits;  // the most that any sequence has
-  void* parts;     // (batch, heads, splits, r, headdim) in the math type; null where no sequence is cut
+  void* parts;     // (batch, heads, splits, r, headdim) in the math type; null where a task takes all splits of a sequence
   View<4> out;     // (batch, heads, r, headdim)
 
   View<4> grad;   // as out; backward only, as is all that follows
@@ -47,6 +47,7 @@ struct LinformerProjectArgs {
   View<3> dproj;  // as proj
 
   int64_t length(int64_t row) const { return spans[row].end; }
+  int64_t splits_in_memory() const { return parts != nullptr ? splits : 1; }
 };
 
 struct LinformerAttendArgs {
@@ -83,7 +84,7 @@ static inline int64_t linformer_packed(int64_t rank, int64_t headdim) {
   return rank * (headdim + 64) + (rank + 64) * (headdim + 64);
 }
 
-// Tasks: rows, splits, heads.
+// Tasks: rows, splits where they have parts, heads.
 LINCONV_KERNEL(void, linformer_project, const LinformerProjectArgs& args, bool fp64, int64_t begin, int64_t end);
 // Tasks: rows and heads.
 LINCONV_KERNEL(void, linformer_sum, const LinformerSumArgs& args, bool fp64, int64_t begin, int64_t end);

@@ -230,7 +230,7 @@ def test_bad_arguments(arguments, options, error, message):
         ((X, W[:, :5], None, None), "weight has size 5 in dimension 1, wanted 6"),
         ((X, W, torch.zeros(5), None), "bias has size 5 in dimension 0, wanted 4"),
         ((X, W, torch.zeros(4), torch.zeros(4)), "factor has size 4 in dimension 0, wanted 5"),
-        ((X, W.double(), None, None), "wanted all or none in Double"),
+        ((X, W.double(), None, None), "x and weight: wanted both or none in Double"),
     ],
 )
 def test_operator_checks_what_it_reads(arguments, message):

@@ -475,9 +475,207 @@ def test_the_cheaper_order_is_taken(monkeypatch):
     )
     for length, sums in ((4, [2, 2]), (400, [1, 1])):  # heads of keys and values; columns of hidden states, and ones
         rows.clear()
-        inputs = [random(1, length, 24), *weights(24, 24), random(400, 8)]
+        inputs = [random(1, length, 24).requires_grad_(), *weights(24, 24), random(400, 8)]
         linformer_self_attention(*inputs, num_heads=2, backend=here())
         assert rows == sums, length
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("rewrite", [True, False])
+def test_a_padded_row_of_self_attention_is_what_it_is_alone(dtype, rewrite):
+    """Bit for bit, results and gradients of hidden states, whatever stands in the padding: on CPU, by our products."""
+    if here() != "cpu":
+        pytest.skip("products with weights are torch's own on other devices")
+    lengths, length, d, r = [0, 1, 40, 131, 130], 131, 70, 24
+    parameters = [*weights(d, 48, dtype=dtype), random(length, r, dtype=dtype), random(length, r, dtype=dtype)]
+    hidden, upstream = random(len(lengths), length, d, dtype=dtype), random(len(lengths), length, 48, dtype=dtype)
+    padded = hidden.clone()
+    for row, n in enumerate(lengths):
+        padded[row, n:] = torch.nan if row % 2 else torch.inf
+    options = dict(num_heads=3, rewrite=rewrite, backend=here())
+
+    def of(h, up, **more):
+        with torch.no_grad():
+            without = linformer_self_attention(h, *parameters, **options, **more)
+        y, (grad, *_) = gradients(lambda *t: linformer_self_attention(*t, **options, **more), [h, *parameters], up)
+        return without, y, grad
+
+    together = of(padded, upstream, seq_lens=torch.tensor(lengths))
+    for row, n in enumerate(lengths):
+        alone = of(hidden[row : row + 1, :n], upstream[row : row + 1, :n])
+        for got, wanted in zip(together, alone):
+            same_bits(got[row : row + 1, :n], wanted)
+            assert not got[row, n:].any()
+
+
+# ---- At once: without gradients, on CPU
+
+
+def at_once(*inputs, num_heads, normalize=True, seq_lens=None):
+    *rest, proj_k, proj_v = inputs
+    scale = (rest[1].shape[0] // num_heads) ** -0.5
+    return torch.ops.linconv.linformer_self_attention(
+        *rest, proj_k[None], None if proj_v is None else proj_v[None], num_heads, scale, normalize, seq_lens
+    )
+
+
+needs_at_once = pytest.mark.skipif(
+    not dispatch.compiled("linformer_self_attention"), reason="the compiled library is not there"
+)
+
+
+@needs_at_once
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(0, 3),
+    length=st.sampled_from([0, 1, 6, 70]),
+    heads=st.integers(1, 3),
+    headdim=st.sampled_from([1, 5, 16]),
+    d=st.sampled_from([1, 9, 130]),
+    r=st.sampled_from([1, 4, 33]),
+    bias=st.sampled_from([(), (1,), (1, 3, 5), (3,), (5,)]),
+    shared=st.booleans(),
+    normalize=st.booleans(),
+    lengths=st.none() | st.integers(0, 6),
+)
+def test_at_once_oracle(batch, length, heads, headdim, d, r, bias, shared, normalize, lengths):
+    inputs = [random(batch, length, d) / d, *weights(d, heads * headdim)]  # small scores: the formula's exp overflows
+    inputs = [None if i in (2, 4, 6) and i - 1 not in bias else t for i, t in enumerate(inputs)]
+    inputs += [random(length + 3, r), None if shared else random(length + 3, r)]
+    options = dict(num_heads=heads, normalize=normalize)
+    if lengths is not None:
+        options["seq_lens"] = torch.tensor([min(lengths + 30 * i, length) for i in range(batch)], dtype=torch.int64)
+    inputs = [None if t is None else t.cpu() for t in inputs]
+    wanted = self_attention_by_formula(*inputs, **options)
+    torch.testing.assert_close(at_once(*inputs, **options), wanted, rtol=1e-9, atol=1e-9)
+
+
+@needs_at_once
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_at_once_is_what_its_parts_give(dtype, threads):
+    """Bit for bit: with gradients wanted or not, and for any number of threads; of long sequences too."""
+    if here() != "cpu":
+        pytest.skip("an operator for CPU")
+    inputs = [
+        random(2, 1_100, 48, dtype=dtype),
+        *weights(48, 64, dtype=dtype),
+        *(random(1_100, 24, dtype=dtype) for _ in "kv"),
+    ]
+    options = dict(num_heads=4, seq_lens=torch.tensor([1_100, 600]), backend=here())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = linformer_self_attention(*inputs, **options)
+    finally:
+        torch.set_num_threads(before)
+    parts = linformer_self_attention(inputs[0].requires_grad_(), *inputs[1:], **options)
+    assert parts.requires_grad and not whole.requires_grad
+    same_bits(whole, parts.detach())
+
+
+@needs_at_once
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_at_once_low_precision(dtype):
+    if here() != "cpu":
+        pytest.skip("an operator for CPU")
+    inputs = [
+        random(1, 300, 64, dtype=dtype),
+        *weights(64, 64, dtype=dtype),
+        *(random(300, 32, dtype=dtype) for _ in "kv"),
+    ]
+    inputs[1:7:2] = [w / 8 for w in inputs[1:7:2]]
+    plain = lambda *t: reference_self_attention(*t, num_heads=4)  # noqa: E731
+    exact = plain(*(t.double() for t in inputs))
+    no_worse_than_torch(at_once(*inputs, num_heads=4), plain(*inputs), exact, 2, "y")
+
+
+def reference_self_attention(*inputs, **options):
+    return linformer_self_attention(*inputs, **options, backend="reference")
+
+
+@needs_at_once
+def test_at_once_reads_any_strides():
+    if here() != "cpu":
+        pytest.skip("an operator for CPU")
+    hidden, parameters = random(2, 90, 12), [*weights(12, 12), random(90, 8), random(90, 8)]
+    wide = random(2, 180, 36)
+    for view in (
+        wide[:, ::2, 3:15],
+        wide[:, 90:, ::3],
+        hidden.transpose(0, 1).contiguous().transpose(0, 1),
+        hidden[:1].expand(2, -1, -1),
+    ):
+        strided = [t if t.dim() == 1 else t.mT.contiguous().mT for t in parameters]
+        same_bits(
+            linformer_self_attention(view, *strided, num_heads=3, backend=here()),
+            linformer_self_attention(view.contiguous(), *parameters, num_heads=3, backend=here()),
+        )
+
+
+@needs_at_once
+def test_where_it_is_done_at_once():
+    if here() != "cpu":
+        pytest.skip("an operator for CPU")
+    inputs = [random(1, 400, 24).float(), *weights(24, 24, dtype=torch.float32), random(400, 8).float()]
+
+    def done(*, tensors=inputs, **options):
+        with torch.profiler.profile() as profile:
+            linformer_self_attention(*tensors, num_heads=2, **options)
+        return "linconv::linformer_self_attention" in {e.key for e in profile.key_averages()}
+
+    assert done() and done(backend="cpu") and done(rewrite=True)
+    assert not done(backend="reference") and not done(dropout_p=0.1) and not done(rewrite=False)
+    assert not done(tensors=[t.bfloat16() for t in inputs])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not done()
+    for i in range(len(inputs)):
+        tensors = [t.clone().requires_grad_(i == j) for j, t in enumerate(inputs)]
+        assert not done(tensors=tensors)
+        with torch.no_grad():
+            assert done(tensors=tensors)
+
+
+@needs_at_once
+def test_at_once_as_an_operator():
+    if here() != "cpu":
+        pytest.skip("an operator for CPU")
+    inputs = [random(2, 40, 16), *weights(16, 16), random(40, 4), random(40, 4)]
+    arguments = [*inputs[:-2], inputs[-2][None], inputs[-1][None], 2, 0.3, True, torch.tensor([40, 9])]
+    torch.library.opcheck(torch.ops.linconv.linformer_self_attention.default, arguments)
+    plain = linformer_self_attention(*inputs, num_heads=2)
+    compiled = torch.compile(lambda *t: linformer_self_attention(*t, num_heads=2), fullgraph=True, backend="aot_eager")
+    same_bits(compiled(*inputs), plain)
+    out = torch.ops.linconv.linformer_self_attention(arguments[0].requires_grad_(), *arguments[1:])
+    with pytest.raises(RuntimeError, match="keeps nothing for gradients"):
+        out.sum().backward()
+
+
+@needs_at_once
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(hidden=torch.zeros(20, 8)), "hidden has 2 dimensions"),
+        (dict(hidden=torch.zeros(2, 20, 0)), "hidden has no columns"),
+        (dict(heads=5), "num_heads is 5, wanted a divisor of 12"),
+        (dict(wq=torch.zeros(12, 7)), "weight has size 7 in dimension 1, wanted 8"),
+        (dict(wk=torch.zeros(24, 8), bk=None), "out has size 12 in dimension 0, wanted 24"),
+        (dict(wv=torch.zeros(12, 8).double()), "x and weight: wanted both or none in Double"),
+        (dict(bq=torch.zeros(11)), "bias has size 11"),
+        (dict(bv=torch.zeros(11)), "factor has size 11"),
+        (dict(proj_k=torch.zeros(3, 20, 4)), "proj has 3 heads"),
+        (dict(proj_v=torch.zeros(1, 20, 5)), "proj_v has r = 5, wanted 4"),
+        (dict(proj_v=torch.zeros(1, 19, 4)), "x has 20 frames, wanted at most 19"),
+    ],
+)
+def test_at_once_checks_what_it_reads(change, message):
+    good = dict(hidden=torch.zeros(2, 20, 8))
+    good |= dict(zip(("wq", "bq", "wk", "bk", "wv", "bv"), weights(8, 12, dtype=torch.float32)))
+    good |= dict(proj_k=torch.zeros(1, 20, 4), proj_v=torch.zeros(1, 20, 4), heads=3)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.linconv.linformer_self_attention(
+            *(t.cpu() if isinstance(t, torch.Tensor) else t for t in (good | change).values()), 0.5, True, None
+        )
 
 
 def test_self_attention_under_autocast_and_compiled():

@@ -1,7 +1,8 @@
 """Linformer attention (Wang et al., arXiv 2006.04768): every frame attends to r projections of all frames.
 
 Two operators make it up, each with its own gradients. ``linformer_project`` sums the frames into r of them;
-``linformer_attend`` is attention of the frames to those r, which stay in cache.
+``linformer_attend`` is attention of the frames to those r, which stay in cache. A third one,
+``linformer_self_attention``, does on CPU all of self-attention in one call, where no gradients are wanted.
 """
 
 import math
@@ -84,8 +85,8 @@ def linformer_self_attention(
     Raises:
         TypeError, ValueError: as `linformer_attention`.
 
-    The products with weights are torch's, whose last bits depend on the number of rows: of this operator a padded row
-    is what it is alone up to those.
+    On CPU, outside of autocast and but for bfloat16, a padded row gives bit for bit what it gives alone. Elsewhere
+    products with weights are torch's, whose last bits depend on the number of rows: there it does so up to those.
     """
     checks.floating_tensor("hidden", hidden)
     checks.shape("hidden", hidden, (None, None, None), "(batch, L, d)")
@@ -113,10 +114,15 @@ def linformer_self_attention(
         raise ValueError("rewrite is True with projections per head, wanted ones that all heads share")
     if rewrite is None:
         rewrite = not per_head and rewrite_pays(length, proj_k.shape[2], d, width, shared=shared)
-    if seq_lens is not None:  # what stands in the padding must not get into the gradients of weights
-        hidden = hidden.masked_fill(~reference.valid_frames(seq_lens, length)[..., None], 0)
     scale = _scale(scale, headdim)
     seed = _seed(dropout_p, hidden.device)
+    if rewrite and seed is None and _at_once(hidden, (wq, bq, wk, bk, wv, bv, proj_k, proj_v), backend):
+        proj_v = None if shared else proj_v
+        return torch.ops.linconv.linformer_self_attention(
+            hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v, num_heads, scale, normalize, seq_lens
+        )
+    if seq_lens is not None:  # what stands in the padding must not get into the gradients of weights
+        hidden = hidden.masked_fill(~reference.valid_frames(seq_lens, length)[..., None], 0)
 
     def heads(x):
         return x.unflatten(-1, (num_heads, headdim)).transpose(1, 2)  # (batch, heads, frames, headdim)
@@ -134,6 +140,15 @@ def linformer_self_attention(
     else:
         k, v = (summed(heads(projected(hidden, w, b)), e) for w, b, e in ((wk, bk, proj_k), (wv, bv, proj_v)))
     return _attend(q, k, v, scale, dropout_p, seed, seq_lens, backend).transpose(1, 2).flatten(-2)
+
+
+def _at_once(hidden, parameters, backend):
+    """Whether the operator that keeps nothing for gradients does the whole; in bfloat16 torch's products are faster."""
+    if hidden.device.type != "cpu" or hidden.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, *parameters)):
+        return False
+    return backend in (None, "cpu") and dispatch.pick("linformer_self_attention", hidden.device, backend) == "cpu"
 
 
 def rewrite_pays(length, rank, d, width, *, shared):
@@ -299,4 +314,23 @@ dispatch.register(
     backward=_attend_backward,
     triton="linconv.ops.linformer.triton",
     prefer=PREFER,
+)
+
+
+def _fake_self_attention(hidden, wq, *rest):
+    return hidden.new_empty(*hidden.shape[:2], wq.shape[0])
+
+
+def _no_gradients(ctx, grad):
+    raise RuntimeError(
+        "linconv::linformer_self_attention keeps nothing for gradients: call linconv.ops.linformer_self_attention, "
+        "which takes other operators where they are wanted"
+    )
+
+
+dispatch.register(
+    "linformer_self_attention",
+    fake=_fake_self_attention,
+    setup_context=lambda ctx, inputs, output: None,
+    backward=_no_gradients,
 )

@@ -1,0 +1,23 @@
+// A product with a weight, for operators that take one among other things. For cpu.cpp.
+#pragma once
+
+#include "common/tasks.h"
+#include "common/tensor.h"
+#include "linear/kernel.h"
+
+namespace linconv {
+
+// out = x weight^T + factor bias^T, see LinearArgs. Both steps are to be run, pack() first.
+struct Product {
+  LinearArgs args{};
+  Tensor packed;
+  bool fp64;
+
+  // Throws where sizes or dtypes do not go together.
+  Product(const View<2>& x, const View<2>& weight, const View<1>& bias, const View<1>& factor, const View<2>& out);
+
+  Tasks pack() const;
+  Tasks multiply() const;
+};
+
+}  // namespace linconv
