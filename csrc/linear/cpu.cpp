@@ -1,34 +1,45 @@
 #include "linear/product.h"
 
+#include <utility>
+
 namespace linconv {
 
 Product::Product(const View<2>& x, const View<2>& weight, const View<1>& bias, const View<1>& factor, const View<2>& out)
     : fp64(x.dtype == DType::kFloat64) {
-  args = {x, weight, bias, factor, out, nullptr, x.size[0], weight.size[0], x.size[1]};
+  const int64_t rows = x.size[0], columns = weight.size[0], depth = x.size[1];
   const DType math = math_type(x.dtype);
-  require_sizes(weight, {args.columns, args.depth}, "weight");
-  require_sizes(out, {args.rows, args.columns}, "out");
+  require_sizes(weight, {columns, depth}, "weight");
+  require_sizes(out, {rows, columns}, "out");
   require(math_type(weight.dtype) == math, "x and weight: wanted both or none in Double");
-  if (bias.data != nullptr) {
-    require_sizes(bias, {args.columns}, "bias");
+  const bool biased = bias.data != nullptr, scaled = biased && factor.data != nullptr;
+  if (biased) {
+    require_sizes(bias, {columns}, "bias");
     require(math_type(bias.dtype) == math, "x and bias: wanted both or none in Double");
   }
-  if (factor.data != nullptr) {
-    require_sizes(factor, {args.rows}, "factor");
+  if (scaled) {
+    require_sizes(factor, {rows}, "factor");
     require(math_type(factor.dtype) == math, "x and factor: wanted both or none in Double");
+  }
+  const View<1> absent{};
+  args = {x, weight, scaled ? factor : absent, bias, out, nullptr, rows, columns, depth};
+  if (rows < columns) {
+    std::swap(args.left, args.right);
+    std::swap(args.of_rows, args.of_columns);
+    std::swap(args.rows, args.columns);
+    args.out = {out.data, out.dtype, {columns, rows}, {out.stride[1], out.stride[0]}};
   }
   packed = empty({linear_packed(args.columns, args.depth)}, math);
   args.packed = packed.data_ptr();
 }
 
 Tasks Product::pack() const {
-  const int64_t count = args.rows == 0 ? 0 : (args.columns + kLinearPacked - 1) / kLinearPacked;
-  return {count, [a = args, fp64 = fp64](int64_t begin, int64_t end) { LINCONV_PICK(linear_pack)(a, fp64, begin, end); }};
+  return {(args.columns + kLinearPacked - 1) / kLinearPacked,
+          [a = args, fp64 = fp64](int64_t begin, int64_t end) { LINCONV_PICK(linear_pack)(a, fp64, begin, end); }};
 }
 
 Tasks Product::multiply() const {
-  const int64_t count = (args.rows + kLinearRows - 1) / kLinearRows * args.column_blocks();
-  return {count, [a = args, fp64 = fp64](int64_t begin, int64_t end) { LINCONV_PICK(linear)(a, fp64, begin, end); }};
+  return {args.row_blocks() * args.column_blocks(),
+          [a = args, fp64 = fp64](int64_t begin, int64_t end) { LINCONV_PICK(linear)(a, fp64, begin, end); }};
 }
 
 namespace {

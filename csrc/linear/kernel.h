@@ -1,4 +1,5 @@
-// A product with a weight, x weight^T + bias. A row's bits depend on the row alone, not on how many there are.
+// A product with a weight. A row's bits depend on the row alone, not on how many there are: every sum is taken in one
+// order, whichever way the work is cut.
 #pragma once
 
 #include <cstdint>
@@ -8,18 +9,20 @@
 
 namespace linconv {
 
-constexpr int64_t kLinearRows = 64, kLinearColumns = 256;  // of one task's result
+constexpr int64_t kLinearRows = 64, kLinearColumns = 128;  // of one task's result
 constexpr int64_t kLinearPacked = 64;                      // columns that one task packs: whole panels of every instruction set
 
+// out = left right^T + of_rows of_columns^T
 struct LinearArgs {
-  View<2> x;       // (rows, depth)
-  View<2> weight;  // (columns, depth)
-  View<1> bias;    // (columns,), or absent
-  View<1> factor;  // (rows,): what bias is multiplied by in each row; absent for 1
-  View<2> out;     // (rows, columns)
-  void* packed;    // linear_packed elements of the math type: weight as the product reads it
+  View<2> left;        // (rows, depth)
+  View<2> right;       // (columns, depth)
+  View<1> of_rows;     // (rows,), or absent for ones
+  View<1> of_columns;  // (columns,), or absent for ones; nothing is added where both are absent
+  View<2> out;         // (rows, columns)
+  void* packed;        // linear_packed elements of the math type: right as the product reads it
   int64_t rows, columns, depth;
 
+  int64_t row_blocks() const { return (rows + kLinearRows - 1) / kLinearRows; }
   int64_t column_blocks() const { return (columns + kLinearColumns - 1) / kLinearColumns; }
 };
 
@@ -29,7 +32,7 @@ static inline int64_t linear_packed(int64_t columns, int64_t depth) {
 
 // Tasks: every kLinearPacked columns.
 LINCONV_KERNEL(void, linear_pack, const LinearArgs& args, bool fp64, int64_t begin, int64_t end);
-// Tasks: blocks of rows, blocks of columns.
+// Tasks: blocks of columns, blocks of rows.
 LINCONV_KERNEL(void, linear, const LinearArgs& args, bool fp64, int64_t begin, int64_t end);
 
 }  // namespace linconv

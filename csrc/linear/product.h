@@ -7,7 +7,8 @@
 
 namespace linconv {
 
-// out = x weight^T + factor bias^T, see LinearArgs. Both steps are to be run, pack() first.
+// out = x weight^T + factor bias^T, without bias where it is absent, with ones where `factor` is. Both steps are to be run,
+// pack() first. The smaller factor of the product is what is packed: sums have the same order either way.
 struct Product {
   LinearArgs args{};
   Tensor packed;

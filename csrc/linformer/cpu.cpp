@@ -185,40 +185,25 @@ Tensor self_attention(Tensor hidden, Tensor wq, Optional bq, Tensor wk, Optional
     of_ones.emplace_back(a, View<4>{ones_of(side), math, {batch, 1, rank, 1}, {rank, rank, 1, 1}});
   }
 
-  // Queries of valid frames.
   const Tensor q = empty({batch, frames, width}, math);
-  const auto rows_of = [&](int64_t row) { return View<2>{at(x, row), x.dtype, {frames, d}, {x.stride[1], x.stride[2]}}; };
-  const auto queries_of = [&](int64_t row) {
-    return View<2>{offset(q.data_ptr(), math, row * frames * width), math, {frames, width}, {width, 1}};
+  const Tensor k = empty({batch, rank, width}, math), v = empty({batch, rank, width}, math);
+  const Tensor out = empty({batch, frames, width}, x.dtype);
+  const auto rows_of = [&](const Tensor& t) {
+    return View<2>{t.data_ptr(), math, {t.size(0) * t.size(1), width}, {width, 1}};
   };
-  const Product queries(rows_of(0), view<2>(wq, "wq"), view<1>(bq, "bq"), {}, queries_of(0));
-  std::vector<Tasks> rows;
-  for (int64_t row = 0; row < batch; ++row) {
-    Product product = queries;
-    product.args.rows = spans[row].end;
-    product.args.x = rows_of(row);
-    product.args.out = queries_of(row);
-    rows.push_back(product.multiply());
-  }
-
-  // Keys and values of the sums, transposed: the sums are what is packed, being fewer than the rows of the weights.
-  const Tensor k = empty({width, all_ranks}, math), v = empty({width, all_ranks}, math);
-  const auto of_sums = [&](const Tensor& weight, const Optional& bias, int64_t side, const Tensor& out) {
-    const View<1> counts{ones_of(side), math, {all_ranks}, {1}};
-    return Product(view<2>(weight, "weight"), {sums_of(side), math, {all_ranks, d}, {d, 1}}, bias ? counts : View<1>{},
-                   view<1>(bias, "bias"), view<2>(out, "out"));
+  require(batch <= 1 || frames == 0 || x.stride[0] == frames * x.stride[1], "hidden: wanted all rows' frames at the same distance");
+  const View<2> all_frames{x.data, x.dtype, {batch * frames, d}, {x.stride[1], x.stride[2]}};
+  const auto of_sums = [&](const Tensor& weight, const Optional& bias, int64_t side, const Tensor& result) {
+    return Product({sums_of(side), math, {all_ranks, d}, {d, 1}}, view<2>(weight, "weight"), view<1>(bias, "bias"),
+                   {ones_of(side), math, {all_ranks}, {1}}, rows_of(result));
   };
+  const Product queries(all_frames, view<2>(wq, "wq"), view<1>(bq, "bq"), {}, rows_of(q));
   const Product keys = of_sums(wk, bk, 0, k), values = of_sums(wv, bv, sides - 1, v);
 
-  const Tensor out = empty({batch, frames, width}, x.dtype);
-  const auto by_head = [&](const Tensor& frames_first) {  // (batch, heads, L, headdim)
-    return transpose(torch::stable::view(frames_first, {batch, frames, heads, width / heads}), 1, 2);
+  const auto by_head = [&](const Tensor& t) {  // (batch, heads, L or r, headdim)
+    return transpose(torch::stable::view(t, {batch, t.size(1), heads, width / heads}), 1, 2);
   };
-  const auto of_ranks = [&](const Tensor& columns_first) {  // (batch, heads, r, headdim)
-    const Tensor t = transpose(torch::stable::view(columns_first, {heads, width / heads, batch, rank}), 0, 2);
-    return transpose(transpose(t, 1, 2), 2, 3);
-  };
-  auto a = read_attend_arguments<LinformerAttendArgs>(by_head(q), of_ranks(k), of_ranks(v), scale, 0, std::nullopt);
+  auto a = read_attend_arguments<LinformerAttendArgs>(by_head(q), by_head(k), by_head(v), scale, 0, std::nullopt);
   a.spans = spans.data();
   a.out = view<4>(by_head(out), "out");
 
@@ -228,7 +213,7 @@ Tensor self_attention(Tensor hidden, Tensor wq, Optional bq, Tensor wk, Optional
     for (const Projection& projection : of) found.push_back((projection.*tasks)());
     return chain(std::move(found));
   };
-  run_together({chain(std::move(rows)), all(of_frames, &Projection::parts), all(of_ones, &Projection::parts)});
+  run_together({queries.multiply(), all(of_frames, &Projection::parts), all(of_ones, &Projection::parts)});
   run_together({all(of_frames, &Projection::sum), all(of_ones, &Projection::sum)});
   run(chain({keys.pack(), values.pack()}));
   run(chain({keys.multiply(), values.multiply()}));

@@ -294,12 +294,11 @@ class Keys {
     k = arena_.template take<T>(int64_t(columns) * ldx);
     v = arena_.template take<T>(int64_t(columns) * ldx);
     v_panels = backward ? arena_.template take<T>(panels_size<T>(rank, headdim)) : nullptr;
-    columns_ = arena_.template take<T>(round_up(headdim, kWidth<T>) * leading<T>(rank));
   }
 
   void load(int64_t row, int64_t head) {
-    load_matrix(args_.k, row, head, k);
-    load_matrix(args_.v, row, head, v);
+    load_rows(args_.k, row, head, 0, rank, k, ldx);
+    load_rows(args_.v, row, head, 0, rank, v, ldx);
     scale_elements(static_cast<T>(args_.scale), int64_t(rank) * ldx, k);
     transpose_to_panels(k, ldx, rank, headdim, k_panels);
     if (backward_) transpose_to_panels(v, ldx, rank, headdim, v_panels);
@@ -312,14 +311,6 @@ class Keys {
   }
 
  private:
-  // All of a head's rows. Where it is its columns whose elements lie side by side, they are read so, and transposed.
-  void load_matrix(const View<4>& view, int64_t row, int64_t head, T* to) {
-    if (view.stride[2] != 1 || view.stride[3] == 1) return load_rows(view, row, head, 0, rank, to, ldx);
-    const int ld = leading<T>(rank), height = round_up(headdim, kWidth<T>);
-    load_rows(at(view, row, head), view.dtype, view.stride[3], 1, 0, headdim, rank, columns_, ld);
-    transpose(columns_, ld, height, round_up(rank, kWidth<T>), to, ldx);
-  }
-
   static constexpr int kRowsTogether = 4;  // the latencies of one hide behind the others
   static_assert(kTileRows % kRowsTogether == 0);
 
@@ -356,10 +347,9 @@ class Keys {
  private:
   size_t bytes() const {
     return (backward_ ? 2 : 1) * Arena::bytes<T>(panels_size<T>(rank, headdim)) +
-           2 * Arena::bytes<T>(int64_t(columns) * ldx) + Arena::bytes<T>(round_up(headdim, kWidth<T>) * leading<T>(rank));
+           2 * Arena::bytes<T>(int64_t(columns) * ldx);
   }
   Arena arena_;
-  T* columns_;  // (headdim, rank)
 };
 
 // 1 for the weights of one query that dropout keeps, 0 for the others.

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from linconv import ops
-from linconv.mixers.protocol import DepthwiseConv, GatedRMSNorm, StateSpaceMixer, scan_flops
+from linconv.mixers.protocol import DepthwiseConv, GatedRMSNorm, Linear, StateSpaceMixer, scan_flops
 
 # Where a parameter of mamba_ssm's Mamba2 stands in the stacked one: as row block, column block or entry `direction`.
 _ROWS, _COLUMNS = ("in_proj.weight",), ("out_proj.weight",)
@@ -36,10 +36,10 @@ class BiMamba2(StateSpaceMixer):
         super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, directions=2)
         self.conv_dim = self.d_inner + 2 * ngroups * d_state
         self.d_in_proj = self.d_inner + self.conv_dim + self.nheads
-        self.in_proj = nn.Linear(d_model, 2 * self.d_in_proj, bias=False)
+        self.in_proj = Linear(d_model, 2 * self.d_in_proj, bias=False)
         self.conv1d = DepthwiseConv(2, self.conv_dim, width=d_conv)
         self.norm = GatedRMSNorm(2, self.d_inner)
-        self.out_proj = nn.Linear(2 * self.d_inner, d_model, bias=False)
+        self.out_proj = Linear(2 * self.d_inner, d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self):

@@ -1,9 +1,7 @@
 """Hydra: both directions of time as one quasiseparable matrix over shared inputs (arXiv 2407.09941)."""
 
-from torch import nn
-
 from linconv import ops
-from linconv.mixers.protocol import DepthwiseConv, GatedRMSNorm, StateSpaceMixer, scan_flops
+from linconv.mixers.protocol import DepthwiseConv, GatedRMSNorm, Linear, StateSpaceMixer, scan_flops
 
 
 class Hydra(StateSpaceMixer):
@@ -30,10 +28,10 @@ class Hydra(StateSpaceMixer):
         if d_conv % 2 == 0:
             raise ValueError(f"d_conv is {d_conv}, wanted an odd width: the convolution is centred")
         self.conv_dim = self.d_inner + 4 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_dim + 2 * self.nheads, bias=False)
+        self.in_proj = Linear(d_model, self.d_inner + self.conv_dim + 2 * self.nheads, bias=False)
         self.conv1d = DepthwiseConv(self.conv_dim, width=d_conv)
         self.norm = GatedRMSNorm(self.d_inner)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False)
         self.reset_parameters()
 
     def forward(self, hidden_states, seq_lens=None):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from linconv import ops
-from linconv.mixers.protocol import Mixer
+from linconv.mixers.protocol import Linear, Mixer
 from linconv.ops.linformer import rewrite_pays
 
 INITS = ("frames", "normal")
@@ -64,7 +64,7 @@ class LinformerAttention(Mixer):
             raise ValueError(f"num_heads is {num_heads}, wanted a divisor of d_model = {d_model}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {dropout}, wanted 0 <= dropout < 1")
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(d_model, d_model) for _ in range(4))
         heads = (self.num_heads,) if sharing == "none" else ()
         self.proj_k = nn.Parameter(torch.empty(*heads, self.max_length, r))
         self.proj_v = None if sharing in ("key_value", "layerwise") else nn.Parameter(torch.empty_like(self.proj_k))

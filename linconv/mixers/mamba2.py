@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from linconv import ops
-from linconv.mixers.protocol import GatedRMSNorm, StateSpaceMixer, scan_flops
+from linconv.mixers.protocol import GatedRMSNorm, Linear, StateSpaceMixer, scan_flops
 
 
 @dataclasses.dataclass
@@ -33,10 +33,10 @@ class Mamba2(StateSpaceMixer):
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, chunk_size=None):
         super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, directions=1)
         self.conv_dim = self.d_inner + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=False)
+        self.in_proj = Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=False)
         self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim)  # holds the weights
         self.norm = GatedRMSNorm(self.d_inner)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False)
         self.reset_parameters()
 
     def forward(self, hidden_states, seq_lens=None, state: Mamba2State | None = None):

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from linconv.ops.linear import linear
+
 
 class Mixer(nn.Module, abc.ABC):
     """Mixes a sequence of hidden states along time, like self-attention with its projections.
@@ -78,6 +80,13 @@ class Mixer(nn.Module, abc.ABC):
     @abc.abstractmethod
     def reset_parameters(self) -> None:
         """Initialises every parameter afresh."""
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear whose frames do not depend on how many there are: see `linconv.ops.linear.linear`."""
+
+    def forward(self, input):
+        return linear(input, self.weight, self.bias)
 
 
 class DepthwiseConv(nn.Module):

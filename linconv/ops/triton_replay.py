@@ -1,7 +1,7 @@
 """Launches of a call, done again without the Python that worked them out.
 
 Between the call of an operator and its first kernel stand sizes, strides, tiles, grids and what Triton looks up by
-them: far more time, for a few seconds of speech, than the kernels take. All of it depends on the arguments' shapes,
+them: for a few seconds of speech far more time than the kernels' floor. All of it depends on the arguments' shapes,
 strides, dtypes and alignment alone. So a call that has been seen before is noted down, and from then on only memory is
 made and addresses are filled in.
 """

@@ -23,12 +23,13 @@ pytestmark = pytest.mark.skipif(
 
 # The tests of each operator that hold for what its cuda.cu has. Left out: instruction sets, which CUDA has none of;
 # lengths outside the tensor, which only a host can refuse; gradients of the scan, which are Triton's; of Linformer
-# attention what judges the reference; of the losses what CPU caches are for, and what the same code of another dtype
+# attention what judges the reference, and what only CPU has; of the losses what CPU caches are for, and what the same code of another dtype
 # goes through.
 TESTS = {
     "short_conv": "not instruction_set and not outside_the_tensor",
     "gated_rms_norm": "not instruction_set",
-    "linformer": "not instruction_set and not number_of_threads and not drops_that_share and not fewer_splits",
+    "linformer": "not instruction_set and not number_of_threads and not drops_that_share and not fewer_splits "
+    "and not at_once and not a_padded_row",
     "distillation_loss": "not instruction_set and not outside_the_tensor and not past_the_caches "
     "and not number_of_threads and not gradcheck and not (strides and not dtype1)",
     "ssd": "forward or padding_is_never_read or handed_over",

@@ -167,6 +167,13 @@ def test_any_leading_dimensions(lead):
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-12, atol=1e-12)
 
 
+def test_a_factor_of_no_bias_does_nothing():
+    inputs = [random(4, 6), random(5, 6), random(4)]
+    y, (*_, of_factor) = gradients(lambda x, w, f: linear(x, w, factor=f), inputs, torch.ones(4, 5))
+    torch.testing.assert_close(y, inputs[0] @ inputs[1].mT)
+    assert not of_factor.any()
+
+
 def test_parameters_in_another_precision():
     """Gradients come in each one's dtype, and are not rounded to another's on the way."""
     x, weight, bias = random(20, 16).half(), random(8, 16).float(), random(8).float()

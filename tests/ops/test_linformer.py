@@ -436,7 +436,8 @@ def self_attention_by_formula(hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v, *,
 def test_rewrite_is_exact(batch, length, heads, headdim, d, bias, shared, lengths, rewrite, backend):
     """Results and gradients of both orders are those of the formula, with biases and masks."""
     proj = [random(length + 3, 4), None if shared else random(length + 3, 4)]
-    inputs = [random(batch, length, d), *weights(d, heads * headdim, bias=bias), *proj]
+    hidden = random(batch, length, d) / d  # small scores: the formula's exp overflows
+    inputs = [hidden, *weights(d, heads * headdim, bias=bias), *proj]
     options = dict(num_heads=heads)
     if lengths is not None:
         options["seq_lens"] = torch.tensor([min(lengths + 5 * i, length) for i in range(batch)], dtype=torch.int64)
@@ -480,6 +481,7 @@ def test_the_cheaper_order_is_taken(monkeypatch):
         assert rows == sums, length
 
 
+@pytest.mark.skipif(not dispatch.compiled("linear"), reason="torch's products are not bound to bits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 @pytest.mark.parametrize("rewrite", [True, False])
 def test_a_padded_row_of_self_attention_is_what_it_is_alone(dtype, rewrite):
@@ -659,10 +661,10 @@ def test_at_once_as_an_operator():
         (dict(hidden=torch.zeros(2, 20, 0)), "hidden has no columns"),
         (dict(heads=5), "num_heads is 5, wanted a divisor of 12"),
         (dict(wq=torch.zeros(12, 7)), "weight has size 7 in dimension 1, wanted 8"),
-        (dict(wk=torch.zeros(24, 8), bk=None), "out has size 12 in dimension 0, wanted 24"),
+        (dict(wk=torch.zeros(24, 8), bk=None), "out has size 12 in dimension 1, wanted 24"),
         (dict(wv=torch.zeros(12, 8).double()), "x and weight: wanted both or none in Double"),
         (dict(bq=torch.zeros(11)), "bias has size 11"),
-        (dict(bv=torch.zeros(11)), "factor has size 11"),
+        (dict(bv=torch.zeros(11)), "bias has size 11"),
         (dict(proj_k=torch.zeros(3, 20, 4)), "proj has 3 heads"),
         (dict(proj_v=torch.zeros(1, 20, 5)), "proj_v has r = 5, wanted 4"),
         (dict(proj_v=torch.zeros(1, 19, 4)), "x has 20 frames, wanted at most 19"),

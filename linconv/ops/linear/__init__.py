@@ -40,10 +40,11 @@ def linear(x, weight, bias=None, *, factor=None, backend=None):
         checks.shape("bias", bias, (weight.shape[0],), "(columns,)")
     if factor is not None:
         checks.shape("factor", factor, tuple(lead), "(...,)")
-    torchs = x.device.type != "cpu" or x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    if torchs or backend not in (None, "cpu") or dispatch.pick("linear", x.device, backend) == "reference":
+    ours = x.device.type == "cpu" and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu")
+    ours = ours and backend in (None, "cpu") and dispatch.compiled("linear")
+    if not ours or dispatch.pick("linear", x.device) == "reference":
         return reference.linear(x, weight, bias, factor=factor)
-    factor = None if factor is None else factor.reshape(-1)
+    factor = None if factor is None or bias is None else factor.reshape(-1)
     return _linear(x.reshape(-1, d), weight, bias, factor).reshape(*lead, weight.shape[0])
 
 

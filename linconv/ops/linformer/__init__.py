@@ -85,8 +85,8 @@ def linformer_self_attention(
     Raises:
         TypeError, ValueError: as `linformer_attention`.
 
-    On CPU, outside of autocast and but for bfloat16, a padded row gives bit for bit what it gives alone. Elsewhere
-    products with weights are torch's, whose last bits depend on the number of rows: there it does so up to those.
+    On CPU, outside of autocast and but for bfloat16, a padded row gives bit for bit what it gives alone, in the same
+    order of the two. Elsewhere products with weights are torch's, whose last bits depend on the number of rows.
     """
     checks.floating_tensor("hidden", hidden)
     checks.shape("hidden", hidden, (None, None, None), "(batch, L, d)")
@@ -117,6 +117,7 @@ def linformer_self_attention(
     scale = _scale(scale, headdim)
     seed = _seed(dropout_p, hidden.device)
     if rewrite and seed is None and _at_once(hidden, (wq, bq, wk, bk, wv, bv, proj_k, proj_v), backend):
+        hidden = hidden.reshape(-1, d).unflatten(0, (batch, length))  # a copy where rows are no equal distance apart
         proj_v = None if shared else proj_v
         return torch.ops.linconv.linformer_self_attention(
             hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v, num_heads, scale, normalize, seq_lens
@@ -148,7 +149,8 @@ def _at_once(hidden, parameters, backend):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, *parameters)):
         return False
-    return backend in (None, "cpu") and dispatch.pick("linformer_self_attention", hidden.device, backend) == "cpu"
+    op = "linformer_self_attention"
+    return backend in (None, "cpu") and dispatch.compiled(op) and dispatch.pick(op, hidden.device, backend) == "cpu"
 
 
 def rewrite_pays(length, rank, d, width, *, shared):
