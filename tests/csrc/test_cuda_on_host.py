@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(
 
 # The tests of each operator that hold for what its cuda.cu has. Left out: instruction sets, which CUDA has none of;
 # lengths outside the tensor, which only a host can refuse; gradients of the scan, which are Triton's; of Linformer
-# attention what judges the reference, and what only CPU has; of the losses what CPU caches are for, and what the same code of another dtype
-# goes through.
+# attention what judges the reference, and what only CPU has; of the losses what CPU caches are for, and what the same
+# code of another dtype goes through.
 TESTS = {
     "short_conv": "not instruction_set and not outside_the_tensor",
     "gated_rms_norm": "not instruction_set",
