@@ -257,8 +257,8 @@ class _Runner:
             return f"a call would take about {seconds:,.0f} s, the limit is {most:g} s"
         limit = self._memory_limit(case.setting)
         extra = self._expected(case, implementation, "extra_bytes", length)
-        if extra is None and implementation.memory is not None:
-            extra = implementation.memory(_of_one(case.setting), length)
+        if implementation.memory is not None:  # known, and more than a fit of short lengths may say
+            extra = max(extra or 0, implementation.memory(_of_one(case.setting), length))
         if extra is not None and extra > limit:
             return f"it would need about {extra / 2**30:,.0f} GiB, the limit is {limit / 2**30:,.0f} GiB"
         return None
