@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,13 +182,20 @@ def _run(suites: dict, arguments) -> int:
         results = Results.read(path) if arguments.resume and path.exists() else Results(name)
         gib = arguments.memory_limit
         limits = Limits(end - time.monotonic(), arguments.longest_call, gib * 2**30 if gib else None)
+        known = len(results.runs)
+
+        def keep(results=results, path=path, known=known) -> bool:
+            if len(results.runs) == known:
+                return False
+            results.runs[-1]["freed_memory_kept"] = kept
+            results.write(path)
+            return True
+
         try:
-            with _progress(name, cases) as report:
+            with _progress(name, cases, keep) as report:
                 run(results, cases, limits, measure=arguments.measure, lengths=arguments.lengths, report=report)
-        finally:  # what was measured is kept, also when the rest is broken off
-            if results.runs:
-                results.runs[-1]["freed_memory_kept"] = kept
-                results.write(path)
+        finally:
+            if keep():
                 print(f"written to {path}")
         for implementation, reason in results.absent.items():
             print(f"absent: {implementation}: {reason}")
@@ -196,12 +204,15 @@ def _run(suites: dict, arguments) -> int:
 
 
 class _progress:
-    """A bar over cases, with a line for each finished length above it."""
+    """A bar over cases, with a line for each finished length above it.
 
-    def __init__(self, suite: str, cases: list):
+    What was measured is kept with each line: a run that is killed, for want of memory say, can go on with --resume.
+    """
+
+    def __init__(self, suite: str, cases: list, keep: Callable[[], object]):
         from tqdm import tqdm
 
-        self.keys = {case.key for case in cases}
+        self.keys, self.keep = {case.key for case in cases}, keep
         self.bar = tqdm(total=len(cases), desc=suite, unit="case", disable=None)
 
     def __enter__(self):
@@ -212,6 +223,7 @@ class _progress:
             self.bar.update()
         self.bar.write(text)
         sys.stdout.flush()
+        self.keep()
 
     def __exit__(self, *error):
         self.bar.close()

@@ -120,7 +120,9 @@ class Results:
             "failed": self.failed,
         }  # fmt: skip
         text = json.dumps(head, indent=1).removesuffix("\n}")
-        path.write_text(f'{text},\n "rows": [\n  {rows}\n ]\n}}\n')
+        part = path.with_suffix(".part")  # whoever is killed while writing leaves what was there
+        part.write_text(f'{text},\n "rows": [\n  {rows}\n ]\n}}\n')
+        part.replace(path)
 
     @classmethod
     def read(cls, path: str | Path) -> Results:

@@ -1,5 +1,6 @@
 """The suites, how they are run, and what is said of their results."""
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linconv.benchmarking import analysis, report, runner, suites
+from linconv.benchmarking import analysis, command, report, runner, suites
 from linconv.benchmarking.comparison import compare_files
 from linconv.benchmarking.latency import Latency
 from linconv.benchmarking.results import Results
@@ -106,6 +107,46 @@ def test_a_run_that_goes_on_measures_what_is_missing_only(clock, monkeypatch):
     assert all(results.rows[key]["samples"] == samples for key, samples in before.items())
     assert all(why is None for series in results.series() for why in series.predicted)
     assert len(results.runs) == 2 and results.rows[case().key, "ours", 160]["run"] == 1
+
+
+def test_what_is_measured_is_kept_as_it_comes(clock, tmp_path, capsys):
+    """A run that is killed has a file of the lengths before, to go on from."""
+    arguments = argparse.ArgumentParser()
+    command.add_arguments(arguments)
+    arguments = arguments.parse_args(["layer", "--out", str(tmp_path), "--measure", "latency"])
+    kept = {}
+
+    def make(setting, length):
+        if (tmp_path / "toy.json").exists():
+            rows = Results.read(tmp_path / "toy.json").rows.values()
+            kept[length] = [row["length"] for row in rows if "samples" in row]
+        return synthetic(setting, length, "linear")
+
+    toy = Case("toy", Setting(), (Implementation("ours", make, ours=True),), "ours", LENGTHS)
+    assert command._run({"toy": [toy]}, arguments) == 0
+    assert [kept[length] for length in LENGTHS[1:]] == [[10], [10, 20], [10, 20, 40], [10, 20, 40, 80]]
+    assert Results.read(tmp_path / "toy.json").runs[-1]["freed_memory_kept"] in (True, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["toy.json"]
+
+
+def test_memory_that_is_known_counts_for_more_than_a_fit(clock):
+    """Both are measured to need 1 MB a frame; the one that says it needs 1 GB is not called beyond the limit."""
+    implementations = (
+        Implementation("ours", synthetic, ("linear",), ours=True),
+        Implementation("known", synthetic, ("linear",), memory=lambda setting, length: int(1e9) * length),
+    )
+    results = measured(
+        [Case("toy", Setting(), implementations, "ours", LENGTHS)], Limits(call_seconds=3.0, memory_bytes=25e9)
+    )
+    ours, known = results.series()
+    assert [why is None for why in ours.predicted] == [True] * 5
+    assert [why is None for why in known.predicted] == [True, True, False, False, False]
+    assert "it would need about 37 GiB, the limit is 23 GiB" in known.predicted[2]
+
+
+def test_attention_keeps_twice_the_matrices_for_gradients():
+    forward, training = (peers.weights_bytes(12, Setting(work, "float32"), 1_000) for work in ("forward", "training"))
+    assert forward == 2 * 12 * 1_000**2 * 4 and training == 2 * forward
 
 
 def test_a_run_of_other_cases_leaves_predictions(clock):

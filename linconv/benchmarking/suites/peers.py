@@ -67,7 +67,7 @@ def attention(setting, length, heads, headdim, kind):
 
 
 def weights_bytes(heads, setting, length):
-    """Attention weights and scores in memory at once, and their gradients: what attention needs that keeps the matrix."""
+    """Attention weights, scores and their gradients in memory: what attention needs that keeps the matrix."""
     matrices = 2 if setting.work == "forward" else 4
     return matrices * setting.batch * heads * length**2 * torch.finfo(setting.torch_dtype).bits // 8
 

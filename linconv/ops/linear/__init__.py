@@ -61,14 +61,14 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    """Products of the same kind, of views: the operator is its own derivative, to any order."""
+    """Differentiable again. What is summed over rows is torch's: ours would pack a copy of all of them."""
     x, weight, bias, factor = ctx.saved_tensors
     of_x, of_weight, of_bias, of_factor = ctx.needs_input_grad
     most = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     of_rows = grad.to(most) if factor is None else factor.to(most)[:, None] * grad
     return (
         _linear(grad, weight.mT) if of_x else None,
-        _linear(grad.mT.to(most), x.mT).to(weight.dtype) if of_weight else None,
+        (grad.to(most).mT @ x.to(most)).to(weight.dtype) if of_weight else None,
         of_rows.sum(0).to(bias.dtype) if of_bias else None,
         (grad.to(most) @ bias.to(most)).to(factor.dtype) if of_factor else None,
     )
