@@ -167,6 +167,12 @@ def test_any_leading_dimensions(lead):
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-12, atol=1e-12)
 
 
+def test_no_columns():
+    x, weight, bias = random(2, 3, 0), random(5, 0), random(5)
+    assert torch.equal(linear(x, weight, bias), bias.expand(2, 3, 5))
+    assert linear(random(2, 0, 0), weight, bias).shape == (2, 0, 5)
+
+
 def test_a_factor_of_no_bias_does_nothing():
     inputs = [random(4, 6), random(5, 6), random(4)]
     y, (*_, of_factor) = gradients(lambda x, w, f: linear(x, w, factor=f), inputs, torch.ones(4, 5))

@@ -699,6 +699,11 @@ def test_self_attention_under_autocast_and_compiled():
         (dict(num_heads=0), ValueError, "num_heads is 0"),
         (dict(wk=torch.zeros(12, 7)), ValueError, r"wk has shape \(12, 7\)"),
         (dict(bv=torch.zeros(11)), ValueError, r"bv has shape \(11,\)"),
+        (
+            dict(hidden=torch.zeros(2, 20, 0)),
+            ValueError,
+            r"hidden has shape \(2, 20, 0\), wanted \(batch, L, d\) with d",
+        ),
         (dict(hidden=torch.zeros(20, 8)), ValueError, r"hidden has shape \(20, 8\), wanted \(batch, L, d\)"),
         (dict(proj_k=torch.zeros(3, 20, 4), rewrite=True), ValueError, "rewrite is True with projections per head"),
         (dict(proj_k=torch.zeros(19, 4)), ValueError, "proj_k has Lmax = 19 frames, wanted at least L = 20"),

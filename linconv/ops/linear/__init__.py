@@ -1,5 +1,7 @@
 """Products with a weight whose rows do not depend on how many there are: what padded = alone needs of a projection."""
 
+import math
+
 import torch
 
 from linconv.ops import checks, dispatch
@@ -45,7 +47,7 @@ def linear(x, weight, bias=None, *, factor=None, backend=None):
     if not ours or dispatch.pick("linear", x.device) == "reference":
         return reference.linear(x, weight, bias, factor=factor)
     factor = None if factor is None or bias is None else factor.reshape(-1)
-    return _linear(x.reshape(-1, d), weight, bias, factor).reshape(*lead, weight.shape[0])
+    return _linear(x.reshape(math.prod(lead), d), weight, bias, factor).reshape(*lead, weight.shape[0])
 
 
 def _linear(x, weight, bias=None, factor=None):

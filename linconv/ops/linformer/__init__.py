@@ -91,6 +91,8 @@ def linformer_self_attention(
     checks.floating_tensor("hidden", hidden)
     checks.shape("hidden", hidden, (None, None, None), "(batch, L, d)")
     batch, length, d = hidden.shape
+    if d < 1:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, wanted (batch, L, d) with d from 1 up")
     if not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads is {num_heads!r}, wanted an integer from 1 up")
     for name, weight, bias in (("q", wq, bq), ("k", wk, bk), ("v", wv, bv)):
@@ -117,7 +119,7 @@ def linformer_self_attention(
     scale = _scale(scale, headdim)
     seed = _seed(dropout_p, hidden.device)
     if rewrite and seed is None and _at_once(hidden, (wq, bq, wk, bk, wv, bv, proj_k, proj_v), backend):
-        hidden = hidden.reshape(-1, d).unflatten(0, (batch, length))  # a copy where rows are no equal distance apart
+        hidden = hidden.reshape(batch * length, d).unflatten(0, (batch, length))  # all frames equally far apart
         proj_v = None if shared else proj_v
         return torch.ops.linconv.linformer_self_attention(
             hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v, num_heads, scale, normalize, seq_lens
