@@ -19,11 +19,11 @@ SHAPES = ((768, 768), (1_024, 4_640), (2_048, 1_024))
 
 
 def check():
-    """The kernel's error is at most twice torch's; gradients are checked by the tests."""
+    """The kernel's error is at most 1.25 times torch's, root mean square; gradients are checked by the tests."""
     x, weight, bias = torch.randn(300, 1_024), torch.randn(768, 1_024), torch.randn(768)
     exact = F.linear(x.double(), weight.double(), bias.double())
     ours, theirs = ((f(x, weight, bias).double() - exact).norm() for f in (linear, F.linear))
-    if not ours <= 2 * theirs:
+    if not ours <= 1.25 * theirs:
         raise SystemExit(f"error {ours:.2e} against {theirs:.2e} of torch; no speed is reported")
 
 

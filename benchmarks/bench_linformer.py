@@ -37,12 +37,12 @@ def eager_self_attention(x, parameters, proj_k, proj_v):
 
 
 def check():
-    """The kernels' errors are at most twice the eager formula's; gradients are checked by the tests."""
+    """The kernels' error, root mean square, is at most 1.25 times eager's; gradients are checked by the tests."""
     q, k, v = torch.randn(3, 1, HEADS, 300, HEADDIM).unbind(0)
     proj = torch.randn(2, 300, RANK).unbind(0)
     exact = eager(*(t.double() for t in (q, k, v, *proj)))
     ours, theirs = ((f(q, k, v, *proj).double() - exact).norm() for f in (ops.linformer_attention, eager))
-    if not ours <= 2 * theirs:
+    if not ours <= 1.25 * theirs:
         raise SystemExit(f"error {ours:.2e} against {theirs:.2e} of the eager formula; no speed is reported")
 
 

@@ -184,18 +184,18 @@ def _run(suites: dict, arguments) -> int:
         limits = Limits(end - time.monotonic(), arguments.longest_call, gib * 2**30 if gib else None)
         known = len(results.runs)
 
-        def keep(results=results, path=path, known=known) -> bool:
-            if len(results.runs) == known:
+        def save(results=results, path=path, known=known) -> bool:
+            if len(results.runs) == known:  # nothing measured yet
                 return False
             results.runs[-1]["freed_memory_kept"] = kept
             results.write(path)
             return True
 
         try:
-            with _progress(name, cases, keep) as report:
+            with _progress(name, cases, save) as report:
                 run(results, cases, limits, measure=arguments.measure, lengths=arguments.lengths, report=report)
         finally:
-            if keep():
+            if save():
                 print(f"written to {path}")
         for implementation, reason in results.absent.items():
             print(f"absent: {implementation}: {reason}")
@@ -206,13 +206,13 @@ def _run(suites: dict, arguments) -> int:
 class _progress:
     """A bar over cases, with a line for each finished length above it.
 
-    What was measured is kept with each line: a run that is killed, for want of memory say, can go on with --resume.
+    What was measured is saved with each line: a run that is killed, for want of memory say, can go on with --resume.
     """
 
-    def __init__(self, suite: str, cases: list, keep: Callable[[], object]):
+    def __init__(self, suite: str, cases: list, save: Callable[[], object]):
         from tqdm import tqdm
 
-        self.keys, self.keep = {case.key for case in cases}, keep
+        self.keys, self.save = {case.key for case in cases}, save
         self.bar = tqdm(total=len(cases), desc=suite, unit="case", disable=None)
 
     def __enter__(self):
@@ -223,7 +223,7 @@ class _progress:
             self.bar.update()
         self.bar.write(text)
         sys.stdout.flush()
-        self.keep()
+        self.save()
 
     def __exit__(self, *error):
         self.bar.close()
