@@ -33,10 +33,15 @@ lint: $(VENV)/.installed
 	$(PY) -m ruff format --check .
 
 # Every Triton kernel, and with nvcc every CUDA one, for every GPU it is shipped for, none of which need be here; a
-# register spill is an error. Writes the tables in docs/kernels, which the tests hold against the sources.
-compile-ahead: $(VENV)/.installed
+# register spill is an error. By the oldest Triton that will do and by that of $(VENV): what spills differs. Writes the
+# tables in docs/kernels, which the tests hold against the sources.
+OLDEST_TRITON := 3.6.0
+compile-ahead: $(VENV)/.installed $(VENV)/triton-$(OLDEST_TRITON)
+	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(PY) benchmarks/compile_ahead.py
 	$(PY) benchmarks/compile_ahead.py
 	command -v nvcc > /dev/null && $(PY) benchmarks/compile_ahead_cuda.py || ! command -v nvcc
+$(VENV)/triton-$(OLDEST_TRITON): | $(VENV)/.torch
+	$(PIP) --no-deps --target $@ triton==$(OLDEST_TRITON)
 
 bench: $(VENV)/.installed
 	$(PIP) -e .[bench] --no-build-isolation

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel that linconv ships, for GPUs that need not be there, and tells what each takes.
 
-    python benchmarks/compile_ahead.py                       # sm_80, sm_90, sm_100 into docs/kernels/triton_builds.md
+    python benchmarks/compile_ahead.py                       # all, into docs/kernels/triton_builds_<Triton>.md
     python benchmarks/compile_ahead.py --arch 90 --only ssd  # some, to standard output alone
 
 Registers and spills come from the compiled code (cuobjdump), shared memory from Triton. A kernel that spills registers
@@ -20,7 +20,6 @@ from pathlib import Path
 from source_digest import digest
 
 ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "docs/kernels/triton_builds.md"
 ARCHITECTURES = (80, 90, 100)
 SOURCES = ("linconv/ops/*/triton*.py", "linconv/ops/triton_*.py")
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a block may have
@@ -30,6 +29,11 @@ Written by `python benchmarks/compile_ahead.py` (Triton {version}, sources `{sou
 `linconv/ops/*/triton.py` ships. Registers are of a thread, of 255; stack is what it spills, in bytes; shared memory is
 of a block.
 """
+
+
+def table_of(version: str) -> Path:
+    """The committed table of a Triton version such as 3.6.0."""
+    return ROOT / f"docs/kernels/triton_builds_{'.'.join(version.split('.')[:2])}.md"
 
 
 def modules(only: str = "") -> list[str]:
@@ -99,7 +103,7 @@ def main(argv=None) -> int:
     if (options.arch, options.only, options.label) != (ARCHITECTURES, "", ""):
         print(text)
     elif not failed:
-        TABLE.write_text(text)
+        table_of(triton.__version__).write_text(text)
     for failure in failed:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failed else 0

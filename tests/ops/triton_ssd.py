@@ -85,6 +85,30 @@ def test_padding_is_never_read(plan):
         assert not y[1, 17:].any()
 
 
+@pytest.mark.parametrize(
+    "setting, products, tolerance", [("highest", "ieee", 1e-5), ("high", "tf32x3", 1e-5), ("medium", "tf32", 5e-3)]
+)
+def test_products_are_as_torch_is_told(setting, products, tolerance):
+    """Errors of the largest result. Three TF32 products keep what float32 has, one keeps ten bits."""
+    from linconv.ops.ssd.triton import Scan
+
+    exact = on_device(scan_arguments(2, 40, 2, 17, 1, 20))
+    (wanted, _), wanted_gradients = with_gradients(oracle, exact)
+    arguments = {n: t.float() for n, t in exact.items()}
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        tensors = [arguments[n].to("meta") for n in NAMES]
+        assert Scan(*tensors, False, 0.0, 1.0, None, None, None, directions=1).precision == products
+        (y, _), gradients = with_gradients(kernels, arguments)
+        swept, _ = kernels(arguments, "sweeps")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    wanted = {"y": wanted, "swept": wanted, **wanted_gradients}
+    for name, got in {"y": y, "swept": swept, **gradients}.items():
+        assert (got - wanted[name]).abs().max() <= tolerance * wanted[name].abs().max(), name
+
+
 def test_sweeps_are_taken_where_they_fill_the_gpu(monkeypatch):
     from linconv.ops.ssd.triton_tiles import PROGRAMS_TO_SWEEP, choose_plan
 

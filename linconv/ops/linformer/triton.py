@@ -20,6 +20,7 @@ from linconv.ops.triton_replay import replayed
 
 MATH = {**triton_launch.MATH, torch.bfloat16: tl.bfloat16}
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+MOST_HEADDIM_OF_THREE = 128  # with more columns, three TF32 products spill registers: they are IEEE float32
 SPLIT_FRAMES, MOST_SPLITS, SPLIT_MULTIPLE = 512, 16, 64  # as in csrc/linformer/kernel.h
 
 
@@ -44,17 +45,27 @@ class Tiles:
     stages: int = 2
 
 
+# Frames, ranks and warps of the gradients for heads of up to 64, 128 and 256 columns.
+FLOAT32_GRADIENTS = {
+    "ieee": ((32, 32, 8), (16, 16, 4), (16, 16, 8)),
+    "tf32": ((32, 32, 8), (32, 16, 4), (16, 32, 8)),
+    "tf32x3": ((16, 32, 8), (16, 16, 4)),
+}
+
+
 def choose_tiles(operand: torch.dtype, precision: str, headdim: int, capability: int) -> Tiles:
     """The committed table: tiles by the type that products are taken in, the size of a head, and the GPU."""
     D = _power(headdim)
     if operand == torch.float64:
         return Tiles(frames=16, ranks=16, columns=min(D, 32), gradient_frames=16, gradient_ranks=16, stages=1)
     if operand == torch.float32:
-        small = 32 if D <= 64 else 16
-        wide = D > 128 and precision == "tf32"
+        wide = D > 64
+        frames, ranks, warps = FLOAT32_GRADIENTS[precision][0 if D <= 64 else 1 if D <= 128 else 2]
+        if precision == "ieee" and capability >= 100:
+            warps = 8
         return Tiles(
-            frames=small, ranks=32, columns=min(D, 64), gradient_frames=32 if wide else small, gradient_ranks=small,
-            warps=4 if D <= 64 else 8, gradient_warps=4 if D == 128 else 8, stages=1,
+            frames=16 if wide else 32, ranks=32, columns=min(D, 64), gradient_frames=frames, gradient_ranks=ranks,
+            warps=8 if wide or precision == "tf32x3" else 4, gradient_warps=warps, stages=1,
         )  # fmt: skip
     if D <= 64:
         gradient_ranks = 64 if capability >= 90 else 32
@@ -96,7 +107,7 @@ def _options(x: torch.Tensor) -> tuple[torch.dtype, dict]:
     operand = torch.bfloat16 if x.dtype == torch.bfloat16 else _math(x)
     low = x.dtype in (torch.float16, torch.bfloat16)
     precision = "tf32" if low else PRECISIONS[torch.get_float32_matmul_precision()]
-    if operand == torch.float64:
+    if operand == torch.float64 or (precision == "tf32x3" and x.shape[-1] > MOST_HEADDIM_OF_THREE):
         precision = "ieee"
     return operand, {"MATH": MATH[_math(x)], "OPERAND": MATH[operand], "PRECISION": precision}
 
@@ -261,20 +272,40 @@ def linformer_attend_backward(grad, q, k, v, scale, dropout_p, seed, seq_lens):
 
 def shipped(capability: int = 90):
     """The builds for a compute capability and the usual sizes: heads of 64, 128 and 256, with dropout and lengths."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for headdim in (64, 128, 256):
-            frames, rank = 4096, 256
-            q = torch.empty(2, frames, 4, headdim, dtype=dtype, device="meta").transpose(1, 2)
-            proj = torch.empty(1, frames, rank, dtype=dtype, device="meta")
-            k = torch.empty(2, 4, rank, headdim, dtype=torch.float32, device="meta")
-            lengths = torch.empty(2, dtype=torch.int64, device="meta")
-            seed = torch.empty((), dtype=torch.int64, device="meta")
-            label = f"{dtype} headdim {headdim}".removeprefix("torch.")
-            calls = (
-                (linformer_project, (q, proj, True, lengths)),
-                (linformer_project_backward, (k, q, proj, True, lengths)),
-                (linformer_attend, (q, k, k, 0.125, 0.1, seed, lengths)),
-                (linformer_attend_backward, (q, q, k, k, 0.125, 0.1, seed, lengths)),
-            )
-            for function, arguments in calls:
-                yield from launched(functools.partial(function, *arguments), label, capability)
+    before = torch.get_float32_matmul_precision()
+    found = []
+    try:
+        for dtype, precision in SHIPPED:
+            torch.set_float32_matmul_precision(precision)
+            for headdim in (64, 128, 256):
+                found += _builds(dtype, headdim, capability)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return found
+
+
+SHIPPED = (
+    (torch.bfloat16, "highest"),
+    (torch.float16, "highest"),
+    *((torch.float32, precision) for precision in ("highest", "high", "medium")),
+)
+
+
+def _builds(dtype: torch.dtype, headdim: int, capability: int) -> list:
+    frames, rank = 4096, 256
+    q = torch.empty(2, frames, 4, headdim, dtype=dtype, device="meta").transpose(1, 2)
+    proj = torch.empty(1, frames, rank, dtype=dtype, device="meta")
+    k = torch.empty(2, 4, rank, headdim, dtype=torch.float32, device="meta")
+    lengths = torch.empty(2, dtype=torch.int64, device="meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    precision = torch.get_float32_matmul_precision()
+    label = f"{str(dtype)[6:]}{f' ({PRECISIONS[precision]})' if precision != 'highest' else ''}, headdim {headdim}"
+    calls = (
+        (linformer_project, (q, proj, True, lengths)),
+        (linformer_project_backward, (k, q, proj, True, lengths)),
+        (linformer_attend, (q, k, k, 0.125, 0.1, seed, lengths)),
+        (linformer_attend_backward, (q, q, k, k, 0.125, 0.1, seed, lengths)),
+    )
+    return [
+        b for function, arguments in calls for b in launched(functools.partial(function, *arguments), label, capability)
+    ]

@@ -31,8 +31,7 @@ from linconv.ops.triton_launch import capability_of, empty, launch, launched
 from linconv.ops.triton_replay import replayed
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16}
-# "high" as IEEE float32 too: as three TF32 products the tiles spill registers, whatever their size.
-PRECISIONS = {"highest": "ieee", "high": "ieee", "medium": "tf32"}
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 STEP_OPTIONS = ("SOFTPLUS", "LOW", "HIGH")
 TYPES = ("MATH", "OPERAND", "PRECISION")
 
@@ -379,8 +378,8 @@ class Form:
     per_direction: tuple[str, ...] = ()
     lengths: bool = False
 
-    def scan(self, dtype, headdim, dstate) -> Scan:
-        batch, frames, heads = 8, 4096, 1024 // headdim
+    def scan(self, dtype, width, headdim, dstate) -> Scan:
+        batch, frames, heads = 8, 4096, width // headdim
         shapes = dict(
             x=(batch, frames, heads, headdim), dt=(batch, frames, heads), A=(heads,), B=(batch, frames, 1, dstate),
             C=(batch, frames, 1, dstate), D=(heads,), dt_bias=(heads,),
@@ -394,8 +393,8 @@ class Form:
         return self.scan_of(*tensors, torch.empty(batch, dtype=torch.int64, device="meta") if self.lengths else None)
 
 
-def _run_every_plan(form, dtype, headdim, dstate, precision):
-    scan = replace(form.scan(dtype, headdim, dstate), precision=precision)
+def _run_every_plan(form, dtype, width, headdim, dstate, precision):
+    scan = replace(form.scan(dtype, width, headdim, dstate), precision=precision)
     # Float32 as IEEE is swept by force only, and may then spill.
     for plan in PLANS if scan.precision != "ieee" else PLANS[:1]:
         scan_forward(replace(scan, plan=plan))
@@ -408,24 +407,35 @@ def builds_of(forms, usual, capability: int):
     forms: those that MIXED is shipped in. usual: the one that SHIPPED is.
     """
     found = {}
-    for form, (dtype, headdim, dstate, precision) in (*product(forms, MIXED), *product((usual,), SHIPPED)):
-        sizes = f"{str(dtype)[6:]}{f' ({precision})' if precision else ''}, headdim {headdim}, dstate {dstate}"
+    for form, (dtype, width, headdim, dstate, precision) in (*product(forms, MIXED), *product((usual,), SHIPPED)):
+        products = f" ({precision})" if precision else ""
+        sizes = f"{str(dtype)[6:]}{products}, {width // headdim} heads of {headdim}, dstate {dstate}"
         label = f"{sizes}: {form.label}{', seq_lens' if form.lengths else ''}"
-        run = functools.partial(_run_every_plan, form, dtype, headdim, dstate, precision)
+        run = functools.partial(_run_every_plan, form, dtype, width, headdim, dstate, precision)
         for build in launched(run, label, capability):
             found.setdefault(str(replace(build, label="")), build)
     return iter(found.values())
 
 
-# dtype, headdim, dstate, input_precision of products, or that of the dtype and torch's own default: as mixers run
-MIXED = tuple((dtype, 64, dstate, "") for dtype in (torch.bfloat16, torch.float16) for dstate in (64, 128))
+# dtype, width, headdim, dstate, input_precision of products, or "" for that of the dtype and torch's own default: what
+# mixers of base and large models run,
+MIXED = tuple(
+    (dtype, width, 64, dstate, "")
+    for dtype in (torch.bfloat16, torch.float16)
+    for width in (1024, 768)
+    for dstate in (64, 128)
+)
 # and what else is usual.
 SHIPPED = (
-    *((torch.float32, 64, dstate, "") for dstate in (64, 128)),
-    (torch.bfloat16, 128, 128, ""),
-    (torch.bfloat16, 64, 256, ""),
-    (torch.float32, 64, 128, "tf32"),
-    (torch.float32, 256, 256, ""),
+    *(
+        (torch.float32, width, 64, dstate, precision)
+        for precision in ("", "tf32x3", "tf32")
+        for width in (1024, 768)
+        for dstate in (64, 128)
+    ),
+    (torch.bfloat16, 1024, 128, 128, ""),
+    (torch.bfloat16, 1024, 64, 256, ""),
+    (torch.float32, 1024, 256, 256, ""),
 )
 
 

@@ -211,3 +211,10 @@ def weights_of(
         exponent = u_i[:, None] - v_j[None, :]
         weights = tl.exp(tl.where(seen, exponent, float("-inf"))) * scores * step_j[None, :]
         return weights, tl.where(valid_i, tl.exp(u_i), 0)
+
+
+@triton.jit
+def widened(tile, round, MATH: tl.constexpr):
+    """tile in MATH, made anew in each round of a loop, 0, 1, ...: kept from before the loop it would take twice the
+    registers."""
+    return tl.where(round >= 0, tile, 0).to(MATH)

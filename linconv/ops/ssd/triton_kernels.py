@@ -20,6 +20,7 @@ from linconv.ops.ssd.triton_chunk import (
     sequence_of,
     source_of,
     weights_of,
+    widened,
 )
 
 HEAD_STAGES = tl.constexpr(1)  # loads of the next head ahead of time would take registers that there are not
@@ -370,7 +371,7 @@ def chunk_gradients(
     C_tile = load_tile(
         C, direction, row, begin + source, group, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND, False
     )
-    FLAT: tl.constexpr = 1024
+    FLAT: tl.constexpr = 1024 if tl.bfloat16 == OPERAND else 512
     scores = _scores(
         C, B, direction, row, begin, source, i, there, valid, group, C_d, C_b, C_t, C_g, C_n, B_d, B_b, B_t, B_g, B_n,
         dstate, BLOCK_N, MATH, OPERAND, PRECISION,
@@ -390,12 +391,32 @@ def chunk_gradients(
         u = v - step * rate if SHIFTED else v
         gradient_at = at + tl.full([], DIRECTIONS, tl.int64) * heads * slots
 
-        entered = tl.where(valid, tl.exp(u), 0)
-        left = tl.exp(total - v)
-        dweights = tl.zeros([Q, Q], MATH)
-        gained = tl.zeros([Q], MATH)
-        gave = tl.zeros([Q], MATH)
-        # On its own and flat: tiles that only products take need not stand in registers.
+        # One product after the other, though dy and x are loaded twice: all at once are more than there are registers.
+        # From the state that enters: dy . (C S) is C . (dy S), which C's gradient takes anyhow.
+        dC_head = tl.zeros([Q, BLOCK_N], MATH)
+        for start in range(0, headdim, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            dy_tile = load_tile(
+                dy, direction, row, begin + i, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, OPERAND, False
+            )  # fmt: skip
+            state = load_state(states, at, p, n, headdim, dstate, False)
+            dC_head = tl.dot(dy_tile, state, dC_head, input_precision=PRECISION, out_dtype=MATH)
+        dC_head *= tl.where(valid, tl.exp(u), 0)[:, None]
+        gained = tl.sum(widened(C_tile, h, MATH) * dC_head, 1)
+        dC_sum += dC_head
+        # To the state that leaves, likewise.
+        dB_head = tl.zeros([Q, BLOCK_N], MATH)
+        for start in range(0, headdim, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            x_tile = load_tile(
+                x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, OPERAND, False
+            )
+            dstate_tile = load_state(states, gradient_at, p, n, headdim, dstate, False)
+            dB_head = tl.dot(x_tile, dstate_tile, dB_head, input_precision=PRECISION, out_dtype=MATH)
+        dB_head *= tl.exp(total - v)[:, None]
+        left = tl.sum(widened(B_tile, h, MATH) * dB_head, 1)
+        dB_sum += dB_head * step[:, None]
+        # Of the state before and the gradient of the one after, flat: they need not stand in registers as tiles.
         carried = tl.zeros([FLAT], MATH)
         for start in range(0, tl.where(first_tile, headdim * dstate, 0), FLAT):
             element = start + tl.arange(0, FLAT)
@@ -403,6 +424,9 @@ def chunk_gradients(
             state = tl.load(states + at * (headdim * dstate) + element, mask=kept, other=0)
             other = tl.load(states + gradient_at * (headdim * dstate) + element, mask=kept, other=0)
             carried += state.to(MATH) * other.to(MATH)
+        total_gradient = tl.sum(step * left, 0) + tl.exp(total) * tl.sum(carried, 0)
+        # Through the chunk's weights.
+        dweights = tl.zeros([Q, Q], MATH)
         for start in range(0, headdim, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             dy_tile = load_tile(
@@ -411,28 +435,16 @@ def chunk_gradients(
             x_tile = load_tile(
                 x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, OPERAND, False
             )
-            state = load_state(states, at, p, n, headdim, dstate, False)
-            dstate_tile = load_state(states, gradient_at, p, n, headdim, dstate, False)
-            # What rows gained from the state is dy . (C S): of the tile's size, where (dy S) . C is of dstate's.
-            scaled = (dy_tile.to(MATH) * entered[:, None]).to(OPERAND)
-            dC_sum = tl.dot(scaled, state, dC_sum, input_precision=PRECISION, out_dtype=MATH)
-            product = tl.dot(C_tile, tl.trans(state), input_precision=PRECISION, out_dtype=MATH)
-            gained += tl.sum(dy_tile.to(MATH) * product, 1)
-            scaled = (x_tile.to(MATH) * (left * step)[:, None]).to(OPERAND)
-            dB_sum = tl.dot(scaled, dstate_tile, dB_sum, input_precision=PRECISION, out_dtype=MATH)
-            product = tl.dot(B_tile, tl.trans(dstate_tile), input_precision=PRECISION, out_dtype=MATH)
-            gave += tl.sum(x_tile.to(MATH) * product, 1)
             dweights = tl.dot(dy_tile, tl.trans(x_tile), dweights, input_precision=PRECISION, out_dtype=MATH)
-        gained *= entered
-        gave *= left
-        total_gradient = tl.sum(step * gave, 0) + tl.exp(total) * tl.sum(carried, 0)
-
+        own = sums + head * slots
+        skip = tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], dweights, 0), 1), 0)
+        tl.store(own + 2 * sums_size, tl.where(first_tile, skip, 0))
         seen = in_sight(q[:, None], q[None, :], reverse, strict)
         flow = tl.exp(tl.where(seen, u[:, None] - v[None, :], float("-inf"))) * dweights
         dscores += flow * step[None, :]
-        through = tl.where(first_tile, flow * scores.to(MATH), 0)
+        through = tl.where(first_tile, flow * widened(scores, h, MATH), 0)
         gained += tl.sum(through * step[None, :], 1)
-        gave += tl.sum(through, 0)
+        gave = left + tl.sum(through, 0)
 
         # The gradient of the log decay a_k = dt_k A is that of every u and v it is part of, and of the total.
         given = -step * gave
@@ -452,20 +464,8 @@ def chunk_gradients(
             step_gradient *= 1 / (1 + tl.exp(-raw))
         step_gradient = tl.where(valid, step_gradient, 0)
         tl.store(ddt + ddt_offset + head, step_gradient, mask=stored)
-        own = sums + head * slots
         tl.store(own, tl.sum(tl.where(valid, step * log_decay, 0), 0))
         tl.store(own + sums_size, tl.sum(step_gradient, 0))
-        skip = tl.zeros([Q], MATH)
-        for start in range(0, headdim, BLOCK_P):
-            p = start + tl.arange(0, BLOCK_P)
-            dy_tile = load_tile(
-                dy, direction, row, begin + i, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, MATH, False
-            )  # fmt: skip
-            x_tile = load_tile(
-                x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, MATH, False
-            )
-            skip += tl.sum(dy_tile * x_tile, 1)
-        tl.store(own + 2 * sums_size, tl.where(first_tile, tl.sum(skip, 0), 0))
 
     dscores = dscores.to(OPERAND)
     dC_sum = tl.dot(dscores, B_tile, dC_sum, input_precision=PRECISION, out_dtype=MATH)

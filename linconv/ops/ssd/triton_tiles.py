@@ -1,7 +1,7 @@
 """The committed tables of the scan on Triton: how work is cut, and which of two plans it follows."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -16,71 +16,105 @@ class Tiles:
     Attributes:
         chunk, gradient_chunk: frames of a chunk, forward and backward.
         rows: frames of a chunk that one program of the outputs takes.
-        heads: at most so many heads of a group share one program's products of B and C.
         block_p, block_n: columns of headdim and dstate of a tile of the outputs.
         state_p, state_n: of a tile of the states.
         gradient_p, gradient_n: columns of headdim and dstate of a tile of the gradients.
+        heads, gradient_heads: at most so many heads of a group share one program's products of B and C.
         warps, state_warps, gradient_warps, stages, gradient_stages: of each kernel.
     """
 
     chunk: int
     rows: int
-    heads: int
     block_p: int
     block_n: int
     state_p: int
     state_n: int
     gradient_chunk: int
-    gradient_heads: int
     gradient_p: int
     gradient_n: int
-    warps: int = 4
+    heads: int = 4
+    gradient_heads: int = 8
+    warps: int = 8
     state_warps: int = 4
     gradient_warps: int = 8
     stages: int = 2
-    gradient_stages: int = 2
+    gradient_stages: int = 1
+
+
+# By what products are taken in and the major compute capability; other GPUs do as the oldest. Columns are as many at
+# most. The largest tried that spill no registers in what ``shipped()`` lists, with Triton 3.6 and 3.9; no GPU has told
+# which are fast.
+TILES = {
+    ("bf16", 8): Tiles(
+        chunk=128, rows=32, block_p=64, block_n=32, state_p=64, state_n=64,
+        gradient_chunk=32, gradient_p=32, gradient_n=64,
+    ),
+    ("bf16", 9): Tiles(
+        chunk=128, rows=64, block_p=64, block_n=32, state_p=64, state_n=128,
+        gradient_chunk=64, gradient_p=32, gradient_n=64, gradient_stages=2,
+    ),
+    ("bf16", 10): Tiles(
+        chunk=128, rows=32, block_p=64, block_n=64, state_p=64, state_n=64,
+        gradient_chunk=32, gradient_p=32, gradient_n=64,
+    ),
+    ("tf32", 8): Tiles(
+        chunk=64, rows=32, block_p=64, block_n=32, state_p=64, state_n=64,
+        gradient_chunk=32, gradient_p=32, gradient_n=32,
+    ),
+    ("tf32", 9): Tiles(
+        chunk=64, rows=64, block_p=64, block_n=32, state_p=64, state_n=64,
+        gradient_chunk=64, gradient_p=32, gradient_n=32,
+    ),
+    ("tf32", 10): Tiles(
+        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=32,
+        gradient_chunk=32, gradient_p=32, gradient_n=32,
+    ),
+    ("tf32x3", 8): Tiles(
+        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=64,
+        gradient_chunk=16, gradient_p=32, gradient_n=32,
+    ),
+    ("tf32x3", 9): Tiles(
+        chunk=64, rows=64, block_p=64, block_n=16, state_p=64, state_n=64,
+        gradient_chunk=16, gradient_p=32, gradient_n=32,
+    ),
+    ("tf32x3", 10): Tiles(
+        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=32,
+        gradient_chunk=16, gradient_p=32, gradient_n=32,
+    ),
+    # Without tensor cores more stands in registers.
+    ("ieee", 8): Tiles(
+        chunk=32, rows=32, block_p=32, block_n=16, state_p=64, state_n=64,
+        gradient_chunk=32, gradient_p=16, gradient_n=16, stages=1,
+    ),
+    ("ieee", 10): Tiles(
+        chunk=32, rows=32, block_p=32, block_n=16, state_p=32, state_n=32,
+        gradient_chunk=32, gradient_p=16, gradient_n=16, stages=1,
+    ),
+    ("fp64", 8): Tiles(
+        chunk=32, rows=32, block_p=32, block_n=32, state_p=32, state_n=32,
+        gradient_chunk=16, gradient_p=16, gradient_n=32, heads=1, gradient_heads=1, warps=4, stages=1,
+    ),
+}  # fmt: skip
+
+
+def _products(operand: torch.dtype, precision: str) -> str:
+    return {torch.bfloat16: "bf16", torch.float64: "fp64"}.get(operand, precision)
+
+
+def _of_architecture(table: dict, products: str, capability: int):
+    return table.get((products, capability // 10)) or table[products, 8]
 
 
 def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> Tiles:
-    """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability.
-
-    They are the largest tried that spill no registers in what ``shipped()`` lists. No GPU has told which are fast.
-    """
+    """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability."""
+    tiles = _of_architecture(TILES, _products(operand, precision), capability)
     P, N = power_of_two(headdim), power_of_two(dstate)
-    if capability // 10 != 9 and (operand == torch.bfloat16 or precision == "tf32"):
-        half = operand == torch.bfloat16
-        small = half or capability < 90
-        return Tiles(
-            chunk=128 if half else 64, rows=32, heads=4, block_p=min(P, 64), block_n=min(N, 32) if small else 16,
-            state_p=min(P, 64 if small else 32), state_n=min(N, 64 if small else 32), gradient_chunk=16,
-            gradient_heads=8 if P <= 64 else 4, gradient_p=16, gradient_n=min(N, 32) if half else 16, warps=8,
-            gradient_warps=4 if small else 8, gradient_stages=1,
-        )  # fmt: skip
-    if operand == torch.bfloat16:
-        return Tiles(
-            chunk=128, rows=64, heads=4, block_p=min(P, 64), block_n=min(max(N // 2, 16), 64),
-            state_p=min(P, 64), state_n=min(N, 128), gradient_chunk=64, gradient_heads=8, gradient_p=min(P, 32),
-            gradient_n=min(N, 64), warps=8,
-        )  # fmt: skip
-    if operand == torch.float32 and precision == "tf32":
-        return Tiles(
-            chunk=64, rows=64, heads=4, block_p=min(P, 64), block_n=min(N, 32), state_p=min(P, 64), state_n=min(N, 64),
-            gradient_chunk=64, gradient_heads=8, gradient_p=min(P, 32), gradient_n=min(N, 32), warps=8,
-            gradient_stages=1,
-        )  # fmt: skip
-    if operand == torch.float32:  # products without tensor cores hold more in registers
-        state = 64 if capability < 100 else 32
-        large = max(P, N) > 128 and capability < 100
-        return Tiles(
-            chunk=32, rows=32, heads=4, block_p=min(P, 32), block_n=16, state_p=min(P, state), state_n=min(N, state),
-            gradient_chunk=16 if large else 32, gradient_heads=8,
-            gradient_p=32 if large and capability >= 90 else 16, gradient_n=16, warps=8, stages=1,
-            gradient_stages=1,
-        )  # fmt: skip
-    return Tiles(
-        chunk=32, rows=32, heads=1, block_p=min(P, 32), block_n=min(N, 32), state_p=min(P, 32), state_n=min(N, 32),
-        gradient_chunk=16, gradient_heads=1, gradient_p=min(P, 16), gradient_n=min(N, 32), stages=1, gradient_stages=1,
-    )  # fmt: skip
+    columns = {name: min(P, getattr(tiles, name)) for name in ("block_p", "state_p", "gradient_p")}
+    columns |= {name: min(N, getattr(tiles, name)) for name in ("block_n", "state_n", "gradient_n")}
+    if N > 128:
+        columns["gradient_n"] = min(columns["gradient_n"], 32)
+    # Heads that share scores spare work of dstate's size, and take registers.
+    return replace(tiles, heads=min(tiles.heads, max(1, N // 32)), **columns)
 
 
 def power_of_two(size: int) -> int:
@@ -108,19 +142,21 @@ class SweepTiles:
 SWEEPS = {
     ("bf16", 8): ((64, 32), (32, 64), (32, 32)),
     ("bf16", 9): ((64, 64), (64, 32), (64, 32)),
-    ("bf16", 10): ((64, 32), (64, 64), (64, 64)),
+    ("bf16", 10): ((32, 64), (32, 64), (64, 32)),
     ("tf32", 8): ((32, 32), (32, 32), (16, 32)),
     ("tf32", 9): ((32, 64), (32, 64), (16, 32)),
-    ("tf32", 10): ((64, 32), (64, 32), (16, 32)),
+    ("tf32", 10): ((32, 64), (32, 64), (16, 32)),
+    ("tf32x3", 8): ((32, 32), (16, 32), (16, 16)),
+    ("tf32x3", 9): ((32, 64), (16, 32), (16, 32)),
+    ("tf32x3", 10): ((64, 32), (64, 32), (16, 32)),
+    ("ieee", 8): ((16, 16), (16, 16), (16, 16)),
+    ("fp64", 8): ((16, 16), (16, 16), (16, 16)),
 }
 
 
 def choose_sweep_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> SweepTiles:
     """The committed table of the two-sweep plan, as :func:`choose_tiles`. Other GPUs do as the oldest."""
-    products = "bf16" if operand == torch.bfloat16 else precision
-    if products == "ieee":
-        return SweepTiles(chunk=16, block_p=16)
-    by_dstate = SWEEPS.get((products, capability // 10), SWEEPS[products, 8])
+    by_dstate = _of_architecture(SWEEPS, _products(operand, precision), capability)
     chunk, block_p = by_dstate[0 if dstate <= 64 else 1 if dstate <= 128 else 2]
     return SweepTiles(chunk, min(power_of_two(headdim), block_p))
 
