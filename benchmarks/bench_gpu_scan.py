@@ -3,9 +3,11 @@
     python benchmarks/bench_gpu_scan.py --out benchmarks/results/<gpu>/bidirectional_ssd.json
 
 The regime is hydra (x shared; dt, B, C per direction), bfloat16, batch 8, headdim 64. No speed is reported of a width
-whose results or gradients are wrong, nor of a peer whose are. Rows of "plans" set both plans of forward side by
-side over batches; all others are of the plan that is chosen. Peers, each as a row of its own with the ratio of its time
-to ours:
+whose results or gradients are wrong, nor of a peer whose are. Rows of "plans" set both plans of forward side by side
+over batches; all others are of the plan that is chosen. Floors are the least bytes of forward at the rate of a large
+copy in the same run. Memory is what is allocated at its highest beyond arguments, results and gradients. First calls
+are of a process of their own, with Triton's cache on disk empty and then full. Peers, each as a row of its own with the
+ratio of its time to ours:
 
 - cuda: our own fused kernel, forward, and the same gradients; where the CUDA library is loaded.
 - two passes: `linconv.ops.ssd` forward, and over flipped copies, summed; ours, for want of a better one.
@@ -15,14 +17,21 @@ to ours:
 """
 
 import functools
+import json
 import math
 import os
+import subprocess
+import sys
+import tempfile
+import time
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linconv import ops
+from linconv.benchmarking.machine import rates
+from linconv.benchmarking.memory import peak_extra_cuda_bytes
 from linconv.benchmarking.record import run
 from linconv.benchmarking.suite import Absent
 from linconv.benchmarking.suites.peers import need
@@ -33,6 +42,7 @@ ATTENTION_UP_TO = 16_384
 PLANS = ("chunks", "sweeps")
 PLAN_BATCHES = (1, 2, 4, 8, 16, 32)  # rows for PROGRAMS_TO_SWEEP of linconv/ops/ssd/triton_tiles.py to be set by
 PLAN_FRAMES = 2**17  # in a batch at most
+FIRST_CALLS = "first-calls"
 
 
 def arguments(width, dstate, length, batch=BATCH, dtype=torch.bfloat16):
@@ -177,6 +187,45 @@ def with_backward(function, tensors):
     return lambda: torch.autograd.grad(function(*leaves), leaves, upstream, allow_unused=True)
 
 
+def least_bytes(width, dstate, length):
+    """Of forward in bfloat16: x and y, dt of both directions, B and C of both, one group."""
+    return BATCH * length * (4 * width + 4 * width // HEADDIM + 8 * dstate)
+
+
+def extra_bytes(work):
+    """At its highest, beyond the arguments and what the work returns."""
+    kept = []
+    peak = peak_extra_cuda_bytes(lambda: kept.append(work()))
+    returned = kept[0] if isinstance(kept[0], tuple) else kept
+    return max(0, peak - sum(t.nbytes for t in returned if t is not None))
+
+
+def first_calls():
+    """Seconds of the first forward and the first backward pass in this process, as JSON."""
+    leaves = [t.requires_grad_() for t in arguments(*WIDTHS[-1], 499)]
+    torch.cuda.synchronize()
+    found = {}
+    start = time.perf_counter()
+    y = ours(*leaves)
+    torch.cuda.synchronize()
+    found["forward"] = time.perf_counter() - start
+    start = time.perf_counter()
+    torch.autograd.grad(y, leaves, y.detach())
+    torch.cuda.synchronize()
+    found["backward"] = time.perf_counter() - start
+    print(json.dumps(found))
+
+
+def time_first_calls(record):
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        for state in ("cold", "warm"):
+            command = [sys.executable, __file__, FIRST_CALLS]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            for name, taken in json.loads(done.stdout.splitlines()[-1]).items():
+                record.add(part="first call", work=name, disk_cache=state, first_call_seconds=taken)
+
+
 def time_plans(record, width, dstate, length, base):
     """Forward by each plan, over batches: sweeps have as many programs as there are sequences and heads."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -193,8 +242,11 @@ def time_plans(record, width, dstate, length, base):
 
 def body(record, lengths):
     os.environ.pop("LINCONV_SCAN_PLAN", None)
+    peers_at = {width: check(width, dstate, linear_peers()) for width, dstate in WIDTHS}
+    time_first_calls(record)
+    copy = rates("cuda")["copy"]
     for width, dstate in WIDTHS:
-        peers = check(width, dstate, linear_peers())
+        peers = peers_at[width]
         for length in lengths:
             tensors = arguments(width, dstate, length)
             base = dict(width=width, length=length, gpu=torch.cuda.get_device_name())
@@ -203,12 +255,19 @@ def body(record, lengths):
             for part in ("forward", "training"):
                 work = (lambda: ours(*tensors)) if part == "forward" else with_backward(ours, tensors)  # noqa: B023
                 taken[part] = seconds(work)
-                record.add(**base, part=part, seconds=taken[part])
+                row = dict(seconds=taken[part], extra_bytes=extra_bytes(work))
+                if part == "forward":
+                    floor = least_bytes(width, dstate, length) / copy
+                    row |= dict(floor_seconds=floor, over_floor=taken[part] / floor)
+                record.add(**base, part=part, **row)
                 for name, peer in peers.items():
                     work = (lambda: peer(*tensors)) if part == "forward" else with_backward(peer, tensors)  # noqa: B023
                     passes = 2 if name == "simple_gla" else 1
-                    time = passes * seconds(work)
-                    record.add(**base, part=part, peer=name, peer_seconds=time, speedup=time / taken[part])
+                    peer_seconds = passes * seconds(work)
+                    record.add(
+                        **base, part=part, peer=name, peer_seconds=peer_seconds,
+                        speedup=peer_seconds / taken[part], peer_extra_bytes=extra_bytes(work),
+                    )  # fmt: skip
             if length > ATTENTION_UP_TO:
                 continue
             q, k, v = (
@@ -222,9 +281,15 @@ def body(record, lengths):
                         ("forward", lambda: F.scaled_dot_product_attention(q, k, v)),  # noqa: B023
                         ("training", with_backward(F.scaled_dot_product_attention, (q, k, v))),
                     ):
-                        time = seconds(work)
-                        record.add(**base, part=part, peer=name, peer_seconds=time, speedup=time / taken[part])
+                        peer_seconds = seconds(work)
+                        record.add(
+                            **base, part=part, peer=name, peer_seconds=peer_seconds,
+                            speedup=peer_seconds / taken[part],
+                        )  # fmt: skip
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == [FIRST_CALLS]:
+        first_calls()
+        sys.exit()
     run("bidirectional_ssd", __doc__.splitlines()[0], [499, 1_000, 3_000, 16_000, 64_000], body)

@@ -4,11 +4,12 @@
 #
 #   benchmarks/gpu.sh build       compiles csrc against that torch, into linconv/lib
 #   benchmarks/gpu.sh test        the operators' tests, CPU ones too; offsets past 2^31, repeats, CUDA graphs
-#   benchmarks/gpu.sh sanitize    compute-sanitizer: memcheck, racecheck, initcheck, on a small set
+#   benchmarks/gpu.sh sanitize    compute-sanitizer: memcheck, racecheck, initcheck, on a small set; or those named after it
 #   benchmarks/gpu.sh bench       the scan against peers, correctness first, JSON into $OUT or benchmarks/results/<gpu>/
 #   benchmarks/gpu.sh suites      the same of losses, Linformer, convolution and layers, by `linconv bench`
 #
-# PYTHON: which Python, else python3.
+# PYTHON: which Python, else python3. JOBS: processes that tests run in where pytest-xdist is installed, else 8: most of
+# their time goes into compiling kernels, one process a core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -20,20 +21,29 @@ build() {
       { echo "gpu.sh build: $tool is missing: it builds csrc. Install setuptools, cmake and ninja, or bring linconv/lib" \
              "built elsewhere for torch >= 2.11 (its ABI is stable)" >&2; exit 1; }
   done
+  LINCONV_CUDA_ARCHS=${LINCONV_CUDA_ARCHS:-$("$python" -c "
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f'{major}{minor}' + 'a' * (major == 9))")}
+  export LINCONV_CUDA_ARCHS
   "$python" setup.py --quiet build_native --inplace
   "$python" -c "import linconv.environment as e; print(e.report())"
 }
 
 tests() {
-  "$python" -m pytest -q tests/ops/test_triton.py -k gpu
-  "$python" -m pytest -q tests/ops --ignore=tests/ops/test_triton.py
+  local jobs=()
+  "$python" -c "import xdist" 2>/dev/null && jobs=(-n "${JOBS:-8}")
+  export OMP_NUM_THREADS=1
+  "$python" -m pytest -q "${jobs[@]}" tests/ops/triton_*.py
+  "$python" -m pytest -q "${jobs[@]}" tests/ops --ignore=tests/ops/test_triton.py
 }
 
 sanitize() {
   local sanitizer
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1 || true)
   [ -n "$sanitizer" ] || { echo "gpu.sh sanitize: compute-sanitizer is not here" >&2; exit 1; }
-  for tool in memcheck racecheck initcheck; do
+  [ $# -gt 0 ] || set -- memcheck racecheck initcheck
+  for tool; do
     # torch's allocator would hide what lies between two tensors.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
       "$python" -m pytest -q -p no:cacheprovider tests/ops/triton_ssd.py
@@ -58,7 +68,7 @@ suites() {
 case "${1:-}" in
   build) build ;;
   test) tests ;;
-  sanitize) sanitize ;;
+  sanitize) sanitize "${@:2}" ;;
   bench) bench ;;
   suites) suites ;;
   *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;

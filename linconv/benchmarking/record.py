@@ -13,21 +13,27 @@ __all__ = ["Record", "run"]
 
 
 class Record:
-    """Collects rows and prints each. A row is a dict of names and numbers; times are seconds, sizes bytes."""
+    """Collects rows, prints each, and keeps the file at ``path`` up to date: a run that is killed leaves what it has.
 
-    def __init__(self, benchmark: str, freed_memory_kept: bool = False):
-        self.benchmark, self.rows, self.freed_memory_kept = benchmark, [], freed_memory_kept
+    A row is a dict of names and numbers; times are seconds, sizes bytes.
+    """
+
+    def __init__(self, benchmark: str, freed_memory_kept: bool = False, path: Path | None = None):
+        self.rows, self.path = [], path
+        measured_on = {**provenance(), "freed_memory_kept": freed_memory_kept}
+        self.result = {"benchmark": benchmark, "provenance": measured_on, "rows": self.rows}
 
     def add(self, **row) -> None:
         self.rows.append(row)
         print("  ".join(f"{name} {_short(name, value)}" for name, value in row.items()), flush=True)
+        if self.path:
+            self._write()
 
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        measured_on = {**provenance(), "freed_memory_kept": self.freed_memory_kept}
-        result = {"benchmark": self.benchmark, "provenance": measured_on, "rows": self.rows}
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written to {path}")
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text(json.dumps(self.result, indent=1) + "\n")
+        part.replace(self.path)
 
 
 def _short(name: str, value) -> str:
@@ -47,7 +53,7 @@ def run(benchmark: str, description: str, lengths: list[int], body) -> None:
         help="leave the allocator as it comes: see keep_freed_memory",
     )
     options = parser.parse_args()
-    record = Record(benchmark, freed_memory_kept=not options.default_malloc and keep_freed_memory())
+    record = Record(benchmark, not options.default_malloc and keep_freed_memory(), options.out)
     body(record, options.lengths)
     if options.out:
-        record.write(options.out)
+        print(f"written to {options.out}")

@@ -20,6 +20,9 @@ TYPES = {
     torch.bool: "i1",
 }
 
+# Multiply-adds are fused whatever Triton's default, which 3.10 is to change: registers and last bits depend on it.
+DEFAULT_OPTIONS = {"enable_fp_fusion": True}
+
 
 @dataclass
 class Build:
@@ -80,7 +83,7 @@ class Build:
                 },
             ),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": self.num_warps, "num_stages": self.num_stages, **self.options},
+            options={"num_warps": self.num_warps, "num_stages": self.num_stages, **DEFAULT_OPTIONS, **self.options},
         )
 
 

@@ -6,7 +6,7 @@ import threading
 import torch
 import triton.language as tl
 
-from linconv.ops.triton_builds import Build, build_of
+from linconv.ops.triton_builds import DEFAULT_OPTIONS, Build, build_of
 
 __all__ = ["MATH", "capability_of", "empty", "launch", "launched", "listener", "poisoned"]
 
@@ -39,6 +39,7 @@ def launch(kernel, grid: tuple, arguments: dict, num_warps: int, num_stages: int
     if _record is not None:
         _record.append((kernel, arguments, num_warps, num_stages, options))
         return
+    options = {**DEFAULT_OPTIONS, **options}
     compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **options)
     if (heard := getattr(listener, "current", None)) is not None:
         heard.on_launch(kernel, grid, arguments, compiled)

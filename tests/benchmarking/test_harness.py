@@ -106,3 +106,20 @@ def test_curves_predict_what_the_budget_does_not_cover(monkeypatch):
 
     memory = memory_curve("teacher", "audio.npy", lengths, curves["teacher"], budget=25, sampling_rate=1)
     assert memory == Curve((10, 20, 40, 80), pytest.approx((1e4, 2e4, 4e4, 8e4)), (False, False, False, True))
+
+
+def test_a_record_is_on_disk_row_by_row(tmp_path, capsys):
+    """A run that is killed leaves what it measured."""
+    import json
+
+    from linconv.benchmarking.record import Record
+
+    path = tmp_path / "folder" / "scan.json"
+    record = Record("scan", True, path)
+    for length in (499, 1000):
+        record.add(length=length, seconds=0.5)
+        written = json.loads(path.read_text())
+        assert written["rows"][-1] == {"length": length, "seconds": 0.5}
+    assert len(written["rows"]) == 2 and written["benchmark"] == "scan" and written["provenance"]["freed_memory_kept"]
+    assert [p.name for p in path.parent.iterdir()] == ["scan.json"]
+    assert "seconds 500.00 ms" in capsys.readouterr().out
