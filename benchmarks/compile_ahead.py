@@ -10,11 +10,14 @@ or takes more shared memory than the GPU has is an error: exit status 1, and the
 import argparse
 import importlib
 import inspect
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from source_digest import digest
@@ -61,15 +64,34 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def rows(builds, capability: int, progress=sys.stderr):
-    """(label, warps, stages, registers, stack, shared bytes, problem or "") for each build."""
-    for build in builds:
-        begun = time.perf_counter()
-        kernel = build.compile(capability)
-        registers, stack = resources(kernel.asm["cubin"])
-        shared = kernel.metadata.shared
+def compiled(build, capability: int) -> tuple[int, int, int, float]:
+    """(registers, stack, shared bytes, seconds it took) of a build."""
+    begun = time.perf_counter()
+    kernel = build.compile(capability)
+    return *resources(kernel.asm["cubin"]), kernel.metadata.shared, time.perf_counter() - begun
+
+
+_work: list = []  # what processes that are forked compile: a build is no message
+
+
+def _compiled(number: int):
+    return compiled(*_work[number])
+
+
+def all_compiled(builds, capability: int, jobs: int):
+    """Each build's :func:`compiled`, in their order, as soon as it is there."""
+    if jobs == 1:
+        yield from (compiled(build, capability) for build in builds)
+        return
+    _work[:] = [(build, capability) for build in builds]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_compiled, range(len(builds)))
+
+
+def rows(builds, capability: int, progress=sys.stderr, jobs: int = 1):
+    """(name, label, warps, stages, registers, stack, shared bytes, problem or "") for each build."""
+    for build, (registers, stack, shared, seconds) in zip(builds, all_compiled(builds, capability, jobs)):
         problem = "spills" if stack else "too much shared memory" if shared > SHARED_BYTES[capability] else ""
-        seconds = time.perf_counter() - begun
         if progress:
             print(
                 f"sm_{capability} {build.name} {build.label}: {registers} registers, {stack} bytes of stack, "
@@ -85,6 +107,7 @@ def main(argv=None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="operators whose name has this in it")
     parser.add_argument("--label", default="", help="a regular expression that name and label of a build have in them")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     options = parser.parse_args(argv)
     import triton
 
@@ -93,7 +116,7 @@ def main(argv=None) -> int:
         for capability in options.arch:
             builds = [b for b in builds_of(name, capability) if re.search(options.label, f"{b.name} {b.label}")]
             lines = ["| kernel | for | warps | stages | registers | stack | shared |", "|---|---|---|---|---|---|---|"]
-            for *cells, problem in rows(builds, capability):
+            for *cells, problem in rows(builds, capability, jobs=options.jobs):
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
                 if problem:
                     failed.append(f"sm_{capability} {cells[0]} {cells[1]}: {problem}")
