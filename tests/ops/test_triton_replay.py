@@ -43,8 +43,8 @@ def launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *a: found.append(Launch(self.kernel, grid, dict(zip(self.kernel.arg_names, a)), True))
 
-    def run(kernel, *, grid, warmup, num_warps, num_stages, **arguments):
-        assert not warmup
+    def run(kernel, *, grid, warmup, num_warps, num_stages, enable_fp_fusion, **arguments):
+        assert not warmup and enable_fp_fusion
         found.append(Launch(kernel, (*grid, 1, 1)[:3], arguments, False))
         return Compiled(kernel)
 
