@@ -90,6 +90,7 @@ def all_compiled(builds, capability: int, jobs: int):
 
 def rows(builds, capability: int, progress=sys.stderr, jobs: int = 1):
     """(name, label, warps, stages, registers, stack, shared bytes, problem or "") for each build."""
+    builds = list(builds)
     for build, (registers, stack, shared, seconds) in zip(builds, all_compiled(builds, capability, jobs)):
         problem = "spills" if stack else "too much shared memory" if shared > SHARED_BYTES[capability] else ""
         if progress:

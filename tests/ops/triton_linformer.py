@@ -126,3 +126,18 @@ def test_every_shipped_build_is_listed():
     assert names == {
         "project", "sum_parts", "unproject", "project_weights", "attend", "attend_queries", "attend_keys",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "setting, headdim, products",
+    [("highest", 64, "ieee"), ("high", 128, "tf32x3"), ("high", 129, "ieee"), ("medium", 256, "tf32")],
+)
+def test_products_are_as_torch_is_told(setting, headdim, products):
+    from linconv.ops.linformer.triton import _options
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        assert _options(torch.empty(1, 1, 1, headdim, device="meta"))[1]["PRECISION"] == products
+    finally:
+        torch.set_float32_matmul_precision(before)

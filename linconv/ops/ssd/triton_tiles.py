@@ -42,8 +42,8 @@ class Tiles:
 
 
 # By what products are taken in and the major compute capability; other GPUs do as the oldest. Columns are as many at
-# most. The largest tried that spill no registers in what ``shipped()`` lists, with Triton 3.6 and 3.9; no GPU has told
-# which are fast.
+# most. Among the largest tried that spill no registers in what ``shipped()`` lists, with Triton 3.6 and 3.9; no GPU has
+# told which are fast.
 TILES = {
     ("bf16", 8): Tiles(
         chunk=128, rows=32, block_p=64, block_n=32, state_p=64, state_n=64,
