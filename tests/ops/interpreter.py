@@ -3,7 +3,8 @@
 Tests of the Triton kernels of an operator stand in ``tests/ops/triton_<op>.py``, which begins with ``import
 interpreter`` and makes its tensors on ``interpreter.DEVICE``. ``test_triton.py`` runs each such file in a process of
 its own, since Triton reads TRITON_INTERPRET when it is imported: with the variable set, and where there is a GPU
-without it too. By hand: ``TRITON_INTERPRET=1 python -m pytest tests/ops/triton_<op>.py``.
+without it too. In the interpreter sanitizer.py checks every launch. By hand:
+``TRITON_INTERPRET=1 python -m pytest tests/ops/triton_<op>.py``.
 """
 
 import os
@@ -58,7 +59,11 @@ def _mend_interpreter():
 
 
 if INTERPRETING:
+    import sanitizer
+    from triton.runtime import interpreter as _interpreter
+
     _mend_interpreter()
+    sanitizer.install(_interpreter)
 
 
 def small_scan_tiles(monkeypatch):
