@@ -58,12 +58,13 @@ build: $(VENV)/.installed
 
 # The operators' tests against a library built with AddressSanitizer and UndefinedBehaviorSanitizer. libasan comes first
 # in the process, and libstdc++ next to it, for it to find the throw that it wraps. Leaks are not looked for: Python never
-# frees everything.
+# frees everything. The CUDA kernels, compiled for the host, likewise.
+SANITIZED := LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 sanitize: $(VENV)/.installed
 	$(PY) setup.py --quiet build_native --sanitize=address,undefined
-	LINCONV_LIBRARY_PATH=$(CURDIR)/build/sanitize/lib \
-	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST) tests/ops
+	LINCONV_LIBRARY_PATH=$(CURDIR)/build/sanitize/lib $(SANITIZED) $(PYTEST) tests/ops
+	LINCONV_HOST_SANITIZE=address,undefined $(SANITIZED) $(PYTEST) tests/csrc/test_cuda_on_host.py
 
 # Both ends of the range of transformers: each in an environment laid over $(VENV), which lends it torch and the rest.
 test-transformers: $(VENV)/.transformers-5.17.0 $(VENV)/.transformers-newest

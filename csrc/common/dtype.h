@@ -20,6 +20,8 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// Two bfloat16 numbers, the one that comes first in memory in the low bits.
+enum class BFloat16Pair : uint32_t {};
 
 // Functions in headers that kernel.cpp includes are static: an inline one could be merged by the linker across ISAs.
 

@@ -3,6 +3,9 @@
 // C (rows x cols) = or += A (rows x depth) B (depth x cols). A is read one element at a time and broadcast, so either
 // of its strides may be anything (a transposed A costs nothing); B and C are read in vectors along cols. Callers pad:
 // rows to a multiple of kTileRows, cols to a multiple of the vector width, both inside the buffers they own.
+//
+// Elements of A and B are factors: of type T as C's, or, where kPairProducts, BFloat16Pair, two neighbours along depth at a
+// time. Depth and strides count factors.
 #pragma once
 
 #include <cstdint>
@@ -53,9 +56,9 @@ class Ahead {
   int64_t row_bytes_ = 0;
 };
 
-template <class T>
+template <class F>
 struct Strided {  // A: element (row, k) at data[row * row_stride + k * depth_stride]
-  const T* data;
+  const F* data;
   int64_t row_stride, depth_stride;
 };
 
@@ -69,9 +72,9 @@ struct Scaling {
   const T* rows = nullptr;  // kScaleRows
 };
 
-template <class T, Update update, int vectors>
+template <class T, Update update, int vectors, class F>
 LINCONV_INLINE void gemm_tile(
-    int depth_begin, int depth_end, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t ldb, T* c,
+    int depth_begin, int depth_end, const F* a, int64_t a_row, int64_t a_depth, const F* b, int64_t ldb, T* c,
     int64_t ldc, Scaling<T> scaling) {
   using V = Vec<T>;
   V acc[kTileRows][vectors];
@@ -82,14 +85,14 @@ LINCONV_INLINE void gemm_tile(
   a += depth_begin * a_depth;
   b += depth_begin * ldb;
   for (int k = depth_begin; k < depth_end; ++k) {
-    V row[vectors];
+    Vec<F> row[vectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) row[v] = load(b + v * kWidth<T>);
+    for (int v = 0; v < vectors; ++v) row[v] = load(b + v * kWidth<F>);
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
-      const V element = splat<T>(a[i * a_row]);
+      const Vec<F> element = splat(a[i * a_row]);
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) acc[i][v] += element * row[v];
+      for (int v = 0; v < vectors; ++v) acc[i][v] = add_product(acc[i][v], element, row[v]);
     }
     a += a_depth;
     b += ldb;
@@ -107,9 +110,10 @@ LINCONV_INLINE void gemm_tile(
     }
 }
 
-template <class T, Update update, Triangle triangle>
-inline void gemm(int rows, int cols, int depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
+template <class T, Update update, Triangle triangle, class F>
+inline void gemm(int rows, int cols, int depth, Strided<F> a, const F* b, int64_t ldb, T* c, int64_t ldc,
                  Ahead ahead = {}, Scaling<T> scaling = {}) {
+  static_assert(kWidth<F> == kWidth<T>);
   constexpr int panel = kTileVectors * kWidth<T>;
   ahead.over((cols + panel - 1) / panel * (rows / kTileRows));
   // A panel of B stays in L1 while the rows of A go by.
@@ -121,7 +125,7 @@ inline void gemm(int rows, int cols, int depth, Strided<T> a, const T* b, int64_
       if (triangle == Triangle::kRight) begin = col;
       ahead.step();
       if (triangle == Triangle::kResult && col >= row + kTileRows) continue;
-      const T* a_tile = a.data + row * a.row_stride;
+      const F* a_tile = a.data + row * a.row_stride;
       T* c_tile = c + row * ldc + col;
       Scaling<T> of_tile = scaling;
       if (update == Update::kDecay) of_tile.old += row * ldc + col;

@@ -10,6 +10,7 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::v3: return "v3";
     case Isa::v4: return "v4";
+    case Isa::v4_bf16: return "v4_bf16";
     case Isa::neon: return "neon";
   }
   return "unknown";
@@ -27,8 +28,9 @@ IsaList isas() {
   static const auto has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                              __builtin_cpu_supports("avx512vl");
-  static const IsaSupport list[] = {{Isa::v3, has_v3}, {Isa::v4, has_v4}};
-  return {list, 2};
+  static const auto has_v4_bf16 = has_v4 && __builtin_cpu_supports("avx512bf16");
+  static const IsaSupport list[] = {{Isa::v3, has_v3}, {Isa::v4, has_v4}, {Isa::v4_bf16, has_v4_bf16}};
+  return {list, 3};
 #else
   static const IsaSupport list[] = {{Isa::neon, true}};
   return {list, 1};

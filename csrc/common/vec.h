@@ -5,6 +5,7 @@
 //   splat, load, store            unaligned; load(p, n) and store(p, v, n) touch n lanes only, the rest reads as 0
 //   load_as<T>, store_as          the same from and to a storage type S: float, double, BFloat16, Float16
 //   load_row<T>, store_row        n elements, any stride, storage type by tag
+//   add_product                   sum + a * b, where kPairProducts of pairs of bfloat16 numbers too
 //   min, max, sum                 min and max keep a NaN in their second argument; sum is over lanes, in a fixed order
 //   exp, log1p_unit, softplus, sigmoid, silu     on vectors, and on single values
 //
@@ -46,6 +47,8 @@ template <class T, int lanes>
 struct VectorOf {
   typedef T type __attribute__((vector_size(lanes * sizeof(T))));
 };
+template <int lanes>
+struct VectorOf<BFloat16Pair, lanes> : VectorOf<uint32_t, lanes> {};
 template <class T>
 using Vec = typename VectorOf<T, kWidth<T>>::type;
 
@@ -88,6 +91,10 @@ LINCONV_INLINE To bit_cast(From from) {
 template <class T>
 LINCONV_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};  // x - 0 is x for every x, so this is a broadcast; 0 + x is not where x is -0
+}
+
+LINCONV_INLINE Vec<BFloat16Pair> splat(BFloat16Pair x) {
+  return static_cast<uint32_t>(x) - Vec<BFloat16Pair>{};
 }
 
 template <class T>
@@ -217,6 +224,21 @@ inline void store_row(void* p, DType dtype, int64_t stride, int64_t n, const T* 
     for (; i < n; ++i) to[i * stride] = to_storage<S>(in[i]);
   });
 }
+
+// ---- Products ----
+
+// sum + a * b. Of pairs, sum + a's first * b's first + a's second * b's second, of single ones to which subnormal numbers
+// are zeros.
+LINCONV_INLINE Vec<float> add_product(Vec<float> sum, Vec<float> a, Vec<float> b) { return sum + a * b; }
+LINCONV_INLINE Vec<double> add_product(Vec<double> sum, Vec<double> a, Vec<double> b) { return sum + a * b; }
+#if defined(__AVX512BF16__)
+constexpr bool kPairProducts = true;
+LINCONV_INLINE Vec<float> add_product(Vec<float> sum, Vec<BFloat16Pair> a, Vec<BFloat16Pair> b) {
+  return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+}
+#else
+constexpr bool kPairProducts = false;
+#endif
 
 // ---- Functions ----
 

@@ -1,66 +1,74 @@
 #include "linear/kernel.h"
 
 #include "common/arena.h"
+#include "common/factors.h"
 #include "common/panels.h"
-#include "common/rows.h"
 
 namespace linconv::LINCONV_ISA {
 namespace {
 
-constexpr int kDepth = 256;  // that a tile sums in registers
+constexpr int kDepth = 256;  // factors that a tile sums in registers
 
 int64_t magnitude(int64_t stride) { return stride < 0 ? -stride : stride; }
 
 // Whether a row's elements lie closer to each other than a column's.
 bool by_row(const View<2>& view) { return magnitude(view.stride[1]) <= magnitude(view.stride[0]); }
 
-template <class T>
+template <class F>
 void pack(const LinearArgs& args, int64_t begin, int64_t end) {
   const View<2>& right = args.right;
-  const int64_t height = panel_height<T>(args.depth);
-  const bool transposed = by_row(right), in_place = right.dtype == kMathDType<T> && right.stride[1] == 1;
-  constexpr int ld = kDepth + kWidth<T>;
-  Arena arena(Arena::bytes<T>(kPanel<T> * ld));
-  T* rows = arena.take<T>(kPanel<T> * ld);
-  for (int64_t column = begin * kLinearPacked; column < min(end * kLinearPacked, args.columns); column += kPanel<T>) {
-    const int count = static_cast<int>(min<int64_t>(kPanel<T>, args.columns - column));
-    T* panel = static_cast<T*>(args.packed) + column * height;
-    for (int64_t k = 0; transposed && k < args.depth; k += kDepth) {
-      const int depth = static_cast<int>(min<int64_t>(kDepth, args.depth - k));
-      T* to = panel + k * kPanel<T>;
-      if (in_place && count == kPanel<T> && depth % kWidth<T> == 0) {
-        transpose(static_cast<const T*>(at(right, column, k)), right.stride[0], count, depth, to, kPanel<T>);
+  const int64_t all = factors<F>(args.depth), height = panel_height<F>(all);
+  const bool transposed = by_row(right), in_place = reads_in_place<F>(right);
+  constexpr int ld = kDepth + kWidth<F>;
+  Arena arena(Arena::bytes<F>(kPanel<F> * ld));
+  F* rows = arena.take<F>(kPanel<F> * ld);
+  for (int64_t column = begin * kLinearPacked; column < min(end * kLinearPacked, args.columns); column += kPanel<F>) {
+    const int count = static_cast<int>(min<int64_t>(kPanel<F>, args.columns - column));
+    F* panel = static_cast<F*>(args.packed) + column * height;
+    for (int64_t k = 0; transposed && k < all; k += kDepth) {
+      const int depth = static_cast<int>(min<int64_t>(kDepth, all - k));
+      const int64_t number = k * kNumbers<F>, numbers = min<int64_t>(kDepth * kNumbers<F>, args.depth - number);
+      F* to = panel + k * kPanel<F>;
+      if (in_place && count == kPanel<F> && depth % kWidth<F> == 0) {
+        transpose(static_cast<const F*>(at(right, column, number)), right.stride[0] / kNumbers<F>, count, depth, to, kPanel<F>);
         continue;
       }
-      for (int i = 0; i < count; ++i) load_row(at(right, column + i, k), right.dtype, right.stride[1], depth, rows + i * ld);
+      for (int i = 0; i < count; ++i)
+        load_along(at(right, column + i, number), right.dtype, right.stride[1], numbers, rows + i * ld);
       transpose_to_panels(rows, ld, count, depth, to);
     }
-    for (int64_t k = 0; !transposed && k < args.depth; ++k, panel += kPanel<T>) {
-      load_row(at(right, column, k), right.dtype, right.stride[0], count, panel);
-      for (int i = count; i < kPanel<T>; ++i) panel[i] = 0;
+    for (int64_t k = 0; !transposed && k < args.depth; k += kNumbers<F>, panel += kPanel<F>) {
+      load_across(at(right, column, k), right.dtype, right.stride[0], right.stride[1], args.depth - k, count, panel);
+      for (int i = count; i < kPanel<F>; ++i) panel[i] = F{};
     }
   }
 }
 
 // Rows of the left factor as the product reads them: where they are if they can be, else in scratch.
-template <class T>
+template <class F>
 class LeftRows {
  public:
   explicit LeftRows(const View<2>& view)
-      : view_(view), by_row_(by_row(view)), in_place_(view.dtype == kMathDType<T> && view.stride[1] == 1),
-        ld_((by_row_ ? kDepth : static_cast<int>(kLinearRows)) + kWidth<T>),
-        arena_(Arena::bytes<T>((by_row_ ? kLinearRows : kDepth) * ld_)),
-        rows_(arena_.template take<T>((by_row_ ? kLinearRows : kDepth) * ld_)) {}
+      : view_(view), by_row_(by_row(view)), in_place_(reads_in_place<F>(view)),
+        ld_((by_row_ ? kDepth : static_cast<int>(kLinearRows)) + kWidth<F>),
+        arena_(Arena::bytes<F>((by_row_ ? kLinearRows : kDepth) * ld_)),
+        rows_(arena_.template take<F>((by_row_ ? kLinearRows : kDepth) * ld_)) {}
 
-  // `rows` from `row` on, `depth` of their elements from k on.
-  Strided<T> load(int64_t row, int rows, int64_t k, int depth) {
-    if (in_place_ && rows % kTileRows == 0) return {static_cast<const T*>(at(view_, row, k)), view_.stride[0], 1};
-    // Elements are read one by one: they may lie side by side along the rows or along the depth, as they do in memory.
+  // `rows` from `row` on, `depth` of their factors from k on.
+  Strided<F> load(int64_t row, int rows, int64_t k, int depth) {
+    const int64_t number = k * kNumbers<F>, numbers = min<int64_t>(depth * kNumbers<F>, view_.size[1] - number);
+    if (in_place_ && rows % kTileRows == 0)
+      return {static_cast<const F*>(at(view_, row, number)), view_.stride[0] / kNumbers<F>, 1};
+    // Factors are read one by one: they may lie side by side along the rows or along the depth, as they do in memory.
     if (by_row_) {
-      for (int i = 0; i < rows; ++i) load_row(at(view_, row + i, k), view_.dtype, view_.stride[1], depth, rows_ + i * ld_);
+      for (int i = 0; i < rows; ++i)
+        load_along(at(view_, row + i, number), view_.dtype, view_.stride[1], numbers, rows_ + i * ld_);
       return {rows_, ld_, 1};
     }
-    for (int i = 0; i < depth; ++i) load_row(at(view_, row, k + i), view_.dtype, view_.stride[0], rows, rows_ + i * ld_);
+    for (int i = 0; i < depth; ++i) {
+      const int64_t n = i * kNumbers<F>;
+      load_across(at(view_, row, number + n), view_.dtype, view_.stride[0], view_.stride[1], numbers - n, rows, rows_ + i * ld_);
+    }
     return {rows_, 1, ld_};
   }
 
@@ -69,7 +77,7 @@ class LeftRows {
   const bool by_row_, in_place_;
   const int ld_;
   Arena arena_;
-  T* rows_;
+  F* rows_;
 };
 
 template <class T>
@@ -78,7 +86,7 @@ void load_or_ones(const View<1>& view, int64_t first, int n, T* to) {
   for (int i = 0; i < n; ++i) to[i] = 1;
 }
 
-template <class T>
+template <class T, class F>
 class Multiply {
  public:
   explicit Multiply(const LinearArgs& args)
@@ -116,45 +124,53 @@ class Multiply {
   static constexpr int kLd = kLinearColumns + kWidth<T>, kLdTransposed = kLinearRows + kWidth<T>;
 
   void multiply(int64_t row, int rows, int64_t column, int columns) {
-    const int64_t height = panel_height<T>(args_.depth);
-    for (int64_t k = 0; k == 0 || k < args_.depth; k += kDepth) {
-      const int depth = static_cast<int>(min<int64_t>(kDepth, args_.depth - k));
-      const Strided<T> left = left_.load(row, rows, k, depth);
-      const T* panels = static_cast<const T*>(args_.packed) + column * height + k * kPanel<T>;
+    const int64_t all = factors<F>(args_.depth), height = panel_height<F>(all);
+    for (int64_t k = 0; k == 0 || k < all; k += kDepth) {
+      const int depth = static_cast<int>(min<int64_t>(kDepth, all - k));
+      const Strided<F> left = left_.load(row, rows, k, depth);
+      const F* panels = static_cast<const F*>(args_.packed) + column * height + k * kPanel<F>;
       // A tile's rows stay in L1 while the panels stream by, front to back.
       for (int i = 0; i < rows; i += kTileRows)
-        for (int j = 0; j < columns; j += kPanel<T>) {
-          const Strided<T> tile{left.data + i * left.row_stride, left.row_stride, left.depth_stride};
-          const T* panel = panels + j * height;
-          const int width = round_up(min(columns - j, kPanel<T>), kWidth<T>);
+        for (int j = 0; j < columns; j += kPanel<F>) {
+          const Strided<F> tile{left.data + i * left.row_stride, left.row_stride, left.depth_stride};
+          const F* panel = panels + j * height;
+          const int width = round_up(min(columns - j, kPanel<F>), kWidth<F>);
           T* sum = sums_ + i * kLd + j;
           if (k == 0)
-            gemm<T, Update::kStore, Triangle::kNone>(kTileRows, width, depth, tile, panel, kPanel<T>, sum, kLd);
+            gemm<T, Update::kStore, Triangle::kNone>(kTileRows, width, depth, tile, panel, kPanel<F>, sum, kLd);
           else
-            gemm<T, Update::kAdd, Triangle::kNone>(kTileRows, width, depth, tile, panel, kPanel<T>, sum, kLd);
+            gemm<T, Update::kAdd, Triangle::kNone>(kTileRows, width, depth, tile, panel, kPanel<F>, sum, kLd);
         }
     }
   }
 
   const LinearArgs& args_;
-  LeftRows<T> left_;
+  LeftRows<F> left_;
   Arena arena_;
   T *sums_, *transposed_;  // (rows, columns), (columns, rows)
   T *of_rows_, *of_columns_;
 };
 
-template <class T>
+template <class T, class F = T>
 void multiply(const LinearArgs& args, int64_t begin, int64_t end) {
-  Multiply<T> pass(args);
+  Multiply<T, F> pass(args);
   for (; begin < end; ++begin) pass.run(begin);
+}
+
+// Whether products are taken of pairs of bfloat16 numbers, summed in float.
+bool of_pairs(const LinearArgs& args) {
+  return kPairProducts && args.left.dtype == DType::kBFloat16 && args.right.dtype == DType::kBFloat16;
 }
 
 }  // namespace
 
 void linear_pack(const LinearArgs& args, bool fp64, int64_t begin, int64_t end) {
+  if (of_pairs(args)) return pack<BFloat16Pair>(args, begin, end);
   fp64 ? pack<double>(args, begin, end) : pack<float>(args, begin, end);
 }
 void linear(const LinearArgs& args, bool fp64, int64_t begin, int64_t end) {
+  if constexpr (kPairProducts)
+    if (of_pairs(args)) return multiply<float, BFloat16Pair>(args, begin, end);
   fp64 ? multiply<double>(args, begin, end) : multiply<float>(args, begin, end);
 }
 

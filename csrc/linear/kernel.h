@@ -19,7 +19,7 @@ struct LinearArgs {
   View<1> of_rows;     // (rows,), or absent for ones
   View<1> of_columns;  // (columns,), or absent for ones; nothing is added where both are absent
   View<2> out;         // (rows, columns)
-  void* packed;        // linear_packed elements of the math type: right as the product reads it
+  void* packed;        // linear_packed elements of the math type, or fewer of pairs: right as the product reads it
   int64_t rows, columns, depth;
 
   int64_t row_blocks() const { return (rows + kLinearRows - 1) / kLinearRows; }

@@ -141,7 +141,7 @@ void run(dim3 grid, int threads, int64_t shared_bytes, const std::function<void(
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t index = reversed ? blocks - 1 - i : i;
     const dim3 at(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
-    std::memset(shared.data(), 0xff, shared.size() * sizeof(uint4));
+    std::fill(shared.begin(), shared.end(), uint4{~0u, ~0u, ~0u, ~0u});
     for (int t = 0; t < threads; ++t) {
       Fiber& fiber = *block.fibers[t];
       fiber.thread = {dim3(t, 0, 0), at, grid, dim3(threads), shared.data()};

@@ -16,6 +16,11 @@ from linconv.ops import dispatch
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++")
 MARCH = ["-march=x86-64-v3"] if os.uname().machine == "x86_64" else []  # what converts fp16
+SANITIZE = os.environ.get("LINCONV_HOST_SANITIZE", "")  # value of -fsanitize=, whose runtime is then preloaded
+if SANITIZE:
+    INSTRUMENT = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"]
+else:  # Memory that is not aligned ends the process, as a GPU would end the kernel, and a number that overflows does.
+    INSTRUMENT = ["-fsanitize=alignment,signed-integer-overflow,shift,bounds", "-fsanitize-undefined-trap-on-error"]
 
 pytestmark = pytest.mark.skipif(
     COMPILER is None or not dispatch.build_info(), reason="needs a C++ compiler, and a machine of our instruction sets"
@@ -82,6 +87,9 @@ def library(tmp_path_factory):
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += [f'-DLINCONV_VERSION="{__version__}"', '-DLINCONV_CUDA_STATUS="on the host"', f"-I{ROOT / 'csrc'}"]
     flags += [f"-I{Path(__file__).parent}", "-isystem", torch_dir / "include"]
+    flags += INSTRUMENT
+    if SANITIZE:  # stack frames without redzones: fibers leave theirs by longjmp
+        flags += ["--param", "asan-stack=0", "-fno-omit-frame-pointer", "-O1", "-Wno-error=maybe-uninitialized"]
     sources = [ROOT / "csrc" / name for name in ("library.cpp", "common/isa.cpp", "common/tensor.cpp")]
     sources += [Path(__file__).with_name(f"{name}.cpp") for name in ("cuda_on_host", "tensor_cores_probe")]
     sources += sorted((ROOT / "csrc").glob("*/cuda.cu"))
@@ -91,8 +99,8 @@ def library(tmp_path_factory):
             objects = [folder / f"{i}.o" for i in range(len(sources))]
             for source, target in zip(sources, objects):
                 subprocess.run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", target], check=True)
-            link = ["-shared", *objects, torch_dir / "lib" / "libtorch_cpu.so", "-Wl,--allow-shlib-undefined"]
-            subprocess.run([COMPILER, *link, "-o", folder / "new.so"], check=True)
+            link = ["-shared", *INSTRUMENT, *objects, torch_dir / "lib" / "libtorch_cpu.so"]
+            subprocess.run([COMPILER, *link, "-Wl,--allow-shlib-undefined", "-o", folder / "new.so"], check=True)
             (folder / "new.so").rename(built)
     return folder
 
@@ -127,13 +135,14 @@ from scan_cases import scan_arguments, split
 from linconv import ops
 from linconv.ops import dispatch
 dispatch._cuda_kernels = dispatch._cpu_kernels  # the tensors' device is the GPU here
+torch.manual_seed(0)
 operator = dispatch.operator
 dispatch.operator = lambda op, backend: operator(op, "cuda" if backend == "cpu" else backend)
 leaves = {n: t.requires_grad_() for n, t in scan_arguments(1, 20, 1, 64, 1, 64, dtype=torch.bfloat16).items()}
 tensors, rest = split(leaves)
 found = []
 for backend in ("cpu", "triton"):
-    y = ops.bidirectional_ssd(*tensors, **rest, backend=backend)
+    y = ops.bidirectional_ssd(*tensors, **rest, dt_softplus=True, backend=backend)
     found.append(torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y)))
 assert len(found[0]) == 7 and all(a.any() and torch.equal(a, b) for a, b in zip(*found))
 """
