@@ -13,7 +13,12 @@ from linconv.ops import dispatch
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++")
-MARCH = {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"], "neon": []}
+MARCH = {
+    "v3": ["-march=x86-64-v3"],
+    "v4": ["-march=x86-64-v4"],
+    "v4_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    "neon": [],
+}
 ISAS = [isa for isa, supported in dispatch.build_info().get("isas", {}).items() if supported]
 TAGS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/common/dtype.h
 CTYPES = {np.float32: "float", np.float64: "double"}

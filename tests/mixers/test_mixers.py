@@ -157,13 +157,21 @@ def test_wrong_mamba_ssm_weights_change_nothing():
 
 
 @pytest.mark.skipif(not COMPILED, reason="torch's products are not bound to bits")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("name", STATE_SPACE)
-def test_a_padded_row_is_what_it_is_alone_and_padding_gets_nothing(name):
+def test_a_padded_row_is_what_it_is_alone_and_padding_gets_nothing(name, precision):
     """Bit for bit: results, and gradients of hidden states."""
-    mixer = randomised(mixers.get(name)(16, **SMALL)).float()
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    module = randomised(mixers.get(name)(16, **SMALL)).to(dtype)
     lengths = torch.tensor([200, 0, 1, 67])
-    u, upstream = torch.randn(4, 200, 16, requires_grad=True), torch.randn(4, 200, 16)
+    u, upstream = torch.randn(4, 200, 16, dtype=dtype, requires_grad=True), torch.randn(4, 200, 16)
+
+    def mixer(*inputs):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            return module(*inputs)
+
     y = mixer(u, lengths)
+    upstream = upstream.to(y.dtype)
     y.backward(upstream)
     for row, length in enumerate(lengths):
         assert torch.all(y[row, length:] == 0)

@@ -191,8 +191,8 @@ def test_parameters_in_another_precision():
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_where_torch_multiplies():
-    """bfloat16, autocast and the reference are torch's own product."""
+def test_who_multiplies():
+    """The reference is torch's own product; under autocast it is ours in autocast's dtype."""
     x, weight, bias = random(20, 16).float(), random(8, 16).float(), random(8).float()
 
     def products(function):
@@ -203,10 +203,13 @@ def test_where_torch_multiplies():
     assert products(lambda: linear(x, weight, bias)) == {"linconv::linear"}
     assert products(lambda: linear(x, weight, bias, backend="cpu")) == {"linconv::linear"}
     assert products(lambda: linear(x, weight, bias, backend="reference")) == {"aten::linear"}
-    assert products(lambda: linear(x.bfloat16(), weight.bfloat16())) == {"aten::linear"}
+    assert products(lambda: linear(x.bfloat16(), weight.bfloat16())) == {"linconv::linear"}
     with torch.autocast("cpu", torch.bfloat16):
-        assert products(lambda: linear(x, weight, bias)) == {"aten::linear"}
-        assert linear(x, weight, bias).dtype == torch.bfloat16
+        assert products(lambda: linear(x, weight, bias)) == {"linconv::linear"}
+        same_bits(linear(x, weight, bias), kernel(x.bfloat16(), weight.bfloat16(), bias))
+        assert linear(x.double(), weight.double()).dtype == torch.float64
+        y, grads = gradients(linear, [x, weight, bias], torch.ones(20, 8, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
 
 
 def test_compile():

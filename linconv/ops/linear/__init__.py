@@ -14,8 +14,7 @@ def linear(x, weight, bias=None, *, factor=None, backend=None):
     """``x weight^T + factor bias^T``; on CPU a row's bits depend on that row and the weight alone.
 
     A library's product chooses its blocks by the number of rows, and with them the order of a row's sums. This one has
-    one order. It is torch's own on other devices, under autocast, and for x in bfloat16, for which some CPUs have
-    instructions that torch uses and this does not. Math in float32, in float64 for float64 input.
+    one order. It is torch's own on other devices. Math in float32, in float64 for float64 input.
 
     Args:
         x: (..., d); float32, bfloat16, float16 or float64, any strides.
@@ -42,10 +41,12 @@ def linear(x, weight, bias=None, *, factor=None, backend=None):
         checks.shape("bias", bias, (weight.shape[0],), "(columns,)")
     if factor is not None:
         checks.shape("factor", factor, tuple(lead), "(...,)")
-    ours = x.device.type == "cpu" and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu")
-    ours = ours and backend in (None, "cpu") and dispatch.compiled("linear")
+    ours = x.device.type == "cpu" and backend in (None, "cpu") and dispatch.compiled("linear")
     if not ours or dispatch.pick("linear", x.device) == "reference":
         return reference.linear(x, weight, bias, factor=factor)
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        low = torch.get_autocast_dtype("cpu")
+        x, weight = x.to(low), weight.to(low)
     factor = None if factor is None or bias is None else factor.reshape(-1)
     return _linear(x.reshape(math.prod(lead), d), weight, bias, factor).reshape(*lead, weight.shape[0])
 
@@ -63,14 +64,23 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    """Differentiable again. What is summed over rows is torch's: ours would pack a copy of all of them."""
+    """Differentiable again.
+
+    What is summed over rows is torch's, since ours packs a copy of all of them; but not in 16 bits, where torch's is
+    slow on CPUs without instructions for it, and copies in float32 would be larger still.
+    """
     x, weight, bias, factor = ctx.saved_tensors
     of_x, of_weight, of_bias, of_factor = ctx.needs_input_grad
     most = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     of_rows = grad.to(most) if factor is None else factor.to(most)[:, None] * grad
+    low = grad.dtype == x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+
+    def summed_over_rows():
+        return _linear(grad.mT, x.mT) if low else (grad.to(most).mT @ x.to(most)).to(weight.dtype)
+
     return (
         _linear(grad, weight.mT) if of_x else None,
-        (grad.to(most).mT @ x.to(most)).to(weight.dtype) if of_weight else None,
+        summed_over_rows() if of_weight else None,
         of_rows.sum(0).to(bias.dtype) if of_bias else None,
         (grad.to(most) @ bias.to(most)).to(factor.dtype) if of_factor else None,
     )

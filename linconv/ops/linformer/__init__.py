@@ -85,8 +85,8 @@ def linformer_self_attention(
     Raises:
         TypeError, ValueError: as `linformer_attention`.
 
-    On CPU, outside of autocast and but for bfloat16, a padded row gives bit for bit what it gives alone, in the same
-    order of the two. Elsewhere products with weights are torch's, whose last bits depend on the number of rows.
+    On CPU a padded row gives bit for bit what it gives alone, in the same order of the two. Elsewhere products with
+    weights are torch's, whose last bits depend on the number of rows.
     """
     checks.floating_tensor("hidden", hidden)
     checks.shape("hidden", hidden, (None, None, None), "(batch, L, d)")
@@ -146,8 +146,8 @@ def linformer_self_attention(
 
 
 def _at_once(hidden, parameters, backend):
-    """Whether the operator that keeps nothing for gradients does the whole; in bfloat16 torch's products are faster."""
-    if hidden.device.type != "cpu" or hidden.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"):
+    """Whether the operator that keeps nothing for gradients does the whole."""
+    if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, *parameters)):
         return False
