@@ -1,5 +1,6 @@
 // What products read, in scratch or where it is: numbers of the math type, or pairs of bfloat16 numbers that are neighbours
-// along the depth of the product. An odd depth ends with a pair whose second is zero.
+// along the depth of the product. An odd depth ends with a pair whose second is zero. Rows in scratch are whole vectors
+// long, behind n numbers too.
 #pragma once
 
 #include <cstdint>
@@ -63,6 +64,45 @@ void load_across(const void* p, DType dtype, int64_t stride, int64_t depth_strid
   } else {
     load_row(p, dtype, stride, n, out);
   }
+}
+
+// `count` rows of n numbers from row `first` of a matrix on, to scratch: as factors along the rows, or across them, where
+// kNumbers rows make up one of factors.
+template <class F>
+void load_rows_along(const void* start, DType dtype, int64_t row_stride, int64_t stride, int64_t first, int64_t count,
+                     int64_t n, F* to, int ld) {
+  for (int64_t i = 0; i < count; ++i) load_along(offset(start, dtype, (first + i) * row_stride), dtype, stride, n, to + i * ld);
+}
+template <class F>
+void load_rows_across(const void* start, DType dtype, int64_t row_stride, int64_t stride, int64_t first, int64_t count,
+                      int64_t n, F* to, int ld) {
+  for (int64_t i = 0; i < count; i += kNumbers<F>, to += ld)
+    load_across(offset(start, dtype, (first + i) * row_stride), dtype, stride, row_stride, count - i, n, to);
+}
+
+// Rows (count, n) in scratch as factors along the rows: where they are, or rounded, in `scratch` of the same width.
+template <class F, class T>
+const F* along(const T* rows, int count, int n, int ld, F* scratch) {
+  if constexpr (__is_same(F, T)) return rows;
+  else
+    for (int i = 0; i < count; ++i)
+      for (int j = 0; j < n; j += kWidth<T>)
+        store_as(reinterpret_cast<BFloat16*>(scratch + i * ld) + j, load(rows + i * ld + j));
+  return scratch;
+}
+
+// The same across the rows.
+template <class F, class T>
+const F* across(const T* rows, int count, int n, int ld, F* scratch) {
+  if constexpr (__is_same(F, T)) return rows;
+  else
+    for (int i = 0; i < count; i += 2)
+      for (int j = 0; j < n; j += kWidth<T>) {
+        const Vec<F> first = bfloat16_bits(load(rows + i * ld + j));
+        const Vec<F> second = i + 1 < count ? bfloat16_bits(load(rows + (i + 1) * ld + j)) : Vec<F>{};
+        store(scratch + i / 2 * ld + j, first | second << 16);
+      }
+  return scratch;
 }
 
 }  // namespace

@@ -178,15 +178,19 @@ LINCONV_INLINE Vec<T> load_as(const S* p) {
   }
 }
 
+// Each lane rounded as to_storage<BFloat16> does, in its low half.
+LINCONV_INLINE Vec<uint32_t> bfloat16_bits(Vec<float> v) {
+  const auto bits = bit_cast<Vec<uint32_t>>(v);
+  const auto rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
+}
+
 template <class S, class V>
 LINCONV_INLINE void store_as(S* p, V v) {
   if constexpr (__is_same(S, Lane<V>)) {
     store(p, v);
   } else if constexpr (__is_same(V, Vec<float>) && __is_same(S, BFloat16)) {
-    const auto bits = bit_cast<Vec<uint32_t>>(v);
-    const auto rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const auto half = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded,
-                                              typename VectorOf<uint16_t, kWidth<float>>::type);
+    const auto half = __builtin_convertvector(bfloat16_bits(v), typename VectorOf<uint16_t, kWidth<float>>::type);
     __builtin_memcpy(p, &half, sizeof(half));
 #if defined(__AVX512F__)
   } else if constexpr (__is_same(V, Vec<float>) && __is_same(S, Float16)) {

@@ -185,19 +185,19 @@ Tensor self_attention(Tensor hidden, Tensor wq, Optional bq, Tensor wk, Optional
     of_ones.emplace_back(a, View<4>{ones_of(side), math, {batch, 1, rank, 1}, {rank, rank, 1, 1}});
   }
 
-  const Tensor q = empty({batch, frames, width}, math);
+  const Tensor q = empty({batch, frames, width}, x.dtype);
   const Tensor k = empty({batch, rank, width}, math), v = empty({batch, rank, width}, math);
   const Tensor out = empty({batch, frames, width}, x.dtype);
-  const auto rows_of = [&](const Tensor& t) {
-    return View<2>{t.data_ptr(), math, {t.size(0) * t.size(1), width}, {width, 1}};
+  const auto rows_of = [&](const Tensor& t, DType dtype) {
+    return View<2>{t.data_ptr(), dtype, {t.size(0) * t.size(1), width}, {width, 1}};
   };
   require(batch <= 1 || frames == 0 || x.stride[0] == frames * x.stride[1], "hidden: wanted all rows' frames at the same distance");
   const View<2> all_frames{x.data, x.dtype, {batch * frames, d}, {x.stride[1], x.stride[2]}};
   const auto of_sums = [&](const Tensor& weight, const Optional& bias, int64_t side, const Tensor& result) {
     return Product({sums_of(side), math, {all_ranks, d}, {d, 1}}, view<2>(weight, "weight"), view<1>(bias, "bias"),
-                   {ones_of(side), math, {all_ranks}, {1}}, rows_of(result));
+                   {ones_of(side), math, {all_ranks}, {1}}, rows_of(result, math));
   };
-  const Product queries(all_frames, view<2>(wq, "wq"), view<1>(bq, "bq"), {}, rows_of(q));
+  const Product queries(all_frames, view<2>(wq, "wq"), view<1>(bq, "bq"), {}, rows_of(q, x.dtype));
   const Product keys = of_sums(wk, bk, 0, k), values = of_sums(wv, bv, sides - 1, v);
 
   const auto by_head = [&](const Tensor& t) {  // (batch, heads, L or r, headdim)

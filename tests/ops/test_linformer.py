@@ -97,16 +97,18 @@ def test_oracle_of_long_sequences(headdim, rank, backend):
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
 
 
+def in_torch(q, k, v, proj_k, proj_v):
+    length = q.shape[2]
+    k, v = (p[:length].mT @ x / math.sqrt(length) for p, x in ((proj_k, k), (proj_v, v)))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length, headdim, rank", [(300, 64, 128), (77, 33, 20), (40, 130, 300)])
 def test_oracle_low_precision(dtype, length, headdim, rank):
     """Errors are those of torch's own operators in the same precision, at most twice; three times for gradients."""
     inputs = tensors(2, 2, length, headdim, rank, dtype=dtype)
     upstream = random(2, 2, length, headdim, dtype=dtype)
-
-    def in_torch(q, k, v, proj_k, proj_v):
-        k, v = (p[:length].mT @ x / math.sqrt(length) for p, x in ((proj_k, k), (proj_v, v)))
-        return F.scaled_dot_product_attention(q, k, v)
 
     exact, exact_gradients = gradients(in_torch, [t.double() for t in inputs], upstream.double())
     theirs, their_gradients = gradients(in_torch, inputs, upstream)
@@ -232,8 +234,12 @@ def test_parameters_in_another_precision():
     inputs = [t.bfloat16() if i < 3 else t.float() for i, t in enumerate(tensors(1, 2, 20, 16, 8))]
     with torch.autocast(here(), torch.bfloat16):
         y, grads = gradients(lambda *t: linformer_attention(*t, backend=here()), inputs, random(1, 2, 20, 16))
-    same_bits(y, linformer_attention(*(t.float() for t in inputs), backend=here()).bfloat16())
     assert [g.dtype for g in grads] == [torch.bfloat16] * 3 + [torch.float32] * 2
+    exact, theirs = in_torch(*(t.double() for t in inputs)), in_torch(*(t.bfloat16() for t in inputs))
+    no_worse_than_torch(y, theirs, exact, 2, "y")
+    x, proj = inputs[1], inputs[3][None]
+    project = dispatch.operator("linformer_project", here())
+    same_bits(project(x, proj, True, None), project(x.float(), proj, True, None))
 
 
 # ---- Dropout
