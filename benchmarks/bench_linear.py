@@ -2,9 +2,12 @@
 
     python benchmarks/bench_linear.py --out benchmarks/results/cpu/linear.json
 
-fp32, without gradients, the products of a layer: 768 to 768, a Linformer's queries; 1,024 to 4,640 and 2,048 to 1,024,
-a BiMamba2's input and output projections. The floor is the operations over the rate of a 2048 x 2048 fp32 torch.mm
-timed in turn with the kernel.
+float32 and bfloat16, without gradients, the products of a layer: 768 to 768, a Linformer's queries; 1,024 to 4,640 and
+2,048 to 1,024, a BiMamba2's input and output projections. The floor is the operations over the rate of a 2048 x 2048
+torch.mm of the dtype timed in turn with the kernel. What a CPU without AVX512-BF16 would do, in bfloat16, on one that
+has it:
+
+    LINCONV_CPU_ISA=v4 ONEDNN_MAX_CPU_ISA=AVX512_CORE python benchmarks/bench_linear.py --out ...
 """
 
 import torch
@@ -15,40 +18,43 @@ from linconv.benchmarking.machine import matmul_work
 from linconv.benchmarking.record import run
 from linconv.ops.linear import linear
 
+DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((768, 768), (1_024, 4_640), (2_048, 1_024))
 
 
-def check():
+def check(dtype):
     """The kernel's error is at most 1.25 times torch's, root mean square; gradients are checked by the tests."""
-    x, weight, bias = torch.randn(300, 1_024), torch.randn(768, 1_024), torch.randn(768)
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((300, 1_024), (768, 1_024), (768,)))
     exact = F.linear(x.double(), weight.double(), bias.double())
     ours, theirs = ((f(x, weight, bias).double() - exact).norm() for f in (linear, F.linear))
     if not ours <= 1.25 * theirs:
-        raise SystemExit(f"error {ours:.2e} against {theirs:.2e} of torch; no speed is reported")
+        raise SystemExit(f"{dtype}: error {ours:.2e} against {theirs:.2e} of torch; no speed is reported")
 
 
 def body(record, lengths):
-    check()
-    mm, flops = matmul_work()
-    for d, columns in SHAPES:
-        weight, bias = torch.randn(columns, d) / d**0.5, torch.randn(columns)
-        for length in lengths:
-            x = torch.randn(length, d)
-            works = {
-                "mm": mm,
-                "linear": lambda x=x, w=weight, b=bias: linear(x, w, b),
-                "torch": lambda x=x, w=weight, b=bias: F.linear(x, w, b),
-            }
-            with torch.no_grad():
-                taken = compare(works, min_repeats=9, min_seconds=0.5)
-            seconds = {name: latency.median for name, latency in taken.items()}
-            floor = 2 * length * d * columns * seconds["mm"] / flops
-            record.add(
-                length=length, d=d, columns=columns, seconds=seconds["linear"], floor_seconds=floor,
-                over_floor=seconds["linear"] / floor, gflops_of_mm=1e-9 * flops / seconds["mm"],
-                peer="torch.nn.functional.linear", peer_seconds=seconds["torch"],
-                speedup=seconds["torch"] / seconds["linear"],
-            )  # fmt: skip
+    for dtype in DTYPES:
+        check(dtype)
+        mm, flops = matmul_work(dtype=dtype)
+        for d, columns in SHAPES:
+            weight, bias = (torch.randn(columns, d) / d**0.5).to(dtype), torch.randn(columns).to(dtype)
+            for length in lengths:
+                x = torch.randn(length, d).to(dtype)
+                works = {
+                    "mm": mm,
+                    "linear": lambda x=x, w=weight, b=bias: linear(x, w, b),
+                    "torch": lambda x=x, w=weight, b=bias: F.linear(x, w, b),
+                }
+                with torch.no_grad():
+                    taken = compare(works, min_repeats=9, min_seconds=0.5)
+                seconds = {name: latency.median for name, latency in taken.items()}
+                rate = flops / seconds["mm"]
+                floor = 2 * length * d * columns / rate
+                record.add(
+                    dtype=str(dtype)[6:], length=length, d=d, columns=columns, seconds=seconds["linear"],
+                    floor_seconds=floor, over_floor=seconds["linear"] / floor, gflops_of_mm=1e-9 * rate,
+                    peer="torch.nn.functional.linear", peer_seconds=seconds["torch"],
+                    speedup=seconds["torch"] / seconds["linear"],
+                )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ __all__ = ["matmul_work", "memory_bytes", "provenance", "rates"]
 _SIZE = 2048
 
 
-def matmul_work(size: int = _SIZE):
-    """A product of two size × size float32 matrices, as a callable, and its floating-point operations."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matmul_work(size: int = _SIZE, dtype: torch.dtype = torch.float32):
+    """A product of two size × size matrices, as a callable, and its floating-point operations."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     return lambda: a @ b, 2 * size**3
 
 
@@ -71,6 +71,7 @@ def provenance() -> dict:
         "isa": dispatch.build_info().get("isa"),
         "compiler": dispatch.build_info().get("compiler"),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
