@@ -3,13 +3,16 @@
 # triton; no network.
 #
 #   benchmarks/gpu.sh build       compiles csrc against that torch, into linconv/lib
-#   benchmarks/gpu.sh test        the operators' tests, CPU ones too; offsets past 2^31, repeats, CUDA graphs
+#   benchmarks/gpu.sh triton      the Triton kernels' tests; offsets past 2^31, repeats, CUDA graphs
+#   benchmarks/gpu.sh test        the operators' tests, CPU ones too
 #   benchmarks/gpu.sh sanitize    compute-sanitizer: memcheck, racecheck, initcheck, on a small set; or those named after it
 #   benchmarks/gpu.sh bench       the scan against peers, correctness first, JSON into $OUT or benchmarks/results/<gpu>/
-#   benchmarks/gpu.sh suites      the same of losses, Linformer, convolution and layers, by `linconv bench`
+#   benchmarks/gpu.sh suites      the same of losses, Linformer, convolution and layers, by `linconv bench`; or of those
+#                                 named after it
 #
-# PYTHON: which Python, else python3. JOBS: processes that tests run in where pytest-xdist is installed, else 8: most of
-# their time goes into compiling kernels, one process a core.
+# A part runs to its end and then fails if anything in it did.
+# PYTHON: which Python, else python3. JOBS: processes that tests run in where pytest-xdist is installed, else one for each
+# core up to 16: most of their time goes into compiling kernels.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -31,11 +34,10 @@ print(f'{major}{minor}' + 'a' * (major == 9))")}
 }
 
 tests() {
-  local jobs=()
-  "$python" -c "import xdist" 2>/dev/null && jobs=(-n "${JOBS:-8}")
-  export OMP_NUM_THREADS=1
-  "$python" -m pytest -q "${jobs[@]}" tests/ops/triton_*.py
-  "$python" -m pytest -q "${jobs[@]}" tests/ops --ignore=tests/ops/test_triton.py
+  local jobs=() cores
+  cores=$(nproc)
+  "$python" -c "import xdist" 2>/dev/null && jobs=(-n "${JOBS:-$((cores < 16 ? cores : 16))}")
+  OMP_NUM_THREADS=1 "$python" -m pytest -q "${jobs[@]}" "$@"
 }
 
 sanitize() {
@@ -43,13 +45,17 @@ sanitize() {
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1 || true)
   [ -n "$sanitizer" ] || { echo "gpu.sh sanitize: compute-sanitizer is not here" >&2; exit 1; }
   [ $# -gt 0 ] || set -- memcheck racecheck initcheck
+  # torch's allocator would hide what lies between two tensors, and results that start as NaN what a kernel reads before
+  # anyone has written it.
+  local status=0
   for tool; do
-    # torch's allocator would hide what lies between two tensors.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q -p no:cacheprovider tests/ops/triton_ssd.py
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q -p no:cacheprovider tests/ops/test_bidirectional_ssd.py -k "fused and cuda"
+    for tests in "tests/ops/triton_ssd.py" "tests/ops/test_bidirectional_ssd.py -k fused"; do
+      # shellcheck disable=SC2086
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 LINCONV_POISON=0 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        --report-api-errors no "$python" -m pytest -q -p no:cacheprovider $tests || status=$?
+    done
   done
+  return $status
 }
 
 results() {  # the folder for them
@@ -61,15 +67,17 @@ bench() {
 }
 
 suites() {
-  LINCONV_POISON=0 "$python" -m linconv.cli bench loss linformer conv layer --device cuda --budget 540 --longest-call 2 \
+  [ $# -gt 0 ] || set -- loss linformer conv layer
+  LINCONV_POISON=0 "$python" -m linconv.cli bench "$@" --device cuda --budget $((480 / $#)) --longest-call 2 \
     --out "$(results)/suites"
 }
 
 case "${1:-}" in
   build) build ;;
-  test) tests ;;
+  triton) tests tests/ops/triton_*.py ;;
+  test) tests tests/ops --ignore=tests/ops/test_triton.py ;;
   sanitize) sanitize "${@:2}" ;;
   bench) bench ;;
-  suites) suites ;;
-  *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  suites) suites "${@:2}" ;;
+  *) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

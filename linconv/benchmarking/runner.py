@@ -118,7 +118,7 @@ class _Runner:
             if implementation.ours:
                 raise
             # A peer that cannot run this: its own words are the reason.
-            self.results.absent[f"{name} ({case.key})"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            self.results.absent[f"{name} ({case.key})"] = _in_short(error)
             return False
         self.results.failed.pop(f"{case.key}: {name}", None)
         for key in (name, f"{name} ({case.key})"):
@@ -158,7 +158,7 @@ class _Runner:
             return
         group, expected = [], {}
         for implementation in usable:
-            beyond = self._beyond(case, implementation, length)
+            beyond = self._beyond(case, implementation, length) or self._out_of_memory(case, implementation, length)
             if beyond:
                 self.why[case.key, implementation.name, length, "seconds"] = beyond
             else:
@@ -188,6 +188,20 @@ class _Runner:
                 row["composed"] = True
             said.append(f"{implementation.name} {row['seconds'] * 1e3:,.2f} ms")
         self.report(f"  {length:>7,} {case.unit}: " + "; ".join(said))
+
+    def _out_of_memory(self, case: Case, implementation: Implementation, length: int) -> str:
+        """Why a call does not fit on the GPU, by trying it; "" where it does, and on CPU, where limits alone say."""
+        if case.setting.device != "cuda":
+            return ""
+        try:
+            setting = self._setting(case, implementation, length)
+            work(implementation.make, _arguments(implementation, length), setting, length)()
+            torch.cuda.synchronize()
+            return ""
+        except torch.OutOfMemoryError as error:
+            reason = _in_short(error)
+        torch.cuda.empty_cache()
+        return reason
 
     def _compare(self, case, group, length, repeats) -> dict[str, tuple[tuple[float, ...], bool]]:
         """Samples by implementation, and whether they are composed of one block's, all timed in turn."""
@@ -225,7 +239,11 @@ class _Runner:
         if beyond:
             self.why[key] = beyond
             return
-        extra = self._extra_bytes(self._setting(case, implementation, length), implementation, length)
+        try:
+            extra = self._extra_bytes(self._setting(case, implementation, length), implementation, length)
+        except torch.OutOfMemoryError as error:
+            self.why[key] = _in_short(error)
+            return
         extra //= self._sequences(case, implementation, length)
         self._row(case, implementation, length)["extra_bytes"] = extra
         self.report(f"  {length:>7,} {case.unit}: {implementation.name} {extra / 2**20:,.1f} MiB")
@@ -290,6 +308,10 @@ class _Runner:
                         row[f"{what}_predicted"] = why
                         # Below the shortest length, or from fewer values than terms, a fit says nothing.
                         row[what] = predict(terms, length) if enough and length > min(lengths) else None
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def _of_one(setting: Setting) -> Setting:

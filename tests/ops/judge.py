@@ -66,7 +66,7 @@ def on_instruction_set(name, file, selected):
     """Run the tests of `file` that match `selected` in a process whose kernels are those of instruction set `name`."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", file, "-k", selected],
-        env={**os.environ, "LINCONV_CPU_ISA": name},
+        env={**os.environ, "LINCONV_CPU_ISA": name, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,

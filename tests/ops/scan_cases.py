@@ -61,9 +61,9 @@ def with_gradients(function, arguments, **options):
     leaves = {n: t.detach().requires_grad_() for n, t in arguments.items()}
     out = function(leaves, **options)
     torch.manual_seed(1)
-    pairs = [
-        (o, torch.randn(o.shape, dtype=torch.float64).to(o.dtype)) for o in (out if isinstance(out, tuple) else (out,))
-    ]
+    results = out if isinstance(out, tuple) else (out,)
+    # The same on any device.
+    pairs = [(o, torch.randn(o.shape, dtype=torch.float64, device="cpu").to(o)) for o in results]
     outputs, upstream = zip(*[(o, u) for o, u in pairs if o.requires_grad])  # plain torch's states of no frames do not
     gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True, materialize_grads=True)
     return out, dict(zip(leaves, gradients))

@@ -723,5 +723,6 @@ def test_bad_arguments_of_self_attention(change, error, message):
     names = ("wq", "bq", "wk", "bk", "wv", "bv")
     good = dict(zip(names, weights(8, 12, dtype=torch.float32)))
     good |= dict(hidden=torch.zeros(2, 20, 8), proj_k=torch.zeros(20, 4), num_heads=3)
+    change = {n: t.to(torch.get_default_device()) if isinstance(t, torch.Tensor) else t for n, t in change.items()}
     with pytest.raises(error, match=message):
         linformer_self_attention(**(good | change))

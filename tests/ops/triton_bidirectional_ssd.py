@@ -76,7 +76,7 @@ def test_matches_the_recurrence(plan, regime, diagonal, kind):
     assert_matches_the_recurrence(arguments, plan, **options)
 
 
-@settings(deadline=None, max_examples=3 if interpreter.INTERPRETING else 40, derandomize=interpreter.INTERPRETING)
+@settings(deadline=None, max_examples=3 if interpreter.INTERPRETING else 10, derandomize=interpreter.INTERPRETING)
 @given(
     regime=st.sets(st.sampled_from(NAMES)),
     diagonal=st.sampled_from(DIAGONALS),

@@ -65,6 +65,28 @@ def assert_matches_the_reference(length, headdim, rank, per_head, shared, dropou
             torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+def test_float64():
+    """To the last bits: the scale, and that of what dropout keeps, too."""
+    inputs, upstream = tensors(2, 2, 40, 20, 6, dtype=torch.float64), random(2, 2, 40, 20, dtype=torch.float64)
+    found = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(4)
+        found.append(
+            gradients(lambda *t, b=backend: linformer_attention(*t, dropout_p=0.3, backend=b), inputs, upstream)
+        )
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
+def test_more_heads_than_a_grid_has_rows():
+    batch = 30 if interpreter.INTERPRETING else 70_000
+    inputs, upstream = tensors(batch, 2, 3, 4, 2), random(batch, 2, 3, 4)
+    found = [
+        gradients(lambda *t, b=backend: linformer_attention(*t, backend=b), inputs, upstream)
+        for backend in ("triton", "reference")
+    ]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
     inputs = tensors(1, 2, 70, 24, 20, dtype=dtype)

@@ -68,17 +68,26 @@ def attention(setting, length, heads, headdim, kind):
 
 def weights_bytes(heads, setting, length):
     """Attention weights, scores and their gradients in memory: what attention needs that keeps the matrix."""
-    matrices = 2 if setting.work == "forward" else 4
-    return matrices * setting.batch * heads * length**2 * torch.finfo(setting.torch_dtype).bits // 8
+    return _matrices(setting) * setting.batch * heads * length**2 * torch.finfo(setting.torch_dtype).bits // 8
+
+
+def weights_bytes_in_float32(heads, setting, length):
+    """The same of torch's own formula, which takes half precision to float32."""
+    return max(4 * _matrices(setting) * setting.batch * heads * length**2, weights_bytes(heads, setting, length))
+
+
+def _matrices(setting):
+    return 2 if setting.work == "forward" else 4
 
 
 def attention_implementations(device, heads, headdim):
     """Exact attention by each of torch's kernels, and as the formula says."""
+    matrices = {"math": weights_bytes_in_float32, "eager": weights_bytes}
     for kind in (*sdpa_kinds(device), "eager"):
         yield Implementation(
             "eager attention" if kind == "eager" else f"attention (SDPA, {kind})", attention, (heads, headdim, kind),
             degree=2, cost=functools.partial(attention_cost, heads, headdim),
-            memory=functools.partial(weights_bytes, heads) if kind in ("math", "eager") else None,
+            memory=functools.partial(matrices[kind], heads) if kind in matrices else None,
         )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ strides, and two for the sums; logits are one, and one for theirs; backward is o
 the launch itself: no table is copied to the device, nothing is read back to the host, so a CUDA graph can hold it all.
 """
 
-import struct
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -14,6 +13,7 @@ import triton
 
 from linconv.ops.distillation_loss import triton_kernels as kernels
 from linconv.ops.triton_launch import MATH, empty, launch, launched
+from linconv.ops.triton_numbers import bits_of
 
 STATISTICS = 6  # numbers of a row of logits
 PARAMETER_BYTES = 3072  # that layers may take of the 4 KiB of a launch
@@ -164,15 +164,14 @@ def _launch_logits(kernel, student, teacher, mask, temperature, columns: bool, a
     batch, frames, classes = student.shape
     math = _math(student, teacher)
     tile = choose_tile(classes, math, held=False)
-    (bits,) = struct.unpack("<q", struct.pack("<d", 1 / temperature))
     grid = triton.cdiv(batch * frames, tile.rows), triton.cdiv(classes, tile.columns) if columns else 1
     launch(
         kernel,
         grid,
         dict(
             student=student, teacher=teacher, **_strides("s", student), **_strides("t", teacher), **_mask(mask),
-            **arguments, inverse_bits=bits, rows=batch * frames, frames=frames, classes=classes, BR=tile.rows,
-            BV=tile.columns, MATH=MATH[math],
+            **arguments, inverse_bits=bits_of(1 / temperature), rows=batch * frames, frames=frames, classes=classes,
+            BR=tile.rows, BV=tile.columns, MATH=MATH[math],
         ),
         tile.warps,
         **OPTIONS,

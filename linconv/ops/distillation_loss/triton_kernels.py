@@ -11,6 +11,8 @@ Of a row of logits the six numbers of csrc/distillation_loss/kernel.h are kept.
 import triton
 import triton.language as tl
 
+from linconv.ops.triton_numbers import number_of
+
 
 @triton.jit
 def _of_layer(layer, values):
@@ -263,11 +265,6 @@ def _raise(largest, total, other, MATH: tl.constexpr):
     return largest, total * factor, factor, rise
 
 
-@triton.jit
-def _inverse(temperature_bits, MATH: tl.constexpr):
-    return temperature_bits.to(tl.int64).to(tl.float64, bitcast=True).to(MATH)
-
-
 @triton.jit(do_not_specialize=["inverse_bits"])
 def logits_forward(
     student, teacher, s_b, s_t, s_c, t_b, t_t, t_c, mask, m_b, m_t, before, statistics, inverse_bits, rows, frames,
@@ -278,13 +275,13 @@ def logits_forward(
 
     Args:
         before: the same of classes before these, or None.
-        inverse_bits: the bits of 1 / temperature in float64, for a launch takes floating-point numbers in float32 only.
+        inverse_bits: `bits_of` 1 / temperature.
     """
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     inside = row < rows
     batch, frame = row // frames, row % frames
     valid = _counts(mask, batch, frame, inside, m_b, m_t)
-    inverse = _inverse(inverse_bits, MATH)
+    inverse = number_of(inverse_bits, MATH)
     s_rows = batch * s_b + frame * s_t
     t_rows = batch * t_b + frame * t_t
     s_largest = tl.full((BR,), float("-inf"), tl.float64)
@@ -341,7 +338,7 @@ def logits_backward(
     batch, frame = row // frames, row % frames
     valid = _counts(mask, batch, frame, inside, m_b, m_t)
     there = valid[:, None] & (column < classes)[None, :]
-    inverse = _inverse(inverse_bits, MATH)
+    inverse = number_of(inverse_bits, MATH)
     s = _load(student, batch * s_b + frame * s_t, column, s_c, there, float("-inf"), MATH) * inverse
     t = _load(teacher, batch * t_b + frame * t_t, column, t_c, there, float("-inf"), MATH) * inverse
     s_largest = tl.load(statistics + row * 6, mask=valid, other=0)
@@ -354,7 +351,7 @@ def logits_backward(
     q = tl.exp(u) * (1 / s_total).to(MATH)[:, None]
     p = tl.exp(v) * (1 / t_total).to(MATH)[:, None]
     g = tl.load(upstream + row * u_r, mask=valid, other=0).to(tl.float64) / _number(counted, counting)
-    g = (g * _inverse(inverse_bits, tl.float64)).to(MATH)[:, None]
+    g = (g * number_of(inverse_bits, tl.float64)).to(MATH)[:, None]
     to = row[:, None] * classes + column[None, :]
     there = inside[:, None] & (column < classes)[None, :]
     if ds is not None:

@@ -16,6 +16,7 @@ import triton.language as tl
 from linconv.ops import triton_launch
 from linconv.ops.linformer import triton_kernels as kernels
 from linconv.ops.triton_launch import capability_of, empty, launch, launched
+from linconv.ops.triton_numbers import bits_of
 from linconv.ops.triton_replay import replayed
 
 MATH = {**triton_launch.MATH, torch.bfloat16: tl.bfloat16}
@@ -32,6 +33,7 @@ class Tiles:
         frames, ranks: of a tile of scores, of a projection, or of its gradient.
         columns: of headdim of a tile of a projection.
         gradient_frames, gradient_ranks: of a tile of the gradients of attention.
+        key_ranks: ranks of a tile of keys' and values' gradients.
         warps, gradient_warps, stages: of each kernel.
     """
 
@@ -40,16 +42,17 @@ class Tiles:
     columns: int
     gradient_frames: int
     gradient_ranks: int
+    key_ranks: int
     warps: int = 4
     gradient_warps: int = 8
     stages: int = 2
 
 
-# Frames, ranks and warps of the gradients for heads of up to 64, 128 and 256 columns.
+# Frames, ranks, ranks of keys, and warps of the gradients for heads of up to 64, 128 and 256 columns.
 FLOAT32_GRADIENTS = {
-    "ieee": ((32, 32, 8), (16, 16, 4), (16, 16, 8)),
-    "tf32": ((32, 32, 8), (32, 16, 4), (16, 32, 8)),
-    "tf32x3": ((16, 32, 8), (16, 16, 4)),
+    "ieee": ((32, 32, 32, 8), (16, 16, 16, 4), (16, 16, 16, 8)),
+    "tf32": ((32, 32, 32, 8), (32, 16, 16, 4), (16, 32, 16, 8)),
+    "tf32x3": ((16, 32, 32, 8), (16, 16, 16, 4)),
 }
 
 
@@ -57,23 +60,29 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, capability:
     """The committed table: tiles by the type that products are taken in, the size of a head, and the GPU."""
     D = _power(headdim)
     if operand == torch.float64:
-        return Tiles(frames=16, ranks=16, columns=min(D, 32), gradient_frames=16, gradient_ranks=16, stages=1)
+        return Tiles(
+            frames=16, ranks=16, columns=min(D, 32), gradient_frames=16, gradient_ranks=16, key_ranks=16, stages=1
+        )
     if operand == torch.float32:
-        wide = D > 64
-        frames, ranks, warps = FLOAT32_GRADIENTS[precision][0 if D <= 64 else 1 if D <= 128 else 2]
-        if precision == "ieee" and capability >= 100:
-            warps = 8
+        wide, newest = D > 64, capability >= 100
+        frames, ranks, key_ranks, gradient_warps = FLOAT32_GRADIENTS[precision][0 if D <= 64 else 1 if D <= 128 else 2]
+        warps = 8 if precision == "tf32x3" or (wide and not (precision == "tf32" and newest)) else 4
+        if precision == "ieee":
+            gradient_warps = 8 if newest else 4 if D > 128 else gradient_warps
+        elif precision == "tf32" and not newest:
+            gradient_warps = 8
         return Tiles(
             frames=16 if wide else 32, ranks=32, columns=min(D, 64), gradient_frames=frames, gradient_ranks=ranks,
-            warps=8 if wide or precision == "tf32x3" else 4, gradient_warps=warps, stages=1,
+            key_ranks=key_ranks, warps=warps, gradient_warps=gradient_warps, stages=1,
         )  # fmt: skip
     if D <= 64:
         gradient_ranks = 64 if capability >= 90 else 32
-        return Tiles(frames=64, ranks=64, columns=D, gradient_frames=64, gradient_ranks=gradient_ranks)
-    if D <= 128:
-        return Tiles(frames=64, ranks=32, columns=64, gradient_frames=64, gradient_ranks=32, warps=8, stages=1)
-    gradient_frames = 32 if capability >= 90 else 16
-    return Tiles(frames=64, ranks=32, columns=64, gradient_frames=gradient_frames, gradient_ranks=16, warps=8, stages=1)
+        tiles = Tiles(64, 64, D, gradient_frames=64, gradient_ranks=gradient_ranks, key_ranks=gradient_ranks)
+    elif D <= 128:
+        tiles = Tiles(64, 32, 64, gradient_frames=64, gradient_ranks=32, key_ranks=32, warps=8, stages=1)
+    else:
+        tiles = Tiles(64, 32, 64, gradient_frames=32, gradient_ranks=16, key_ranks=16, warps=8, stages=1)
+    return tiles
 
 
 def _power(size: int) -> int:
@@ -130,7 +139,7 @@ def _sum(parts, out, seq_lens, frames, normalize):
     size, block = rank * headdim, 1024
     launch(
         kernels.sum_parts,
-        (triton.cdiv(size, block), batch * heads),
+        (batch * heads, triton.cdiv(size, block)),
         dict(
             parts=parts, out=out, bounds=seq_lens, frames=frames, heads=heads, splits=splits, size=size,
             NORMALIZE=normalize, BLOCK=block, MATH=MATH[parts.dtype], **_split_options(),
@@ -151,7 +160,7 @@ def linformer_project(x, proj, normalize, seq_lens):
     blocks = triton.cdiv(headdim, tiles.columns)
     launch(
         kernels.project,
-        (triton.cdiv(rank, tiles.ranks) * blocks, splits, batch * heads),
+        (batch * heads, triton.cdiv(rank, tiles.ranks) * blocks, splits),
         dict(
             x=x, proj=proj, parts=parts, bounds=seq_lens, frames=frames, heads=heads, rank=rank, headdim=headdim,
             splits=splits, column_blocks=blocks, **_strides("x", x, "bhtc"), **_head_strides(proj),
@@ -186,7 +195,7 @@ def linformer_project_backward(grad, x, proj, normalize, seq_lens):
     )  # fmt: skip
     launch(
         kernels.unproject,
-        (triton.cdiv(frames, tiles.frames), blocks, batch * heads),
+        (triton.cdiv(frames, tiles.frames) * batch * heads, blocks),
         dict(proj=proj, dx=dx, **common, **_head_strides(proj), **_strides("d", dx, "bhtc")),
         tiles.warps,
         tiles.stages,
@@ -212,10 +221,14 @@ def linformer_project_backward(grad, x, proj, normalize, seq_lens):
 
 def _attention(q, k, v, scale, dropout_p, seed, seq_lens):
     operand, options = _options(q)
+
+    def number(x):
+        return bits_of(x) if options["MATH"] == tl.float64 else x
+
     common = dict(
         q=q, k=k, v=v, bounds=seq_lens, seed=seed, frames=q.shape[2], heads=q.shape[1], rank=k.shape[2],
-        headdim=q.shape[3], scale=scale, threshold=min(round(dropout_p * 2**32), 2**32 - 1),
-        keep_scale=1 / (1 - dropout_p), **_strides("q", q, "bhtc"), **_strides("k", k, "bhrc"),
+        headdim=q.shape[3], scale=number(scale), threshold=min(round(dropout_p * 2**32), 2**32 - 1),
+        keep_scale=number(1 / (1 - dropout_p)), **_strides("q", q, "bhtc"), **_strides("k", k, "bhrc"),
         **_strides("v", v, "bhrc"), BD=_power(q.shape[3]), **options,
     )  # fmt: skip
     return common, _tiles(q, operand, options)
@@ -228,7 +241,7 @@ def linformer_attend(q, k, v, scale, dropout_p, seed, seq_lens):
     out = _empty_frames(q)
     launch(
         kernels.attend,
-        (triton.cdiv(q.shape[2], tiles.frames), q.shape[0] * q.shape[1]),
+        (triton.cdiv(q.shape[2], tiles.frames) * q.shape[0] * q.shape[1],),
         dict(out=out, **common, **_strides("o", out, "bhtc"), BT=tiles.frames, BR=tiles.ranks),
         tiles.warps,
         tiles.stages,
@@ -251,7 +264,7 @@ def linformer_attend_backward(grad, q, k, v, scale, dropout_p, seed, seq_lens):
     common |= dict(normalisers=normalisers, means=means)
     launch(
         kernels.attend_queries,
-        (triton.cdiv(frames, tiles.gradient_frames), batch * heads),
+        (triton.cdiv(frames, tiles.gradient_frames) * batch * heads,),
         dict(dq=dq, **common, **_strides("o", dq, "bhtc")),
         tiles.gradient_warps,
         tiles.stages,
@@ -259,8 +272,8 @@ def linformer_attend_backward(grad, q, k, v, scale, dropout_p, seed, seq_lens):
     dk_parts, dv_parts = (empty((batch, heads, splits, rank, headdim), q, _math(q)) for _ in range(2))
     launch(
         kernels.attend_keys,
-        (triton.cdiv(rank, tiles.gradient_ranks), splits, batch * heads),
-        dict(dk_parts=dk_parts, dv_parts=dv_parts, splits=splits, **common, **_split_options()),
+        (batch * heads, triton.cdiv(rank, tiles.key_ranks), splits),
+        dict(common, dk_parts=dk_parts, dv_parts=dv_parts, splits=splits, BR=tiles.key_ranks, **_split_options()),
         tiles.gradient_warps,
         tiles.stages,
     )
