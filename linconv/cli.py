@@ -88,14 +88,14 @@ def _build_parser() -> _Parser:
     sub.add_argument("--seed", type=int, default=0, help="seed of the mixers' weights (default 0)")
 
     for name, run, text in (
-        ("finetune", _finetune, "Fine-tune a teacher on a task: classification of clips, or CTC."),
+        ("finetune", _finetune, "Fine-tune a teacher on a task: classification of clips or of sentences, or CTC."),
         ("distill", _distill, "Convert a fine-tuned teacher and distil it into the result."),
     ):
         sub = command(name, run, text)
         _add_recipe_flags(sub)
-        sub.add_argument("--steps", type=int, help="optimizer steps")
-        sub.add_argument("--lr", type=float, help="learning rate")
-        sub.add_argument("--batch", type=int, help="clips a batch, on each device")
+        sub.add_argument("--steps", type=_above_zero(int), help="optimizer steps")
+        sub.add_argument("--lr", type=_above_zero(float), help="learning rate")
+        sub.add_argument("--batch", type=_above_zero(int), help="clips a batch, on each device")
         sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
         sub.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
 
@@ -155,9 +155,10 @@ def _convert(arguments) -> None:
     import transformers
 
     from linconv.conversion import convert
-    from linconv.pipeline import load_model, save_preprocessing
+    from linconv.pipeline import check_output, load_model, save_preprocessing
 
     _only_our_bars()
+    check_output(arguments.output, "--output", MODEL=arguments.model)
     model = load_model(arguments.model, "model")
     transformers.set_seed(arguments.seed)
     converted = _checked_conversion(convert, model, arguments)
@@ -262,6 +263,17 @@ def _recipe(arguments, overrides=()):
     if arguments.layers is not None:
         given.append(("conversion.layers", _layers(arguments.layers)))
     return load_recipe(arguments.recipe, [*given, *overrides, *map(_key_value, arguments.set)])
+
+
+def _above_zero(kind):
+    def read(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    read.__name__ = f"{kind.__name__} above 0"  # as argparse calls it: "invalid int above 0 value"
+    return read
 
 
 def _key_value(text: str) -> tuple:

@@ -1,8 +1,11 @@
 """What the command line does, as functions: fine-tune a teacher, distil a student, score a checkpoint."""
 
+import contextlib
 import copy
 import json
+import warnings
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +38,7 @@ __all__ = [
     "RESULTS_FILE",
     "WAYPOINTS_FOLDER",
     "Run",
+    "check_output",
     "distill",
     "evaluate",
     "finetune",
@@ -45,7 +49,10 @@ __all__ = [
 ]
 
 RESULTS_FILE = "results.json"
+RECIPE_FILE = "recipe.json"  # in each checkpoint
 PROBE_CLIPS = 8
+# Weights of half precision would lose small steps, and features are float32: `bf16` in a recipe is autocast.
+TRAINED_IN = torch.float32
 WAYPOINTS_FOLDER = "waypoints"  # in the teacher's
 
 _AUTO_CLASS = {
@@ -83,6 +90,15 @@ def load_model(path: str, what: str, auto_class: str | None = None, **kwargs) ->
         return auto.from_pretrained(path, config=config, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{what}: {path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def check_output(output: str, what: str, **inputs: str | None) -> None:
+    """Raises UserError where a folder to be written is a file, or is one of those that are read."""
+    if Path(output).exists() and not Path(output).is_dir():
+        raise UserError(f"{what}: {output} is a file; want a folder")
+    for name, path in inputs.items():
+        if path is not None and Path(path).is_dir() and Path(path).resolve() == Path(output).resolve():
+            raise UserError(f"{what}: {output} is {name.replace('__', '.')} too, which would be overwritten")
 
 
 def empty_model(path: str, what: str) -> PreTrainedModel:
@@ -169,8 +185,9 @@ def _base_model(recipe: Recipe, config) -> PreTrainedModel:
     if recipe.model.source is None:
         return getattr(transformers, _AUTO_CLASS[recipe.task]).from_config(config)
     return load_model(
-        recipe.model.source, "model.source", _AUTO_CLASS[recipe.task], config=config, ignore_mismatched_sizes=True
-    )
+        recipe.model.source, "model.source", _AUTO_CLASS[recipe.task], config=config, ignore_mismatched_sizes=True,
+        dtype=TRAINED_IN,
+    )  # fmt: skip
 
 
 # ---- Preprocessing
@@ -178,11 +195,10 @@ def _base_model(recipe: Recipe, config) -> PreTrainedModel:
 
 def save_preprocessing(source: str, folder: str) -> None:
     """Copies the feature extractor and the tokenizer of a checkpoint, as far as it has them, to ``folder``."""
-    for auto in (AutoFeatureExtractor, AutoTokenizer):
-        try:
-            auto.from_pretrained(source).save_pretrained(folder)
-        except (OSError, ValueError, TypeError, AttributeError):  # it has none
-            continue
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # it has none
+        AutoFeatureExtractor.from_pretrained(source).save_pretrained(folder)
+    if (tokenizer := _tokenizer(source)) is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _feature_extractor(path: str | None, config, recipe: Recipe):
@@ -208,10 +224,36 @@ def _feature_extractor(path: str | None, config, recipe: Recipe):
 
 
 def _tokenizer(path: str | None):
+    """The tokenizer of a checkpoint, or None where it has none."""
     try:
-        return None if path is None else AutoTokenizer.from_pretrained(path)
+        tokenizer = None if path is None else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+    # Of some model types transformers makes one of special tokens alone where there are no files.
+    return None if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids) else tokenizer
+
+
+def _spelling(tokenizer, data):
+    """What makes the tokens of a transcript: in capitals where a vocabulary has no others."""
+    letters = [token for token in tokenizer.get_vocab() if len(token) == 1 and token.lower() != token.upper()]
+    capitals = data.normalize_text and letters and all(token.isupper() for token in letters)
+    return lambda text: tokenizer(text.upper() if capitals else text).input_ids
+
+
+def _check_transcripts(texts, spell, tokenizer) -> None:
+    """Warns of characters that there are no tokens for; it is an error if there are none for any."""
+    characters = set().union(*texts) - {" "}
+    unknown_ones = sorted(c for c in characters if tokenizer.unk_token_id in spell(c))
+    if not unknown_ones:
+        return
+    shown = " ".join(unknown_ones[:20]) + (" ..." if len(unknown_ones) > 20 else "")
+    if len(unknown_ones) == len(characters):
+        raise UserError(f"data.text: the tokenizer has no token for any character of the transcripts: {shown}")
+    warnings.warn(
+        f"data.text: the tokenizer has no token for {shown}, which become {tokenizer.unk_token}: take them out of the "
+        "transcripts, or fine-tune from a checkpoint whose tokenizer has them",
+        stacklevel=2,
+    )
 
 
 @dataclass
@@ -223,7 +265,7 @@ class _Preprocessing:
     saved: Any  # what goes into the checkpoint folder
 
 
-def _preprocessing(recipe: Recipe, config, extractor, tokenizer) -> _Preprocessing:
+def _preprocessing(recipe: Recipe, splits: Splits, config, extractor, tokenizer) -> _Preprocessing:
     if recipe.task != "ctc":
         label2id = dict(config.label2id)
 
@@ -240,7 +282,10 @@ def _preprocessing(recipe: Recipe, config, extractor, tokenizer) -> _Preprocessi
             return _Preprocessing(SentenceCollator(tokenizer, encode, length), Metrics(), tokenizer)
         return _Preprocessing(Collator(extractor, encode), Metrics(), extractor)
     processor = transformers.Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer)
-    return _Preprocessing(Collator(extractor, lambda text: tokenizer(text).input_ids), Metrics(tokenizer), processor)
+    spell = _spelling(tokenizer, recipe.data)
+    known = [splits[name].targets for name in ("train", "validation", "test") if splits[name] is not None]
+    _check_transcripts(chain.from_iterable(filter(None, known)), spell, tokenizer)
+    return _Preprocessing(Collator(extractor, spell), Metrics(tokenizer), processor)
 
 
 # ---- Runs
@@ -255,6 +300,7 @@ class Run:
     splits: Splits
     output: Path
     title: str
+    command: str  # finetune or distill
 
     def describe(self) -> list[tuple[str, str]]:
         args, model = self.trainer.args, self.trainer.model
@@ -284,12 +330,20 @@ class Run:
         Returns:
             The scores, which are also in ``results.json`` in ``output``.
         """
-        checkpoint = None
+        checkpoint = last_checkpoint(self.output)
         if resume:
-            checkpoint = last_checkpoint(self.output)
             if checkpoint is None:
                 raise UserError(f"--resume: no complete checkpoint in {self.output}")
-        self.trainer.train(resume_from_checkpoint=checkpoint)
+            self._check_checkpoint(checkpoint)
+        elif checkpoint is not None:
+            raise UserError(f"output: {checkpoint} is of an earlier run; want --resume, or another folder")
+        if resume and self._is_at_its_end(checkpoint):
+            weights = load_model(checkpoint, "--resume", dtype=TRAINED_IN).state_dict()
+            self.trainer.model.load_state_dict(weights)
+            state = Path(checkpoint) / "trainer_state.json"
+            self.trainer.state = transformers.TrainerState.load_from_json(str(state))
+        else:
+            self.trainer.train(resume_from_checkpoint=checkpoint)
         self.trainer.save_model()
         split = "test" if self.splits.test is not None else "validation"
         scores = {}
@@ -298,6 +352,7 @@ class Run:
             scores = {k: v for k, v in scores.items() if k.startswith(f"{split}_") and _is_score(k)}
         if self.trainer.is_world_process_zero():
             results = {
+                "command": self.command,
                 "scores": scores,
                 "clips": self.trainer.compute_metrics.clips if scores else [],
                 "parameters": self.trainer.model.num_parameters(),
@@ -306,6 +361,41 @@ class Run:
             }
             (self.output / RESULTS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         return scores
+
+    def _check_checkpoint(self, checkpoint: str) -> None:
+        """Raises UserError where a checkpoint is of another run, or cannot be gone on from."""
+        if self.trainer.args.save_only_model:
+            raise UserError("--resume: save_only_model leaves checkpoints nothing to go on from; want it false")
+        file = Path(checkpoint) / RECIPE_FILE
+        if not file.is_file():
+            return
+        then, now = json.loads(file.read_text()), _identity(self.recipe)
+        for key in now:
+            if then.get(key) != now[key]:
+                raise UserError(f"--resume: {checkpoint} is of a run with {key} {then.get(key)}; got {now[key]}")
+
+    def _is_at_its_end(self, checkpoint: str) -> bool:
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+        steps = self.trainer.args.max_steps
+        return state["global_step"] >= (steps if steps > 0 else state["max_steps"])
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What a run may not change on the way, as JSON has it. How long it is, and what it logs, it may."""
+    fields = {k: v for k, v in asdict(recipe).items() if k not in ("output", "finetune", "distill")}
+    return json.loads(json.dumps(fields, default=str))
+
+
+class KeepRecipe(transformers.TrainerCallback):
+    """Writes into each checkpoint whose run it is of."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / RECIPE_FILE).write_text(json.dumps(_identity(self.recipe), indent=2, ensure_ascii=False) + "\n")
 
 
 class KeepWaypoints(transformers.TrainerCallback):
@@ -326,6 +416,7 @@ def finetune(recipe: Recipe, folder: str | None = None) -> Run:
     ``folder``, if given, is where the trainer writes in place of that, for a dry run.
     """
     output = _required(recipe.model.teacher, "model.teacher", "a folder for the fine-tuned model")
+    check_output(output, "model.teacher", model__source=recipe.model.source)
     splits = load_splits(recipe.data, recipe.task)
     _need_train(splits)
     transformers.set_seed(recipe.seed)
@@ -343,13 +434,13 @@ def finetune(recipe: Recipe, folder: str | None = None) -> Run:
             raise UserError(f"model.freeze_feature_encoder: a {type(model).__name__} has none")
         model.freeze_feature_encoder()
     extractor = _feature_extractor(recipe.model.source, config, recipe)
-    preprocessing = _preprocessing(recipe, config, extractor, tokenizer)
+    preprocessing = _preprocessing(recipe, splits, config, extractor, tokenizer)
     trainer = _trainer(recipe, recipe.finetune, folder or output, model, splits, preprocessing, mode=Unguided())
     if recipe.model.waypoints < 0:
         raise UserError(f"model.waypoints: got {recipe.model.waypoints}; want a number from 0 up")
     if recipe.model.waypoints:
         trainer.add_callback(KeepWaypoints(Path(folder or output) / WAYPOINTS_FOLDER, recipe.model.waypoints))
-    return Run(recipe, trainer, splits, Path(output), f"fine-tune {recipe.model.source or 'a new model'}")
+    return Run(recipe, trainer, splits, Path(output), f"fine-tune {recipe.model.source or 'a new model'}", "finetune")
 
 
 def distill(recipe: Recipe, folder: str | None = None) -> Run:
@@ -359,6 +450,7 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
     """
     path = _required(recipe.model.teacher, "model.teacher", "the checkpoint of a fine-tuned model")
     output = _required(recipe.output, "output", "a folder for the student")
+    check_output(output, "output", model__teacher=path, model__source=recipe.model.source)
     options = recipe.guide.options()
     if "waypoint_guided" in (recipe.guide.name, recipe.guide.mode) and "checkpoints" not in options:
         options["checkpoints"] = str(Path(path) / WAYPOINTS_FOLDER)
@@ -366,7 +458,7 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
         mode = make_mode(recipe.guide.name, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"guide.{error}") from error
-    teacher = _any_length(load_model(path, "model.teacher"))
+    teacher = _any_length(load_model(path, "model.teacher", dtype=TRAINED_IN))
     extractor = _feature_extractor(path, teacher.config, recipe)
     tokenizer = None if recipe.task == "classification" else _tokenizer(path)
     if recipe.task != "classification" and tokenizer is None:
@@ -375,6 +467,11 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
     _need_train(splits)
     transformers.set_seed(recipe.seed)
     base = teacher
+    if recipe.model.overrides:
+        config = load_config(path, "model.teacher")
+        _check_entries(config, recipe.model.overrides, "model.overrides")
+        config.update(recipe.model.overrides)
+        base = _any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
     if mode.origin == "source":
         if recipe.model.source is None and not recipe.model.config:
             raise UserError(
@@ -385,20 +482,21 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
     if isinstance(mode.guide, TrajectoryGuided):
         teacher = copy.deepcopy(base)  # the head too: both start from the same place
     elif isinstance(mode.guide, WaypointGuided):
-        teacher = _any_length(load_model(mode.guide.waypoint(0), "guide.checkpoints"))
+        teacher = _any_length(load_model(mode.guide.waypoint(0), "guide.checkpoints", dtype=TRAINED_IN))
     if recipe.model.freeze_feature_encoder:
         student.freeze_feature_encoder()
-    preprocessing = _preprocessing(recipe, teacher.config, extractor, tokenizer)
+    preprocessing = _preprocessing(recipe, splits, teacher.config, extractor, tokenizer)
     trainer = _trainer(
         recipe, recipe.distill, folder or output, student, splits, preprocessing, mode=mode, teacher=teacher
     )
     where = "all" if recipe.conversion.layers is None else len(recipe.conversion.layers)
-    return Run(recipe, trainer, splits, Path(output), f"distil {path} into {recipe.conversion.mixer} ({where} layers)")
+    title = f"distil {path} into {recipe.conversion.mixer} ({where} layers)"
+    return Run(recipe, trainer, splits, Path(output), title, "distill")
 
 
 def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, float]:
     """The scores of a checkpoint on one split: accuracy, or word and character error rate for CTC."""
-    model = _any_length(load_model(checkpoint, "checkpoint"))
+    model = _any_length(load_model(checkpoint, "checkpoint", dtype=TRAINED_IN))
     extractor = _feature_extractor(checkpoint, model.config, recipe)
     tokenizer = None if recipe.task == "classification" else _tokenizer(checkpoint)
     if recipe.task != "classification" and tokenizer is None:
@@ -406,7 +504,7 @@ def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, 
     splits = load_splits(recipe.data, recipe.task)
     if splits[split] is None:
         raise UserError(f"split: the data has nothing for {split}")
-    preprocessing = _preprocessing(recipe, model.config, extractor, tokenizer)
+    preprocessing = _preprocessing(recipe, splits, model.config, extractor, tokenizer)
     options = {k: v for k, v in recipe.distill.items() if k == "per_device_eval_batch_size"}
     with TemporaryDirectory() as folder:
         trainer = _trainer(recipe, options, folder, model, splits, preprocessing, mode=Unguided())
@@ -426,7 +524,11 @@ def last_checkpoint(folder: str | Path) -> str | None:
 def _trainer(
     recipe: Recipe, options: dict, output: str, model, splits: Splits, preprocessing, **kwargs
 ) -> DistillationTrainer:
-    defaults = {"report_to": "none", "log_level": "warning", "dataloader_pin_memory": torch.cuda.is_available()}
+    defaults = {
+        "report_to": "none", "log_level": "warning", "dataloader_pin_memory": torch.cuda.is_available(),
+        # Where there is nothing else, the processes of torchrun find each other and bf16 is taken only if told so.
+        "use_cpu": not torch.accelerator.is_available(),
+    }  # fmt: skip
     fixed = {"output_dir": output, "seed": recipe.seed, "remove_unused_columns": False}
     wants_evaluation = options.get("eval_strategy", "no") != "no"
     if wants_evaluation and splits.validation is None:
@@ -446,6 +548,8 @@ def _trainer(
         )
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
+    _warn_of_what_comes_too_late(recipe, args)
+    trainer.add_callback(KeepRecipe(recipe))
     # One of the two is there, by disable_tqdm.
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     if splits.test is not None and splits.test.targets is not None and splits.train is not None:
@@ -455,6 +559,15 @@ def _trainer(
     if trainer.pop_callback(transformers.trainer_callback.ProgressCallback) is not None:
         trainer.add_callback(Progress())
     return trainer
+
+
+def _warn_of_what_comes_too_late(recipe: Recipe, args) -> None:
+    """Where a run was made shorter, and what its recipe says of single steps was not."""
+    late = {"warmup_steps": args.warmup_steps} if args.warmup_steps >= 1 else {}
+    late |= {f"guide.{key}": getattr(recipe.guide, key) for key in ("drop_layer_loss_at", "drop_kd_at")}
+    for key, step in late.items():
+        if step is not None and 0 < args.max_steps <= step:
+            warnings.warn(f"{key}: {step:g}, but training ends at step {args.max_steps}; want it earlier", stacklevel=2)
 
 
 def _required(value: str | None, key: str, what: str) -> str:

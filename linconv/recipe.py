@@ -52,7 +52,7 @@ class Model:
 
     ``source`` is the pretrained model; or ``config`` describes one to be trained from scratch. ``teacher`` is the
     fine-tuned one: ``finetune`` writes it and ``distill`` reads it. ``overrides`` go into the config of what is
-    fine-tuned. ``waypoints`` is how many snapshots of the fine-tuning ``finetune`` keeps in ``waypoints`` below the
+    trained. ``waypoints`` is how many snapshots of the fine-tuning ``finetune`` keeps in ``waypoints`` below the
     teacher's folder, evenly spaced, for the mode waypoint_guided.
     """
 

@@ -1,13 +1,16 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 import yaml
 from audio_folder import make_folder
 
+from linconv import pipeline
 from linconv.cli import main
+from linconv.recipe import load_recipe
 
 WAV2VEC2 = {
     "model_type": "wav2vec2",
@@ -157,6 +160,84 @@ def test_resume_goes_on_from_the_last_checkpoint(trained, tmp_path, capsys):
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
 
 
+def test_a_checkpoint_is_gone_on_from_by_its_own_run_only(trained, tmp_path, capsys):
+    folder, path = trained
+    flags = ["distill", path, "--output", tmp_path / "out", "--set", "distill.save_strategy=steps",
+             "--set", "distill.save_steps=1"]  # fmt: skip
+    linconv(*flags)
+    linconv(*flags, status=2)
+    assert "checkpoint-2 is of an earlier run; want --resume" in capsys.readouterr().err
+    for change, message in (
+        (("--seed", 5), "is of a run with seed 0; got 5"),
+        (("--mixer", "hydra"), "is of a run with conversion"),
+        (("--set", "distill.save_only_model=true"), "save_only_model leaves checkpoints nothing to go on from"),
+    ):
+        linconv(*flags, *change, "--resume", status=2)
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_at_its_end_is_scored_again_and_not_trained(trained, tmp_path):
+    _, path = trained
+    flags = ["distill", path, "--output", tmp_path / "out", "--set", "distill.save_strategy=steps", "--set",
+             "distill.save_steps=1", "--set", "distill.exponential_decay_to=0.5"]  # fmt: skip
+    linconv(*flags)
+
+    def left():
+        out = tmp_path / "out"
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        records = [record for record in records if "loss" in record]
+        scores = json.loads((out / "results.json").read_text())["scores"]
+        return (out / "model.safetensors").read_bytes(), records, scores, sorted(p.name for p in out.iterdir())
+
+    before = left()
+    linconv(*flags, "--resume")
+    assert left() == before
+
+
+def test_a_shortened_run_says_what_it_never_comes_to(trained, tmp_path):
+    _, path = trained
+    late = [("distill.warmup_steps", 2), ("guide.name", "hybrid"), ("guide.drop_layer_loss_at", 7)]
+    with pytest.warns(UserWarning) as said:
+        pipeline.distill(load_recipe(path, [("output", str(tmp_path / "out")), *late]))
+    said = [str(warning.message) for warning in said]
+    assert "warmup_steps: 2, but training ends at step 2; want it earlier" in said
+    assert "guide.drop_layer_loss_at: 7, but training ends at step 2; want it earlier" in said
+
+
+def test_what_is_read_is_not_written_over(trained, tmp_path, capsys):
+    folder, path = trained
+    teacher, file = folder / "teacher", tmp_path / "file"
+    file.touch()
+    for argv, message in (
+        (("distill", path, "--output", teacher), f"output: {teacher} is model.teacher too"),
+        (("finetune", path, "--set", f"model.source={teacher}", "--set", "model.config={}", "--teacher", teacher),
+         f"model.teacher: {teacher} is model.source too"),
+        (("convert", teacher, "--output", teacher), f"--output: {teacher} is MODEL too"),
+        (("convert", teacher, "--output", file), f"--output: {file} is a file; want a folder"),
+        (("distill", path, "--output", file, "--dry-run"), f"output: {file} is a file"),
+    ):  # fmt: skip
+        linconv(*argv, status=2)
+        assert message in capsys.readouterr().err
+
+
+def test_a_teacher_in_half_precision_is_taken_to_float32(trained, tmp_path):
+    from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+
+    folder, path = trained
+    AutoModelForAudioClassification.from_pretrained(folder / "teacher").half().save_pretrained(tmp_path / "half")
+    AutoFeatureExtractor.from_pretrained(folder / "teacher").save_pretrained(tmp_path / "half")
+    linconv("distill", path, "--teacher", tmp_path / "half", "--output", tmp_path / "out")
+    linconv("eval", tmp_path / "half", path)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_overrides_are_those_of_the_student(trained, tmp_path):
+    _, path = trained
+    linconv("distill", path, "--output", tmp_path / "out", "--set", "model.overrides.hidden_dropout=0.25")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_dropout"] == 0.25
+    linconv("distill", path, "--output", tmp_path / "x", "--set", "model.overrides.hiden_dropout=0.2", status=2)
+
+
 def test_student_of_the_pretrained_model(trained, tmp_path, data, capsys):
     """guide.init: source keeps the weights of model.source, under the fine-tuned teacher."""
     from transformers import AutoModelForAudioClassification
@@ -198,6 +279,55 @@ def test_ctc_by_way_of_the_command_line(tmp_path, data, capsys):
     want = json.loads((tmp_path / "student" / "results.json").read_text())["scores"]
     assert {k: scores[k] for k in ("test_wer", "test_cer")} == {k: want[k] for k in ("test_wer", "test_cer")}
     assert scores["test_cer"] > 0
+
+
+def ctc_model(folder, letters):
+    """An untrained model with a tokenizer of these letters."""
+    from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2ForCTC
+
+    folder.mkdir()
+    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "|", *letters])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    Wav2Vec2CTCTokenizer(
+        str(folder / "vocab.json"), pad_token="[PAD]", unk_token="[UNK]", bos_token=None, eos_token=None
+    ).save_pretrained(folder)
+    config = {k: v for k, v in WAV2VEC2.items() if k != "model_type"}
+    Wav2Vec2ForCTC(Wav2Vec2Config(**config, vocab_size=len(vocabulary), pad_token_id=0)).save_pretrained(folder)
+    return folder
+
+
+def test_transcripts_are_spelled_as_the_tokenizer_does(tmp_path, data, capsys):
+    import string
+
+    path = recipe(tmp_path, data, task="ctc")
+    for name, letters in (("capitals", string.ascii_uppercase), ("small", string.ascii_lowercase)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            run = pipeline.distill(load_recipe(path, [("model.teacher", str(ctc_model(tmp_path / name, letters)))]))
+        labels = run.trainer.data_collator([run.splits.train[0]])["labels"][0]
+        assert (labels != 1).all() and len(labels) == len(run.splits.train.targets[0])
+    most = ctc_model(tmp_path / "most", set(string.ascii_lowercase) - {"w"})
+    with pytest.warns(UserWarning, match="the tokenizer has no token for w, which become \\[UNK\\]"):
+        pipeline.distill(load_recipe(path, [("model.teacher", str(most))]))
+    linconv("distill", path, "--teacher", ctc_model(tmp_path / "greek", "αβγ"), status=2)
+    assert "has no token for any character of the transcripts: " in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_tokenizer_has_none(tmp_path, capsys):
+    """Of BERT and RoBERTa transformers makes a tokenizer of special tokens alone."""
+    from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50)
+    (tmp_path / "text").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "text" / f"{split}.tsv").write_text("sentence\tlabel\n" + "good film\tyes\nbad film\tno\n" * 4)
+    for name, model in (("bert", BertModel(BertConfig(**size))), ("roberta", RobertaModel(RobertaConfig(**size)))):
+        model.save_pretrained(tmp_path / name)
+        linconv("finetune", "--task", "text_classification", "--data", tmp_path / "text", "--sentence", "sentence",
+                "--label", "label", "--source", tmp_path / name, "--teacher", tmp_path / "out", status=2)  # fmt: skip
+        assert "model.source: want a checkpoint with a tokenizer" in capsys.readouterr().err
+        linconv("convert", tmp_path / name, "--output", tmp_path / f"{name}2", "--set", "headdim=8")
+        assert not list((tmp_path / f"{name}2").glob("tokenizer*"))
 
 
 def test_whisper_encoder_on_short_clips(tmp_path, data):
@@ -256,7 +386,9 @@ MISTAKES = {
     "command": (["distil"], "command: no 'distil'; did you mean 'distill'?"),
     "flag": (["distill", "RECIPE", "--mixr", "x"], "no argument '--mixr'; did you mean '--mixer'?"),
     "shortened flag": (["distill", "RECIPE", "--mix", "x"], "no argument '--mix'; did you mean '--mixer'?"),
-    "flag's value": (["distill", "RECIPE", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    "flag's value": (["distill", "RECIPE", "--steps", "many"], "argument --steps: invalid int above 0 value: 'many'"),
+    "steps": (["distill", "RECIPE", "--steps", "0"], "argument --steps: invalid int above 0 value: '0'"),
+    "rate": (["distill", "RECIPE", "--lr", "-1"], "argument --lr: invalid float above 0 value: '-1'"),
     "recipe": (["distill", "FOLDER/recip.yaml"], "did you mean 'FOLDER/recipe.yaml'?"),
     "recipe key": (["distill", "RECIPE", "--set", "distill.alpha_dl=1"], "did you mean 'alpha_ld'?"),
     "set": (["distill", "RECIPE", "--set", "seed"], "--set: got 'seed'; want KEY=VALUE"),

@@ -2,7 +2,13 @@
 
 from linconv.ops.bidirectional_ssd import bidirectional_ssd
 from linconv.ops.dispatch import LinconvPerformanceWarning, backends
-from linconv.ops.distillation_loss import distillation_loss, kd_loss, layerwise_mse, linear_kd_loss
+from linconv.ops.distillation_loss import (
+    distillation_loss,
+    distillation_terms,
+    kd_loss,
+    layerwise_mse,
+    linear_kd_loss,
+)
 from linconv.ops.gated_rms_norm import gated_rms_norm
 from linconv.ops.linformer import linformer_attention, linformer_self_attention
 from linconv.ops.short_conv import bidirectional_short_conv, short_conv
@@ -14,6 +20,7 @@ __all__ = [
     "bidirectional_short_conv",
     "bidirectional_ssd",
     "distillation_loss",
+    "distillation_terms",
     "gated_rms_norm",
     "kd_loss",
     "layerwise_mse",
