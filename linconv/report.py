@@ -5,21 +5,31 @@ import html
 import io
 import json
 import os
+import textwrap
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from linconv.errors import UserError
+from linconv.recipe import Recipe
 
 __all__ = ["RunFolder", "build", "read_run", "table", "write"]
 
 RESULTS_FILE, METRICS_FILE, PROBE_FILE = "results.json", "metrics.jsonl", "probe.safetensors"
+CONFIG_FILE = "config.json"
 # A rule of thumb, not a measured threshold: from this mean cosine distance on, the fine-tuned model is called far away.
 FAR = 0.3
 RESAMPLES, LEVEL = 10_000, 0.95
+# Training arguments that leave the model as it is, by how their names begin: what is written, and where to.
+_WRITING = ("log_", "logging_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "push_to_hub", "hub_")
+_WRITING += ("resume_from_checkpoint",)
+# These too, unless the best checkpoint is kept in the end: then they say which there are to choose from.
+_CHOOSING = ("save_", "eval_", "per_device_eval_")
+_BLOCKS = ("guide", "conversion", "distill", "finetune", "model", "data", "task")  # the order in which they are said
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,10 @@ class RunFolder:
     """One run as its folder tells it."""
 
     path: Path
-    mode: str  # that of the recipe, spelled out; "teacher" for a fine-tuning
+    is_teacher: bool  # a fine-tuning
+    mode: str  # that of the recipe, spelled out; "teacher" for a fine-tuning; in a report, what tells its row apart
     seed: int
-    teacher: str  # the folder of its teacher: itself, for one
+    teacher: str  # the folder of its teacher, as its recipe has it: its own, for one
     score: str  # such as test_accuracy
     value: float
     clips: np.ndarray  # (clips, 2): mistakes, and of how many
@@ -61,24 +72,40 @@ def read_run(folder: str | Path) -> RunFolder:
         )
     score, value = next(iter(scores.items()))
     recipe = results["recipe"]
-    teacher = Path(recipe["model"]["teacher"])
-    is_teacher = path.resolve() == teacher.resolve() or path.name == teacher.name
     log = path / METRICS_FILE
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    records = [record for record in records if "loss" in record]
+    probe = _read_probe(path / PROBE_FILE)
+    is_teacher = _is_teacher(path, results, records, probe)
     return RunFolder(
         path=path,
+        is_teacher=is_teacher,
         mode="teacher" if is_teacher else _mode_of(recipe["guide"]),
         seed=recipe["seed"],
-        teacher=str(teacher),
+        teacher=recipe["model"]["teacher"],
         score=score,
         value=value,
         clips=np.asarray(results["clips"], dtype=float),
         parameters=results["parameters"],
-        records=[record for record in records if "loss" in record],
+        records=records,
         recipe=recipe,
         provenance=results.get("provenance", {}),
-        probe=_read_probe(path / PROBE_FILE),
+        probe=probe,
     )
+
+
+def _is_teacher(path: Path, results: dict, records: list[dict], probe: dict[str, np.ndarray]) -> bool:
+    """Whether a run was a fine-tuning: the folder's name does not tell, for folders are moved and names recur."""
+    if "command" in results:
+        return results["command"] == "finetune"
+    # Results of earlier versions do not say it; but only a student is measured against a teacher as it trains.
+    if records or probe:
+        measured = any("layer_mse" in record for record in records)
+        return not measured and not any(name.startswith("teacher/") for name in probe)
+    if (path / CONFIG_FILE).is_file():
+        config = json.loads((path / CONFIG_FILE).read_text())
+        return not config.get("linconv", {}).get("layers")  # Whisper's teachers are converted in no layer
+    return path.resolve() == Path(results["recipe"]["model"]["teacher"]).resolve()
 
 
 def _read_probe(file: Path) -> dict[str, np.ndarray]:
@@ -97,26 +124,165 @@ def _mode_of(guide: dict) -> str:
     return name + (f" ({', '.join(f'{k} {v}' for k, v in given.items())})" if given else "")
 
 
+# ---- Which of them belong together
+
+
+def _teacher_of(student: RunFolder, teachers: list[RunFolder]) -> RunFolder | None:
+    """The teacher in the folder that the student's recipe names, or that was there when it was trained.
+
+    Where several were there one after another, and were moved, it is that of the student's seed.
+    """
+    folder = Path(student.teacher).resolve()
+    found = [run for run in teachers if folder in (run.path.resolve(), Path(run.teacher).resolve())]
+    if len(found) > 1:
+        found = [run for run in found if run.seed == student.seed]
+    return found[0] if len(found) == 1 else None
+
+
+def _named(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -> list[RunFolder]:
+    """Students, or teachers, with modes that say in what their recipes differ, if in anything but the seed.
+
+    ``teachers`` has those of the students, by the students' paths.
+    """
+    found = [_settings(run) for run in runs]
+    keys = sorted({key: None for settings in found for key in settings}, key=lambda key: _BLOCKS.index(_block(key)))
+    for settings in found:
+        settings.update({key: _default(key, settings) for key in keys if key not in settings})
+    differing = [key for key in keys if any(settings[key] != found[0][key] for settings in found)]
+    words = [_in_words(settings, differing) for settings in found]
+    # Whose student it is goes without saying where something else has told that already.
+    whose = [[*said, *_of_teacher(teachers.get(run.path))] for said, run in zip(words, runs)]
+    if len(set(map(tuple, whose))) > len(set(map(tuple, words))):
+        words = whose
+    texts = [", ".join(said) for said in words]
+    return [
+        replace(run, mode=(f"teacher ({text})" if run.is_teacher else text) if text else run.mode)
+        for run, text in zip(runs, texts)
+    ]
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """What of its recipe made the model what it is, but for the seed: dotted keys and values."""
+    recipe = _flat(run.recipe)
+    training, others = ("finetune", ()) if run.is_teacher else ("distill", ("conversion",))
+    best = recipe.get(f"{training}.load_best_model_at_end")
+    left_out = tuple(f"{training}.{name}" for name in (_WRITING if best else _WRITING + _CHOOSING))
+    left_out += ("model.teacher", "model.waypoints", "data.path")
+    kept = {} if run.is_teacher else {"guide": run.mode}
+    for key, value in recipe.items():
+        if _block(key) in (training, *others, "model", "data", "task") and not key.startswith(left_out):
+            # Of a cache it is not the place that matters, but that what it holds is rounded.
+            kept[key] = "given" if key == "distill.teacher_cache" and value is not None else value
+    return kept
+
+
+def _block(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _default(key: str, settings: dict[str, Any]) -> Any:
+    """What it comes to if a recipe does not have the key; None where that is nothing."""
+    name = key.partition(".")[2]
+    if _block(key) in ("finetune", "distill"):
+        from linconv.distillation import DistillationArguments
+
+        return None if name.startswith(_CHOOSING) else getattr(DistillationArguments, name, None)
+    if key.startswith("conversion.options."):
+        from linconv import mixers
+
+        mixer = settings["conversion.mixer"]
+        options = mixers.get(mixer).options() if mixer in mixers.names() else {}
+        return options.get(name.removeprefix("options."))
+    return _flat(asdict(Recipe())).get(key)
+
+
+def _in_words(settings: dict[str, Any], keys: list[str]) -> list[str]:
+    """What the settings are; defaults only where there is nothing else to be said."""
+    always = ("guide", "conversion.mixer")
+    said = [key for key in keys if key in always or settings[key] != _default(key, settings)]
+    said = said or [key for key in keys if settings[key] is not None or key == "conversion.layers"]
+    return [_setting_in_words(key, settings[key]) for key in said]
+
+
+def _setting_in_words(key: str, value: Any) -> str:
+    if key in ("guide", "conversion.mixer"):
+        return value
+    if key == "conversion.layers":
+        return "all layers" if value is None else f"layers {','.join(map(str, value))}" if value else "no layers"
+    value = str(value).removesuffix(".0") if isinstance(value, float) else value
+    if key.startswith("conversion.options."):
+        return f"{key.removeprefix('conversion.options.')}={value}"
+    for block in ("distill.", "finetune.", "model.config.", "model.overrides."):
+        key = key.removeprefix(block)
+    return f"{key} {value}"
+
+
+def _of_teacher(teacher: RunFolder | None) -> list[str]:
+    # If all teachers are of one row, they are plainly "teacher", and one that is not in the report may be of it too.
+    return [] if teacher is None or teacher.mode == "teacher" else [f"of {teacher.mode}"]
+
+
+def _check_apart(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -> None:
+    """Raises a UserError where two runs of a row are not two draws of the same thing."""
+    first = runs[0]
+    seen: dict[tuple, RunFolder] = {}
+    for run in runs:
+        _check_clips(first, run)
+        teacher = teachers.get(run.path)
+        # Students of one seed are two draws where their teachers are.
+        other = seen.setdefault((run.seed, None if teacher is None else teacher.path), run)
+        if other is not run:
+            raise UserError(
+                f"RUN: {other.path} and {run.path} are both {run.mode} with seed {run.seed}; want one run of each seed"
+            )
+
+
+def _check_clips(run: RunFolder, other: RunFolder) -> None:
+    # Of how many words each clip is tells clips apart where their number does not.
+    if not np.array_equal(run.clips[:, 1], other.clips[:, 1]):
+        raise UserError(
+            f"RUN: {run.path} and {other.path} were scored on different clips, {len(run.clips)} and "
+            f"{len(other.clips)}; want the same test split for both"
+        )
+
+
 # ---- What they come to
 
 
 def build(folders: list[str | Path], title: str = "Distillation runs") -> dict:
     """The report's content: runs, a row for each mode, and what the teachers' features advise.
 
+    Runs are one row if their recipes agree in all that makes a model what it is, but for the seed.
+
     Intervals are paired bootstraps: seeds and clips are drawn with replacement, RESAMPLES times, the same ones for a
     student and for its teacher; the same clips for all seeds, whose errors on one clip are not independent.
     """
     runs = [read_run(folder) for folder in folders]
+    places = [run.path.resolve() for run in runs]
+    for place, run in zip(places, runs):
+        if places.count(place) > 1:
+            raise UserError(f"RUN: got {run.path} {places.count(place)} times; want each run once")
     if len({run.score for run in runs}) > 1:
         raise UserError(f"RUN: scores of different kinds, {', '.join(sorted({run.score for run in runs}))}")
-    teachers = {(run.teacher, run.seed): run for run in runs if run.mode == "teacher"}
-    groups: dict[str, list[RunFolder]] = defaultdict(list)
+    order = [run.path for run in runs]
+    fine_tuned = _named([run for run in runs if run.is_teacher], {})
+    students = [run for run in runs if not run.is_teacher]
+    teachers = {run.path: _teacher_of(run, fine_tuned) for run in students}
+    runs = sorted([*fine_tuned, *_named(students, teachers)], key=lambda run: order.index(run.path))
+    groups: dict[tuple, list[RunFolder]] = defaultdict(list)
     for run in runs:
-        groups[run.mode].append(run)
-    rows = [_row(mode, group, teachers) for mode, group in groups.items()]
-    rows.sort(
-        key=lambda row: (row["mode"] != "teacher", -row["score"] if not runs[0].lower_is_better else row["score"])
-    )
+        groups[not run.is_teacher, run.mode].append(run)
+    rows = []
+    for is_student in (False, True):  # teachers first, and the best of each
+        found = [_row(group, teachers) for (kind, _), group in groups.items() if kind == is_student]
+        rows += sorted(found, key=lambda row: row["score"], reverse=not runs[0].lower_is_better)
     return {
         "title": title,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -126,7 +292,7 @@ def build(folders: list[str | Path], title: str = "Distillation runs") -> dict:
         "rows": rows,
         "curves": [_curve(run) for run in runs if any("layer_mse" in record for record in run.records)],
         "trajectories": _trajectories(runs),
-        "feature_shift": [_feature_shift(run) for run in runs if run.mode == "teacher" and run.probe],
+        "feature_shift": [_feature_shift(run) for run in runs if run.is_teacher and run.probe],
         "runs": [
             {"path": path, "mode": r.mode, "seed": r.seed, "score": r.value, "parameters": r.parameters}
             for path, r in zip(_short([run.path for run in runs]), runs)
@@ -172,23 +338,23 @@ def _score(clips: np.ndarray, lower: bool) -> np.ndarray:
     return rate if lower else 1 - rate
 
 
-def _row(mode: str, runs: list[RunFolder], teachers: dict) -> dict:
+def _row(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -> dict:
+    _check_apart(runs, teachers)
     lower = runs[0].lower_is_better
     scores, differences, retained = [], [], []  # each run's, (RESAMPLES,)
-    paired = mode != "teacher" and all((run.teacher, run.seed) in teachers for run in runs)
+    paired = all(teachers.get(run.path) is not None for run in runs)
     for run in runs:
         chosen = np.random.default_rng(0).integers(0, len(run.clips), (RESAMPLES, len(run.clips)))
         mine = _score(run.clips[chosen], lower)
         scores.append(mine)
         if paired:
-            other = teachers[run.teacher, run.seed]
-            if len(other.clips) != len(run.clips):
-                raise UserError(f"RUN: {run.path} and {other.path} were scored on different clips")
+            other = teachers[run.path]
+            _check_clips(run, other)
             theirs = _score(other.clips[chosen], lower)
             differences.append(mine - theirs)
             retained.append(_retained(mine, theirs, lower))
     row = {
-        "mode": mode,
+        "mode": runs[0].mode,
         "seeds": sorted(run.seed for run in runs),
         "score": float(np.mean([run.value for run in runs])),
         "scores": [run.value for run in runs],
@@ -196,7 +362,7 @@ def _row(mode: str, runs: list[RunFolder], teachers: dict) -> dict:
         "parameters": runs[0].parameters,
     }
     if paired:
-        pairs = [(run.value, teachers[run.teacher, run.seed].value) for run in runs]
+        pairs = [(run.value, teachers[run.path].value) for run in runs]
         row["difference"] = float(np.mean([a - b for a, b in pairs]))
         row["difference_interval"] = _interval(differences)
         row["retained"] = float(np.mean([_retained(np.float64(a), np.float64(b), lower) for a, b in pairs]))
@@ -274,6 +440,7 @@ def _feature_shift(run: RunFolder) -> dict:
     mean = float(distance.mean())
     far = mean >= FAR
     return {
+        "mode": run.mode,
         "seed": run.seed,
         "layers": distance.tolist(),
         "mean": mean,
@@ -296,10 +463,11 @@ def _model_card(rows: list[dict], runs: list[RunFolder]) -> dict:
     }[runs[0].recipe["task"]]
     metric = runs[0].score.rpartition("_")[2]
     data = runs[0].recipe["data"]["path"] or ""
+    students = [run for run in runs if not run.is_teacher]
     return {
         "library_name": "linconv",
         "pipeline_tag": task,
-        "tags": ["linconv", runs[0].recipe["conversion"]["mixer"]],
+        "tags": ["linconv", *dict.fromkeys(run.recipe["conversion"]["mixer"] for run in students or runs)],
         "model-index": [
             {
                 "name": row["mode"],
@@ -363,6 +531,11 @@ def _last_values(report: dict) -> list[str]:
     return lines
 
 
+def _whose(shift: dict) -> str:
+    """Whose feature shift it is: the seed says it, where all teachers are of one row."""
+    return ("" if shift["mode"] == "teacher" else f"{shift['mode']}, ") + f"seed {shift['seed']}"
+
+
 def _provenance(report: dict) -> str:
     def shown(value) -> str:
         return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -378,7 +551,7 @@ def _markdown(report: dict) -> str:
     if report["curves"]:
         parts += ["## Hidden states at the last record", "\n".join(f"- {line}" for line in _last_values(report))]
     if report["feature_shift"]:
-        shifts = [f"- seed {shift['seed']}: {shift['advice']}" for shift in report["feature_shift"]]
+        shifts = [f"- {_whose(shift)}: {shift['advice']}" for shift in report["feature_shift"]]
         parts += ["## Feature shift of the fine-tuning", "\n".join(shifts)]
     parts += ["## Provenance", _provenance(report) + f"; written {report['made']}"]
     return "\n\n".join(parts) + "\n"
@@ -410,7 +583,9 @@ def _page(report: dict) -> str:
         if figure is not None:
             image = base64.b64encode(figure).decode()
             body.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}">')
-    body += [f"<p>Seed {shift['seed']}: {html.escape(shift['advice'])}</p>" for shift in report["feature_shift"]]
+    for shift in report["feature_shift"]:
+        whose = _whose(shift)
+        body.append(f"<p>{html.escape(whose[0].upper() + whose[1:])}: {html.escape(shift['advice'])}</p>")
     card = html.escape(json.dumps(report["model_card"], indent=1))
     body.append(f"<h2>Model card metadata</h2><details><summary>JSON</summary><pre>{card}</pre></details>")
     body.append(f'<p class="small">{html.escape(_provenance(report))}; written {report["made"]}</p>')
@@ -446,7 +621,9 @@ def _score_figure(report: dict) -> bytes:
         axis.plot([low, high], [y, y], color="tab:blue", linewidth=2)
         axis.plot(row["scores"], [y] * len(row["scores"]), "o", color="tab:grey", markersize=4)
         axis.plot(row["score"], y, "s", color="tab:blue")
-    axis.set(yticks=range(len(rows)), yticklabels=[row["mode"] for row in rows], xlabel=report["score"])
+    axis.set(
+        yticks=range(len(rows)), yticklabels=[textwrap.fill(row["mode"], 64) for row in rows], xlabel=report["score"]
+    )
     axis.grid(axis="x", alpha=0.3)
     return _png(figure)
 
@@ -510,7 +687,7 @@ def _shift_figure(report: dict) -> bytes | None:
     figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
     for shift in report["feature_shift"]:
         layers = range(1, len(shift["layers"]) + 1)
-        axis.plot(layers, shift["layers"], marker="o", label=f"seed {shift['seed']}")
+        axis.plot(layers, shift["layers"], marker="o", label=_whose(shift))
     axis.axhline(FAR, color="grey", linestyle=":")
     axis.set(xlabel="layer", ylabel="cosine distance", xticks=list(layers))
     axis.grid(alpha=0.3)

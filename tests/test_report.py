@@ -10,8 +10,10 @@ from linconv.cli import main
 from linconv.errors import UserError
 
 
-def run_folder(root, name, wrong, *, guide=None, seed=0, clips=40, score="test_accuracy", layers=None):
-    """A folder as a run leaves it: the first `wrong` of the clips are mistaken."""
+def run_folder(root, name, wrong, *, guide=None, seed=0, clips=40, score="test_accuracy", layers=None, **changes):
+    """A folder as a run leaves it: the first `wrong` of the clips are mistaken. `changes` go into the recipe's blocks,
+    but for `command`, which is that of a fine-tuning where the name is teacher."""
+    command = changes.pop("command", "finetune" if name == "teacher" else "distill")
     folder = root / f"seed-{seed}" / name
     folder.mkdir(parents=True)
     value = wrong / clips if score.endswith("wer") else 1 - wrong / clips
@@ -23,7 +25,10 @@ def run_folder(root, name, wrong, *, guide=None, seed=0, clips=40, score="test_a
         "conversion": {"mixer": "bimamba2"},
         "guide": {"name": "target_guided", "mode": None, "init": None, "checkpoints": None, **(guide or {})},
     }
+    for block, entries in changes.items():
+        recipe[block] = {**recipe.get(block, {}), **entries}
     results = {
+        **({} if command is None else {"command": command}),
         "scores": {score: value, "test_loss": 1.0},
         "clips": [[int(i < wrong), 1] for i in range(clips)],
         "parameters": 1000,
@@ -142,3 +147,185 @@ def test_text_runs_have_a_model_card(tmp_path):
     results["recipe"]["task"] = "text_classification"
     (folder / "results.json").write_text(json.dumps(results))
     assert report.build([folder])["model_card"]["pipeline_tag"] == "text-classification"
+
+
+def modes(*folders):
+    return [row["mode"] for row in report.build(folders)["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ([{}, {"conversion": {"mixer": "hydra"}}], ["bimamba2", "hydra"]),
+        (
+            [{"conversion": {"mixer": "hydra"}}, {"conversion": {"mixer": "linformer", "options": {"r": 64}}}],
+            ["hydra", "linformer, r=64"],
+        ),
+        ([{"conversion": {"options": {"d_state": n}}} for n in (16, 32)], ["d_state=16", "d_state=32"]),
+        ([{"conversion": {"layers": n}} for n in (None, [0, 1], [])], ["all layers", "layers 0,1", "no layers"]),
+        ([{"distill": {"alpha_ld": n}} for n in (15.0, 0.0)], ["alpha_ld 15", "alpha_ld 0"]),
+        ([{}, {"distill": {"alpha_ld": 0.0}}], ["alpha_ld 15", "alpha_ld 0"]),
+        ([{"distill": {"learning_rate": n}} for n in (1e-3, 2e-4)], ["learning_rate 0.001", "learning_rate 0.0002"]),
+        ([{"model": {"overrides": {"layerdrop": n}}} for n in (0.1, 0.0)], ["layerdrop 0.1", "layerdrop 0"]),
+        ([{"data": {"limit": {"train": n}}} for n in (100, 200)], ["data.limit.train 100", "data.limit.train 200"]),
+        ([{"distill": {"teacher_cache": f}} for f in ("a", None)], ["teacher_cache given", "target-guided"]),
+        (
+            [{"distill": {"load_best_model_at_end": True, "eval_steps": n}} for n in (5, 10)],
+            ["eval_steps 5", "eval_steps 10"],
+        ),
+        (
+            [{"guide": {"name": "unguided"}}, {"conversion": {"mixer": "hydra"}}],
+            ["unguided, bimamba2", "target-guided, hydra"],
+        ),
+    ],
+)
+def test_runs_of_other_recipes_are_other_rows_named_by_what_differs(tmp_path, changes, named):
+    folders = [run_folder(tmp_path, "teacher", 1)]
+    for i, change in enumerate(changes):
+        folders.append(run_folder(tmp_path, f"student-{i}", 2 + i, **change))
+    assert modes(*folders) == ["teacher", *named]
+
+
+def test_runs_that_differ_in_what_is_written_or_in_defaults_said_aloud_are_one_row(tmp_path):
+    changes = [
+        {},
+        {"data": {"path": "/elsewhere"}, "distill": {"logging_steps": 5, "save_strategy": "no", "eval_steps": 10}},
+        {"model": {"waypoints": 6}, "distill": {"alpha_ld": 15, "teacher_cache": None}, "finetune": {"max_steps": 9}},
+        {"data": {"limit": {}, "normalize_text": True}, "conversion": {"options": {"d_state": 128}, "layers": None}},
+        {"guide": {"checkpoints": "/waypoints"}},
+    ]
+    folders = [run_folder(tmp_path, "x", 1, seed=seed, **change) for seed, change in enumerate(changes)]
+    (row,) = report.build(folders)["rows"]
+    assert row["mode"] == "target-guided" and row["seeds"] == [0, 1, 2, 3, 4]
+
+
+def test_teachers_of_other_recipes_are_other_rows_and_so_are_their_students(tmp_path):
+    folders = []
+    for rate in (1e-3, 1e-4):
+        root = tmp_path / str(rate)
+        folders.append(run_folder(root, "teacher", 1, finetune={"learning_rate": rate}, distill={"alpha_ld": rate}))
+        folders.append(run_folder(root, "guided", 2))
+    teachers = ["teacher (learning_rate 0.001)", "teacher (learning_rate 0.0001)"]
+    assert modes(*folders) == [*teachers, *(f"of {teacher}" for teacher in teachers)]
+
+
+def test_a_run_is_given_once_and_a_seed_is_one_run(tmp_path, capsys):
+    first, other = run_folder(tmp_path, "a", 1), run_folder(tmp_path, "b", 2)
+    assert main(["report", str(first), str(first / ".." / "a")]) == 2
+    assert "want each run once" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"seed-0/a and .*seed-0/b are both target-guided with seed 0"):
+        report.build([first, other])
+
+
+def test_students_of_one_seed_are_two_draws_where_their_teachers_are(tmp_path):
+    folders = [run_folder(tmp_path, "teacher", 1, seed=seed) for seed in (0, 1)]
+    teachers = [{"teacher": str(folder)} for folder in folders]
+    folders += [run_folder(tmp_path, f"of-{i}", 2 + i, model=teacher) for i, teacher in enumerate(teachers)]
+    row = report.build(folders)["rows"][1]
+    assert row["seeds"] == [0, 0] and row["difference"] == pytest.approx(-1.5 / 40)
+
+
+@pytest.mark.parametrize("score", ["test_accuracy", "test_wer"])
+def test_rows_are_of_the_same_clips(tmp_path, score):
+    folders = [run_folder(tmp_path, "x", 1, seed=seed, clips=clips, score=score) for seed, clips in ((0, 40), (1, 30))]
+    with pytest.raises(UserError, match=r"seed-0/x and .*seed-1/x were scored on different clips, 40 and 30"):
+        report.build(folders)
+    teacher = run_folder(tmp_path, "teacher", 1, seed=1, clips=40, score=score)
+    with pytest.raises(UserError, match=r"seed-1/x and .*seed-1/teacher were scored on different clips, 30 and 40"):
+        report.build([folders[1], teacher])
+
+
+def test_clips_of_other_words_are_other_clips(tmp_path):
+    folders = [run_folder(tmp_path, "x", 1, seed=seed, score="test_wer") for seed in (0, 1)]
+    results = json.loads((folders[1] / "results.json").read_text())
+    results["clips"][-1][1] = 7
+    (folders[1] / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="different clips"):
+        report.build(folders)
+
+
+def test_a_student_may_have_its_teachers_name(tmp_path):
+    teacher = run_folder(tmp_path / "teachers", "roberta", 1, command="finetune")
+    student = run_folder(tmp_path / "students", "roberta", 2, model={"teacher": str(teacher)})
+    rows = report.build([teacher, student])["rows"]
+    assert [row["mode"] for row in rows] == ["teacher", "target-guided"] and "retained" in rows[1]
+
+
+def leave(folder, linconv=..., record=None, probe=()):
+    """What else tells a student from a teacher: the model's config, the log, hidden states."""
+    if linconv is not ...:
+        (folder / "config.json").write_text(json.dumps({"linconv": linconv} if linconv else {}))
+    if record is not None:
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, **record}) + "\n")
+    if probe:
+        save_file({name: torch.ones(2, 1, 5) for name in probe}, folder / "probe.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("of_teacher", "of_student"),
+    [
+        ({"linconv": None}, {"linconv": {"layers": [0]}}),
+        ({"linconv": {"layers": []}}, {"linconv": {"layers": [0]}}),  # a teacher of Whisper
+        (
+            {"linconv": {"layers": [0]}, "record": {}},
+            {"linconv": {"layers": []}, "record": {"layer_mse": [1.0], "layer_cosine": [1.0]}},
+        ),
+        ({"probe": ["student/0"]}, {"probe": ["student/0", "teacher/0"]}),
+    ],
+)
+def test_runs_of_earlier_versions_are_told_by_what_they_left_wherever_they_are(tmp_path, of_teacher, of_student):
+    teacher = run_folder(tmp_path, "teacher", 1, command=None)
+    student = run_folder(tmp_path / "students", "teacher", 2, command=None, model={"teacher": str(teacher)})
+    leave(teacher, **of_teacher)
+    leave(student, **of_student)
+    moved = [folder.rename(tmp_path / f"moved-{i}") for i, folder in enumerate((teacher, student))]
+    rows = report.build(moved)["rows"]
+    assert [row["mode"] for row in rows] == ["teacher", "target-guided"] and "retained" in rows[1]
+
+
+def test_with_results_alone_a_teacher_is_told_by_its_place(tmp_path):
+    teacher = run_folder(tmp_path, "teacher", 1, command=None)
+    student = run_folder(tmp_path / "students", "teacher", 2, command=None, model={"teacher": str(teacher)})
+    assert modes(teacher, student) == ["teacher", "target-guided"]
+
+
+def test_one_teacher_has_students_of_every_seed(tmp_path):
+    teacher = run_folder(tmp_path, "teacher", 4)
+    folders = [run_folder(tmp_path, "x", 8, seed=seed, model={"teacher": str(teacher)}) for seed in (0, 1, 2)]
+    row = report.build([teacher, *folders])["rows"][1]
+    assert row["seeds"] == [0, 1, 2] and row["retained"] == pytest.approx(32 / 36)
+    assert row["difference"] == pytest.approx(-4 / 40)
+
+
+def test_teachers_that_were_in_one_folder_are_told_by_the_seed(tmp_path):
+    place, folders = {"teacher": "runs/teacher"}, []
+    for seed, wrong in enumerate((4, 8)):
+        folders.append(run_folder(tmp_path, "teacher", wrong, seed=seed, model=place))
+        folders.append(run_folder(tmp_path, "x", 10, seed=seed, model=place))
+    row = report.build(folders)["rows"][1]
+    assert row["difference"] == pytest.approx(-(6 + 2) / 2 / 40)
+    folders.append(run_folder(tmp_path, "x", 10, seed=2, model=place))  # of which of the two nobody knows
+    assert "difference" not in report.build(folders)["rows"][1]
+
+
+def test_a_student_is_of_the_teacher_where_its_recipe_says(tmp_path):
+    """Of a folder that was moved before the student was trained, too."""
+    teacher = run_folder(tmp_path, "teacher", 4).rename(tmp_path / "kept")
+    student = run_folder(tmp_path, "x", 8, seed=1, model={"teacher": str(teacher)})
+    assert report.build([teacher, student])["rows"][1]["retained"] == pytest.approx(32 / 36)
+
+
+def test_a_model_card_names_the_students_mixers(tmp_path):
+    folders = [run_folder(tmp_path, "teacher", 1)]
+    folders += [run_folder(tmp_path, name, 2, conversion={"mixer": name}) for name in ("hydra", "linformer")]
+    assert report.build(folders)["model_card"]["tags"] == ["linconv", "hydra", "linformer"]
+
+
+def test_feature_shifts_name_their_teacher_where_there_are_several(tmp_path):
+    folders = []
+    for rate in (1e-3, 1e-4):
+        folders.append(run_folder(tmp_path / str(rate), "teacher", 1, finetune={"learning_rate": rate}))
+        save_file({f"student/{step}": torch.ones(2, 1, 5) for step in (0, 1)}, folders[-1] / "probe.safetensors")
+    report.write(report.build(folders), tmp_path / "out")
+    assert "- teacher (learning_rate 0.001), seed 0: mean" in (tmp_path / "out" / "report.md").read_text()
+    assert "Teacher (learning_rate 0.001), seed 0: mean" in (tmp_path / "out" / "report.html").read_text()
