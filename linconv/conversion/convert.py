@@ -1,7 +1,8 @@
 """A pretrained transformer with linear-time mixers for attention."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -27,16 +28,18 @@ def convert(
         teacher: a transformers model of a family in `linconv.conversion.families`, with any of its heads, or what
             convert has made of one without converting a layer; not changed.
         mixer: name of the mixer, see `linconv.mixers.names`.
-        layers: which transformer blocks to convert: None or "all", indices (negative ones count from the end), or
-            "none" or [] for none, which gives the teacher's own outputs.
+        layers: which transformer blocks to convert: None or "all", indices (a list, an array or a tensor; negative ones
+            count from the end), or "none" or [] for none, which gives the teacher's own outputs.
         mixer_kwargs: options of the mixer.
 
     Returns:
         The converted model, with the recipe in ``config.linconv``.
 
     Raises:
-        TypeError: a model that cannot be converted, or an option the mixer does not have.
-        ValueError: an unknown mixer, a layer that is not there, or options that do not fit the model's width.
+        TypeError: a model that cannot be converted, an option the mixer does not have or of another type, or layers
+            of another type.
+        ValueError: an unknown mixer, a layer that is not there, or options that are out of range or do not fit the
+            model's width.
     """
     family = convertible_family(teacher)
     mixers.get(mixer)
@@ -83,18 +86,22 @@ def layer_indices(layers: str | Sequence[int] | None, count: int) -> tuple[int, 
     Raises:
         TypeError, ValueError: something else than convert takes, or a block that is not there.
     """
-    if layers is None or layers == "all":
+    if layers is None:
         return tuple(range(count))
+    wanted = "wanted None, 'all', 'none' or indices"
     if isinstance(layers, str):
-        if layers == "none":
-            return ()
-        raise ValueError(f"layers is {layers!r}, wanted None, 'all', 'none' or indices")
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
-        raise TypeError(f"layers is {layers!r}, wanted None, 'all', 'none' or indices")
-    for i in layers:
+        if layers not in ("all", "none"):
+            raise ValueError(f"layers is {layers!r}, {wanted}")
+        return tuple(range(count)) if layers == "all" else ()
+    found = layers.tolist() if hasattr(layers, "tolist") else layers  # of an array or a tensor
+    if isinstance(found, Iterable):
+        found = list(found)
+    if not isinstance(found, list) or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in found):
+        raise TypeError(f"layers is {layers!r}, {wanted}")
+    for i in found:
         if not -count <= i < count:
             raise ValueError(f"layers has {i}, wanted {-count} to {count - 1}: the model has {count} blocks")
-    return tuple(sorted({i % count for i in layers}))
+    return tuple(sorted({int(i) % count for i in found}))
 
 
 def encoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -60,7 +60,10 @@ class Recipe:
         fields = {"version", "mixer", "layers", "options"}
         if block.keys() != fields:
             raise ValueError(f"the config's 'linconv' block has {sorted(block)}, wanted {sorted(fields)}")
-        return cls(block["mixer"], tuple(block["layers"]), dict(block["options"]))
+        layers = block["layers"]
+        if not isinstance(layers, (list, tuple)) or not all(type(i) is int for i in layers):
+            raise ValueError(f"the config's 'linconv' block has layers {layers!r}, wanted a list of indices")
+        return cls(block["mixer"], tuple(layers), dict(block["options"]))
 
 
 class ConvertedModel:
@@ -114,6 +117,9 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
     """Makes a model of stock parts a converted one, in place: the classes of it and of models in it, and its attention.
 
     The model's config is that of a converted model already.
+
+    Raises:
+        TypeError, ValueError: a recipe with an unknown mixer, options that do not fit, or a layer that is not there.
     """
     classes = converted_classes(family)
     for module in model.modules():
@@ -121,6 +127,12 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
         if converted is not None and issubclass(converted, type(module)):
             module.__class__ = converted
     blocks, mixer_class = family.blocks(model), mixers.get(recipe.mixer)
+    for index in recipe.layers:
+        if not 0 <= index < len(blocks):
+            raise ValueError(
+                f"the config's 'linconv' block has layer {index}, wanted 0 to {len(blocks) - 1}: "
+                f"the model has {len(blocks)} blocks"
+            )
     new = [
         mixer_class.from_attention(family.self_attention(blocks[i]), model.config, **recipe.options)
         for i in recipe.layers

@@ -1,8 +1,11 @@
-"""Whisper's encoder for clips of any length: what conversion changes in the forward passes of its classes.
+"""Whisper's encoder for clips of any length: what conversion changes in its classes.
 
 The stock encoder takes exactly 30 s and no mask. Here it takes any number of frames for which it has positions, and a
 mask over the input features that keeps padding out of valid frames, of the pooled output and of cross-attention.
 Without a mask, at 30 s, every operation is the stock one.
+
+Stock `generate` pads and cuts the features to 30 s, drops rows that are done and repeats others, and leaves the mask as
+it was. Here the mask goes along as one more channel of the features, which the model takes off again.
 """
 
 import torch
@@ -11,6 +14,8 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+
+from linconv.conversion import masks
 
 
 def _feature_mask(attention_mask: Tensor | None, frames: int) -> Tensor | None:
@@ -31,9 +36,36 @@ def _feature_mask(attention_mask: Tensor | None, frames: int) -> Tensor | None:
     return mask
 
 
-def _halved(feature_mask: Tensor | None) -> Tensor | None:
-    """The mask over the encoder's frames: its second convolution has stride 2 and keeps frames 0, 2, 4, …"""
-    return None if feature_mask is None else feature_mask[:, ::2]
+def _encoder_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The mask over the ``length`` frames of the encoder, (batch, length) bool, of one over them or over the features.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 2:
+        if attention_mask.shape[1] == length:
+            return attention_mask.to(torch.bool)
+        halved = attention_mask[:, ::2]  # the second convolution has stride 2 and keeps frames 0, 2, 4, …
+        if halved.shape[1] == length:
+            return halved.to(torch.bool)
+    raise ValueError(
+        f"attention_mask has shape {tuple(attention_mask.shape)}, wanted (batch, {2 * length}) as input_features "
+        f"or (batch, {length}) as the frames of the encoder"
+    )
+
+
+def _with_mask(input_features: Tensor, mask: Tensor) -> Tensor:
+    """(batch, mel bins + 1, frames): the features and, as the last channel, 1 at valid frames and 0 in the padding."""
+    return torch.cat((input_features, mask[:, None].to(input_features.dtype)), dim=1)
+
+
+def _without_mask(input_features: Tensor | None, mel_bins: int) -> tuple[Tensor | None, Tensor | None]:
+    """The features and the mask, (batch, frames), of `_with_mask`; the mask is None where there is none."""
+    if input_features is None or input_features.shape[1] != mel_bins + 1:
+        return input_features, None
+    return input_features[:, :mel_bins], input_features[:, mel_bins] > 0
 
 
 class WhisperEncoder:
@@ -61,7 +93,7 @@ class WhisperEncoder:
         hidden_states = hidden_states + self.embed_positions(positions)
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
 
-        mask = _halved(mask)
+        mask = _encoder_mask(mask, length)
         if mask is not None and not torch.compiler.is_compiling() and mask.all():
             mask = None
         for layer in self.layers:
@@ -89,14 +121,21 @@ class WhisperModel:
         use_cache=None,
         **kwargs,
     ):
-        """As the stock model, with attention_mask (batch, frames) over input_features."""
+        """As the stock model, with attention_mask (batch, frames) over input_features.
+
+        With encoder_outputs, attention_mask may be over their frames too.
+
+        Raises:
+            ValueError: a mask that does not fit.
+        """
+        input_features, mask = _without_mask(input_features, self.config.num_mel_bins)
+        attention_mask = attention_mask if mask is None else mask
         if encoder_outputs is None:
             input_features = self._mask_input_features(input_features, attention_mask=attention_mask)
             encoder_outputs = self.encoder(input_features, attention_mask=attention_mask, **kwargs)
-        if attention_mask is not None:
-            mask = _halved(attention_mask.to(torch.bool))
-            if mask.shape[1] == encoder_outputs[0].shape[1] and not mask.all():
-                kwargs["cross_attention_mask"] = mask
+        mask = _encoder_mask(attention_mask, encoder_outputs[0].shape[1])
+        if mask is not None and not mask.all():
+            kwargs["cross_attention_mask"] = mask
         return super().forward(
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
@@ -109,10 +148,55 @@ class WhisperModel:
         )
 
 
+class WhisperForConditionalGeneration:
+    def generate(self, input_features: Tensor | None = None, *args, attention_mask: Tensor | None = None, **kwargs):
+        """As the stock model, with attention_mask (batch, frames) over input_features, the padding on the right.
+
+        With encoder_outputs, attention_mask may be over their frames too.
+
+        Raises:
+            ValueError: a mask that does not fit.
+        """
+        if input_features is not None and attention_mask is not None:
+            attention_mask = _feature_mask(attention_mask, input_features.shape[-1])
+            input_features = _with_mask(input_features, attention_mask)
+        return super().generate(input_features, *args, attention_mask=attention_mask, **kwargs)
+
+    def _retrieve_max_frames_and_seek(self, attention_mask, total_input_frames, is_shortform, **kwargs):
+        """Where each clip ends, which the stock model reads from the mask in batches above 30 s only."""
+        max_frames, seek = super()._retrieve_max_frames_and_seek(
+            attention_mask=attention_mask,
+            total_input_frames=total_input_frames,
+            is_shortform=is_shortform,
+            **kwargs,
+        )
+        if attention_mask is not None and attention_mask.shape[1] == total_input_frames:
+            least = 1 if is_shortform else 0  # what is left out has no place in the outputs of a single pass
+            max_frames = attention_mask.sum(dim=-1).cpu().long().clamp(min=least)
+        return max_frames, seek
+
+    def generate_with_fallback(self, *args, **kwargs):
+        if self.config._attn_implementation == "eager":  # so set by `generate` for timestamps of tokens
+            self.set_attn_implementation(masks.PREFIX + "eager")
+        return super().generate_with_fallback(*args, **kwargs)
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        inputs, mask = _without_mask(inputs, self.config.num_mel_bins)
+        if mask is not None:
+            model_kwargs["attention_mask"] = mask
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+
 class WhisperForAudioClassification:
     @can_return_tuple
     def forward(self, input_features=None, attention_mask=None, encoder_outputs=None, labels=None, **kwargs):
-        """As the stock model, with attention_mask (batch, frames) over input_features: the mean is of valid frames."""
+        """As the stock model, with attention_mask (batch, frames) over input_features: the mean is of valid frames.
+
+        With encoder_outputs, attention_mask may be over their frames too.
+
+        Raises:
+            ValueError: a mask that does not fit.
+        """
         if self.config.use_weighted_layer_sum:
             kwargs["output_hidden_states"] = True
         if encoder_outputs is None:
@@ -128,10 +212,11 @@ class WhisperForAudioClassification:
             hidden_states = encoder_outputs.last_hidden_state
 
         hidden_states = self.projector(hidden_states)
-        if attention_mask is None:
+        mask = _encoder_mask(attention_mask, hidden_states.shape[1])
+        if mask is None:
             pooled = hidden_states.mean(dim=1)
         else:
-            mask = _halved(attention_mask.to(torch.bool))[..., None]
+            mask = mask[..., None]
             pooled = hidden_states.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         logits = self.classifier(pooled)
 

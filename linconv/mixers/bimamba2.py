@@ -22,14 +22,14 @@ class BiMamba2(StateSpaceMixer):
     Args:
         d_model: width of the hidden states.
         d_state: size of each head's state per channel, 1 to 256.
-        d_conv: width of the short convolution, 2 to 4.
-        expand: d_inner / d_model.
+        d_conv: width of the short convolution, 2 to 8.
+        expand: d_inner / d_model, above 0.
         headdim: channels of a head, 1 to 256, a divisor of d_inner.
         ngroups: groups of heads that share B and C.
         chunk_size: taken for mamba_ssm's sake and not used: the kernels choose their chunk, the result is the same.
 
     Raises:
-        ValueError: sizes that do not divide; the message names the argument.
+        TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
     """
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=1, headdim=64, ngroups=1, chunk_size=None):
@@ -49,6 +49,7 @@ class BiMamba2(StateSpaceMixer):
         nn.init.uniform_(self.out_proj.weight, -bound, bound)
 
     def forward(self, hidden_states, seq_lens=None):
+        self.check_hidden_states(hidden_states)
         zxBCdt = self.in_proj(hidden_states).unflatten(-1, (2, self.d_in_proj)).movedim(-2, 0)  # (2, b, L, d_in_proj)
         z, xBC, dt = zxBCdt.split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
         xBC = ops.bidirectional_short_conv(xBC, self.conv1d.weight, self.conv1d.bias, seq_lens=seq_lens)

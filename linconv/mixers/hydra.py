@@ -20,7 +20,7 @@ class Hydra(StateSpaceMixer):
         expand, headdim, ngroups, chunk_size: as for `BiMamba2`.
 
     Raises:
-        ValueError: sizes that do not fit; the message names the argument.
+        TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
     """
 
     def __init__(self, d_model, d_state=64, d_conv=7, expand=1, headdim=64, ngroups=1, chunk_size=None):
@@ -35,6 +35,7 @@ class Hydra(StateSpaceMixer):
         self.reset_parameters()
 
     def forward(self, hidden_states, seq_lens=None):
+        self.check_hidden_states(hidden_states)
         z, xBC, dt = self.in_proj(hidden_states).split((self.d_inner, self.conv_dim, 2 * self.nheads), dim=-1)
         xBC = ops.short_conv(
             xBC, self.conv1d.weight, self.conv1d.bias, lookahead=self.d_conv // 2, seq_lens=seq_lens

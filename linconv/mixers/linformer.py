@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from linconv import ops
-from linconv.mixers.protocol import Linear, Mixer
-from linconv.ops.linformer import rewrite_pays
+from linconv.mixers.protocol import Linear, Mixer, check_integer, check_number
+from linconv.ops.linformer import MOST_COLUMNS, MOST_RANKS, rewrite_pays
 
 INITS = ("frames", "normal")
 SHARING = ("none", "headwise", "key_value", "layerwise")
@@ -25,7 +25,7 @@ class LinformerAttention(Mixer):
             for values; "headwise": all heads of a layer; "key_value": keys and values too; "layerwise": all converted
             layers of a model too, of which the first one holds the only ``proj_k``.
         max_length: the most frames of a sequence; None for 512, in conversion for what the model has positions for.
-        num_heads: None for heads of 64, in conversion for the model's own.
+        num_heads: None for heads of 64, in conversion for the model's own; heads of at most 256.
         dropout: share of the attention weights dropped in training; None for none, in conversion for the model's own.
         init: how projections start. "frames": frame t is the only part of row t mod r, times the root of r, so that a
             sequence of r frames starts with exact attention; "normal": drawn from N(0, 1), so that a row is a random
@@ -33,7 +33,7 @@ class LinformerAttention(Mixer):
         normalize: whether projected keys and values are divided by the root of the number of valid frames.
 
     Raises:
-        ValueError: sizes that do not divide or are out of range, or another sharing; the message names the argument.
+        TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
     """
 
     def __init__(
@@ -52,16 +52,21 @@ class LinformerAttention(Mixer):
         self.num_heads = max(d_model // 64, 1) if num_heads is None else num_heads
         self.dropout = 0.0 if dropout is None else dropout
         self.r, self.sharing, self.normalize, self.init = r, sharing, normalize, init
-        if not 1 <= r <= 512:
-            raise ValueError(f"r is {r}, wanted 1 to 512")
+        check_integer("r", r, high=MOST_RANKS)
+        check_integer("max_length", self.max_length)
+        check_integer("num_heads", self.num_heads)
+        check_number("dropout", self.dropout)
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize is {normalize!r}, wanted a bool")
         if sharing not in SHARING:
             raise ValueError(f"sharing is {sharing!r}, wanted one of {', '.join(SHARING)}")
         if init not in INITS:
             raise ValueError(f"init is {init!r}, wanted one of {', '.join(INITS)}")
-        if self.max_length < 1:
-            raise ValueError(f"max_length is {max_length}, wanted at least 1")
-        if self.num_heads < 1 or d_model % self.num_heads:
-            raise ValueError(f"num_heads is {num_heads}, wanted a divisor of d_model = {d_model}")
+        if d_model % self.num_heads or d_model // self.num_heads > MOST_COLUMNS:
+            came = f"{self.num_heads}, for heads of 64" if num_heads is None else num_heads
+            raise ValueError(
+                f"num_heads is {came}, wanted a divisor of d_model = {d_model} for heads of at most {MOST_COLUMNS}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {dropout}, wanted 0 <= dropout < 1")
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(d_model, d_model) for _ in range(4))
@@ -82,6 +87,7 @@ class LinformerAttention(Mixer):
 
         Raises:
             TypeError: an option the mixer does not have.
+            TypeError, ValueError: options that the constructor does not take.
             ValueError: no max_length, where the model has no limit to its positions.
         """
         own = {
@@ -119,8 +125,9 @@ class LinformerAttention(Mixer):
         """As `Mixer.forward`.
 
         Raises:
-            ValueError: more than max_length frames.
+            TypeError, ValueError: as `Mixer.forward`, or more than max_length frames.
         """
+        self.check_hidden_states(hidden_states)
         length = hidden_states.shape[1]
         if length > self.max_length:
             raise ValueError(f"hidden_states has {length} frames, wanted at most max_length = {self.max_length}")

@@ -7,6 +7,7 @@ from torch import nn
 
 from linconv import ops
 from linconv.mixers.protocol import GatedRMSNorm, Linear, StateSpaceMixer, scan_flops
+from linconv.ops import checks
 
 
 @dataclasses.dataclass
@@ -26,6 +27,9 @@ class Mamba2(StateSpaceMixer):
 
     Args:
         d_model, d_state, d_conv, expand, headdim, ngroups, chunk_size: as for `BiMamba2`.
+
+    Raises:
+        TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
     """
 
     causal = True
@@ -43,8 +47,9 @@ class Mamba2(StateSpaceMixer):
         """As `Mixer.forward`; with ``state``, goes on from it and leaves it at the last frame.
 
         Raises:
-            ValueError: both seq_lens and state.
+            TypeError, ValueError: as `Mixer.forward`, or both seq_lens and state.
         """
+        self.check_hidden_states(hidden_states)
         if state is not None and seq_lens is not None:
             raise ValueError("seq_lens and state are both given, wanted at most one: a state has one length for all")
         z, xBC, dt = self.in_proj(hidden_states).split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
@@ -82,7 +87,13 @@ class Mamba2(StateSpaceMixer):
         )
 
     def step(self, hidden_states: torch.Tensor, state: Mamba2State) -> torch.Tensor:
-        """One more frame, (batch, d_model) to (batch, d_model); ``state`` is moved on by it."""
+        """One more frame, (batch, d_model) to (batch, d_model); ``state`` is moved on by it.
+
+        Raises:
+            TypeError, ValueError: hidden_states of another type or shape.
+        """
+        checks.floating_tensor("hidden_states", hidden_states)
+        checks.shape("hidden_states", hidden_states, (None, self.d_model), "(batch, d_model)")
         return self(hidden_states[:, None], state=state)[:, 0]
 
     def flops(self, length):

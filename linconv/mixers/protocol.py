@@ -7,7 +7,10 @@ import math
 import torch
 from torch import nn
 
+from linconv.ops import checks
 from linconv.ops.linear import linear
+from linconv.ops.short_conv import WIDTHS
+from linconv.ops.ssd.arguments import MAX_SIZE
 
 
 class Mixer(nn.Module, abc.ABC):
@@ -16,14 +19,16 @@ class Mixer(nn.Module, abc.ABC):
     A subclass takes ``d_model`` first and everything else as keywords with defaults: those keywords are its options.
     It sets ``causal`` and implements `forward`, `flops` and `reset_parameters`; a causal one also decodes frame by
     frame with ``step``.
+
+    Raises:
+        TypeError, ValueError: a d_model that is no integer from 1 up.
     """
 
     causal = False
 
     def __init__(self, d_model: int):
         super().__init__()
-        if d_model < 1:
-            raise ValueError(f"d_model is {d_model}, wanted at least 1")
+        check_integer("d_model", d_model)
         self.d_model = d_model
 
     @classmethod
@@ -40,6 +45,7 @@ class Mixer(nn.Module, abc.ABC):
 
         Raises:
             TypeError: an option the mixer does not have.
+            TypeError, ValueError: options that the constructor does not take.
         """
         known = cls.options()
         for name in options:
@@ -71,7 +77,19 @@ class Mixer(nn.Module, abc.ABC):
 
         Returns:
             The mixed frames: each row as it would be alone at its own length, exactly zero in the padding.
+
+        Raises:
+            TypeError, ValueError: hidden_states or seq_lens of another type or shape.
         """
+
+    def check_hidden_states(self, hidden_states: torch.Tensor) -> None:
+        """What every `forward` asks of its hidden states.
+
+        Raises:
+            TypeError, ValueError: something else than a floating-point tensor (batch, L, d_model).
+        """
+        checks.floating_tensor("hidden_states", hidden_states)
+        checks.shape("hidden_states", hidden_states, (None, None, self.d_model), "(batch, L, d_model)")
 
     @abc.abstractmethod
     def flops(self, length: int) -> int:
@@ -80,6 +98,28 @@ class Mixer(nn.Module, abc.ABC):
     @abc.abstractmethod
     def reset_parameters(self) -> None:
         """Initialises every parameter afresh."""
+
+
+def check_integer(name: str, value, low: int = 1, high: float = math.inf) -> None:
+    """``value`` of the option ``name`` is an int, ``low`` to ``high``.
+
+    Raises:
+        TypeError, ValueError: another type, or out of range.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, wanted an int")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}, wanted " + (f"{low} to {high}" if high < math.inf else f"at least {low}"))
+
+
+def check_number(name: str, value) -> None:
+    """``value`` of the option ``name`` is an int or a float.
+
+    Raises:
+        TypeError: another type.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, wanted a number")
 
 
 class Linear(nn.Linear):
@@ -123,13 +163,23 @@ class StateSpaceMixer(Mixer):
 
     Args:
         directions: 2 where the parameters of the scan are stacked (forward, backward), else 1.
+
+    Raises:
+        TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
     """
 
     def __init__(self, d_model, d_state, d_conv, expand, headdim, ngroups, *, directions):
         super().__init__(d_model)
+        check_integer("d_state", d_state, high=MAX_SIZE)
+        check_integer("d_conv", d_conv, WIDTHS.start, WIDTHS.stop - 1)
+        check_integer("headdim", headdim, high=MAX_SIZE)
+        check_integer("ngroups", ngroups)
+        check_number("expand", expand)
+        if not 0 < expand < math.inf:
+            raise ValueError(f"expand is {expand}, wanted a number above 0")
         self.d_state, self.d_conv, self.headdim, self.ngroups = d_state, d_conv, headdim, ngroups
         self.d_inner = round(expand * d_model)
-        if self.d_inner % headdim:
+        if self.d_inner % headdim or not self.d_inner:
             raise ValueError(f"headdim is {headdim}, wanted a divisor of expand * d_model = {self.d_inner}")
         self.nheads = self.d_inner // headdim
         if self.nheads % ngroups:

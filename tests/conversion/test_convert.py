@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -388,6 +389,13 @@ def test_attention_implementation_without_padding_masks_is_refused():
         (dict(layers="some"), ValueError, "layers is 'some'"),
         (dict(layers=[0.5]), TypeError, "layers is"),
         (dict(layers=[True]), TypeError, "layers is"),
+        (dict(layers=1), TypeError, "layers is 1, wanted None, 'all', 'none' or indices"),
+        (dict(layers=np.array(1)), TypeError, "layers is"),
+        (dict(layers=np.array([True, False, True])), TypeError, "layers is"),
+        (dict(layers=torch.tensor([0.0])), TypeError, "layers is"),
+        (dict(layers=np.arange(4)), ValueError, "layers has 3, wanted -3 to 2"),
+        (dict(d_state=300), ValueError, "d_state is 300, wanted 1 to 256"),
+        (dict(d_state=np.int64(8)), TypeError, "d_state is .*8.*, wanted an int"),
         (dict(d_stat=4), TypeError, "BiMamba2 has no option 'd_stat', wanted one of d_state"),
         (dict(headdim=64), ValueError, "headdim is 64"),
     ],
@@ -397,6 +405,17 @@ def test_wrong_arguments_are_named(arguments, error, match):
     for function in (linconv.convert, linconv.inspect):
         with pytest.raises(error, match=match):
             function(teacher, **arguments)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [np.array([0, -1]), list(np.array([0, 2])), torch.tensor([2, 0]), (0, 2), range(0, 3, 2), (i for i in (0, 2))],
+    ids=["array", "numpy integers", "tensor", "tuple", "range", "generator"],
+)
+def test_layers_are_indices_of_any_kind(layers):
+    config = linconv.convert(make(Wav2Vec2ForCTC), layers=layers, **MIXER).config
+    assert config.linconv["layers"] == [0, 2]
+    assert config.to_json_string()
 
 
 @pytest.mark.parametrize("function", [linconv.convert, linconv.inspect])

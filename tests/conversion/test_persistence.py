@@ -137,6 +137,11 @@ def set_block(**changes):
         (set_block(version=2), "version 2, wanted 1: update linconv"),
         (set_block(mixer="bimamba3"), "mixer is 'bimamba3'.*did you mean 'bimamba2'"),
         (set_block(layer=[1]), "wanted .*'layers'"),
+        (set_block(layers=[7]), "block has layer 7, wanted 0 to 2: the model has 3 blocks"),
+        (set_block(layers=[-1]), "block has layer -1, wanted 0 to 2"),
+        (set_block(layers=1), "block has layers 1, wanted a list of indices"),
+        (set_block(layers=["0"]), r"block has layers \['0'\], wanted a list of indices"),
+        (set_block(options={"d_state": 300}), "d_state is 300, wanted 1 to 256"),
         (lambda config: config.pop("linconv"), "no 'linconv' block"),
     ],
 )

@@ -140,11 +140,37 @@ def test_reset_draws_everything_afresh():
 @pytest.mark.parametrize(
     "options, message",
     [
+        (dict(r="8"), "r is '8', wanted an int"),
+        (dict(max_length=4.5), "max_length is 4.5, wanted an int"),
+        (dict(num_heads="2"), "num_heads is '2', wanted an int"),
+        (dict(dropout="no"), "dropout is 'no', wanted a number"),
+        (dict(normalize="no"), "normalize is 'no', wanted a bool"),
+    ],
+)
+def test_options_of_another_type_are_named(options, message):
+    with pytest.raises(TypeError, match=message):
+        LinformerAttention(16, **{"num_heads": 2, **options})
+
+
+@pytest.mark.parametrize(
+    "d_model, heads", [(400, None), (257, 1)], ids=["heads of 64 do not fit", "a head is too wide"]
+)
+def test_heads_that_do_not_fit_are_named(d_model, heads):
+    came = "6, for heads of 64" if heads is None else heads
+    match = f"num_heads is {came}, wanted a divisor of d_model = {d_model} for heads of at most 256"
+    with pytest.raises(ValueError, match=match):
+        LinformerAttention(d_model, num_heads=heads)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
         (dict(r=0), "r is 0, wanted 1 to 512"),
         (dict(r=513), "r is 513"),
         (dict(sharing="layer"), "sharing is 'layer', wanted one of none, headwise, key_value, layerwise"),
         (dict(init="zeros"), "init is 'zeros', wanted one of frames, normal"),
         (dict(num_heads=3), "num_heads is 3, wanted a divisor of d_model = 16"),
+        (dict(num_heads=0), "num_heads is 0, wanted at least 1"),
         (dict(max_length=0), "max_length is 0"),
         (dict(dropout=1.0), "dropout is 1.0"),
     ],

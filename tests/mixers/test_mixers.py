@@ -304,6 +304,10 @@ def test_registry():
         (dict(headdim=24), ValueError, "headdim is 24"),
         (dict(ngroups=3), ValueError, "ngroups is 3"),
         (dict(dstate=8), TypeError, "no option 'dstate', wanted one of d_state"),
+        (dict(d_state=300), ValueError, "d_state is 300, wanted 1 to 256"),
+        (dict(d_state="abc"), TypeError, "d_state is 'abc', wanted an int"),
+        (dict(headdim=8.0), TypeError, "headdim is 8.0, wanted an int"),
+        (dict(expand=0), ValueError, "expand is 0, wanted a number above 0"),
     ],
 )
 def test_wrong_options_are_named(options, error, match):
@@ -312,6 +316,64 @@ def test_wrong_options_are_named(options, error, match):
 
     with pytest.raises(error, match=match):
         mixers.BiMamba2.from_attention(nn.Linear(64, 64), Config, **options)
+
+
+@pytest.mark.parametrize("name", STATE_SPACE)
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        (dict(d_state=0), ValueError, "d_state is 0, wanted 1 to 256"),
+        (dict(d_state=257), ValueError, "d_state is 257, wanted 1 to 256"),
+        (dict(d_state=True), TypeError, "d_state is True, wanted an int"),
+        (dict(d_conv=99), ValueError, "d_conv is 99, wanted 2 to 8"),
+        (dict(d_conv=1), ValueError, "d_conv is 1, wanted 2 to 8"),
+        (dict(d_conv=None), TypeError, "d_conv is None, wanted an int"),
+        (dict(headdim=0), ValueError, "headdim is 0, wanted 1 to 256"),
+        (dict(headdim=512, expand=8), ValueError, "headdim is 512, wanted 1 to 256"),
+        (dict(ngroups=0), ValueError, "ngroups is 0, wanted at least 1"),
+        (dict(expand=-1), ValueError, "expand is -1, wanted a number above 0"),
+        (dict(expand=math.nan), ValueError, "expand is nan, wanted a number above 0"),
+        (dict(expand="2"), TypeError, "expand is '2', wanted a number"),
+        (dict(expand=0.001), ValueError, r"headdim is 64, wanted a divisor of expand \* d_model = 0"),
+        (dict(d_model=0), ValueError, "d_model is 0, wanted at least 1"),
+        (dict(d_model=64.0), TypeError, "d_model is 64.0, wanted an int"),
+    ],
+)
+def test_options_are_checked_at_construction(name, options, error, match):
+    with pytest.raises(error, match=match):
+        mixers.get(name)(**{"d_model": 64, **options})
+
+
+@pytest.mark.parametrize("name", STATE_SPACE)
+def test_the_limits_of_the_options_run(name):
+    u = torch.randn(1, 5, 512)
+    for options in (dict(d_state=256, headdim=256), dict(d_state=1, headdim=1, d_conv=3), dict(d_conv=7)):
+        assert mixers.get(name)(512, **options)(u).shape == u.shape
+
+
+@pytest.mark.parametrize("name", mixers.names())
+@pytest.mark.parametrize(
+    "hidden_states, error, match",
+    [
+        (torch.randn(5, 128), ValueError, r"hidden_states has shape \(5, 128\), wanted \(batch, L, d_model\) = "),
+        (torch.randn(2, 1, 5, 128), ValueError, r"hidden_states has shape \(2, 1, 5, 128\)"),
+        (torch.randn(2, 5, 64), ValueError, r"wanted \(batch, L, d_model\) = \(any, any, 128\)"),
+        (torch.ones(2, 5, 128).long(), TypeError, "hidden_states has dtype torch.int64, wanted one of torch.float32"),
+        ([[0.0] * 128], TypeError, "hidden_states is list, wanted a torch.Tensor"),
+    ],
+    ids=["2d", "4d", "width", "integers", "list"],
+)
+def test_wrong_hidden_states_are_named(name, hidden_states, error, match):
+    with pytest.raises(error, match=match):
+        mixers.get(name)(128)(hidden_states)
+
+
+def test_wrong_hidden_states_of_a_step_are_named():
+    mixer = mixers.Mamba2(16, **SMALL)
+    with pytest.raises(
+        ValueError, match=r"hidden_states has shape \(1, 3, 16\), wanted \(batch, d_model\) = \(any, 16\)"
+    ):
+        mixer.step(torch.randn(1, 3, 16), mixer.new_state(1))
 
 
 def test_from_attention_takes_dtype_and_draws_alike():
