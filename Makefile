@@ -1,4 +1,4 @@
-# make test | demo | lint | sanitize | test-transformers | compile-ahead | bench | plots | build | clean
+# make test | demo | lint | sanitize | test-transformers | compile-ahead | build-oldest | bench | plots | build | clean
 #
 # Everything is installed into a virtual environment of its own, .venv. What may be set on the command line:
 #   PYTHON       the Python it is made with, 3.10 or later
@@ -20,7 +20,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 
-.PHONY: test demo lint sanitize test-transformers compile-ahead bench plots build clean
+.PHONY: test demo lint sanitize test-transformers compile-ahead build-oldest bench plots build clean
 
 test: $(VENV)/.installed
 	$(PYTEST) tests
@@ -42,6 +42,15 @@ compile-ahead: $(VENV)/.installed $(VENV)/triton-$(OLDEST_TRITON)
 	command -v nvcc > /dev/null && $(PY) benchmarks/compile_ahead_cuda.py || ! command -v nvcc
 $(VENV)/triton-$(OLDEST_TRITON): | $(VENV)/.torch
 	$(PIP) --no-deps --target $@ triton==$(OLDEST_TRITON)
+
+# The libraries against the headers of the oldest torch, in build/oldest; with nvcc the CUDA one too. Nothing is run.
+OLDEST_TORCH := 2.11.0
+build-oldest: $(VENV)/.torch | $(VENV)/torch-$(OLDEST_TORCH)
+	$(VENV)/bin/cmake -S . -B build/oldest -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+	  -DTORCH_DIR=$(abspath $(VENV))/torch-$(OLDEST_TORCH)/torch -DLINCONV_CUDA_ARCHS=$(LINCONV_CUDA_ARCHS)
+	$(VENV)/bin/cmake --build build/oldest
+$(VENV)/torch-$(OLDEST_TORCH): | $(VENV)/.torch
+	$(PIP) --no-deps --target $@ torch==$(OLDEST_TORCH)
 
 bench: $(VENV)/.installed
 	$(PIP) -e .[bench] --no-build-isolation

@@ -43,6 +43,7 @@ PLANS = ("chunks", "sweeps")
 PLAN_BATCHES = (1, 2, 4, 8, 16, 32)  # rows for PROGRAMS_TO_SWEEP of linconv/ops/ssd/triton_tiles.py to be set by
 PLAN_FRAMES = 2**17  # in a batch at most
 FIRST_CALLS = "first-calls"
+DRAWS = 3  # that correctness is judged by
 
 
 def arguments(width, dstate, length, batch=BATCH, dtype=torch.bfloat16):
@@ -126,25 +127,29 @@ def results(function, tensors):
     return {"y": y, **{n: g for n, g in zip(("dx", "ddt", "dA", "dB", "dC"), gradients) if g is not None}}
 
 
-def worst(got, torchs, exact):
-    """(what, its error over the error allowed) of the result or gradient that is worst by float64.
+def errors(got, exact):
+    return {name: (value.double() - exact[name]).abs().max().item() for name, value in got.items()}
+
+
+def worst(mine, torchs):
+    """(what, its error over the error allowed) of the result or gradient that is worst, each error that of all draws.
 
     Allowed is twice the error of plain torch at this precision, thrice in gradients.
     """
     ratios = {}
-    for name, value in got.items():
-        mine, theirs = ((r.double() - exact[name]).abs().max().item() for r in (value, torchs[name]))
-        allowed = (2 if name == "y" else 3) * theirs
-        ratios[name] = float("inf") if math.isnan(mine) else mine / max(allowed, 1e-30)
+    for name in mine[0]:
+        ours, theirs = (max(draw[name] for draw in draws) for draws in (mine, torchs))
+        # NaN is no maximum of max().
+        wrong = any(math.isnan(draw[name]) for draw in mine)
+        ratios[name] = float("inf") if wrong else ours / max((2 if name == "y" else 3) * theirs, 1e-30)
     return max(ratios.items(), key=lambda item: item[1])
 
 
 def check(width, dstate, peers):
-    """The peers whose results and gradients are right; an end where ours are not, so that no speed is reported."""
-    tensors = arguments(width, dstate, 499, batch=2)
+    """The peers whose results and gradients are right; an end where ours are not, so that no speed is reported.
 
-    def exact_of(function):
-        return results(function, [t.double() for t in tensors])
+    Of several draws the worst: A has so few elements that one draw would compare luck.
+    """
 
     def exact(x, dt, A, B, C):
         return ops.bidirectional_ssd(x, dt, A, B, C, dt_softplus=True, backend="reference")
@@ -156,22 +161,33 @@ def check(width, dstate, peers):
         with torch.autocast("cuda", torch.bfloat16):
             return exact_one_way(*tensors)
 
-    both = results(plain, tensors), exact_of(exact)
-    one_way = results(plain_one_way, tensors), exact_of(exact_one_way)
-    for plan in PLANS:
-        what, ratio = worst(results(by_plan(plan), tensors), *both)
-        if ratio > 1:
-            raise SystemExit(
-                f"d = {width}, {plan}: {what} has {ratio:.2f} times the error allowed; no speed is reported"
-            )
+    planned = {plan: by_plan(plan) for plan in PLANS}
+    both, one_way = (exact, plain, {**planned, **peers}), (exact_one_way, plain_one_way, {})
+    if "simple_gla" in peers:
+        one_way[2]["simple_gla"] = both[2].pop("simple_gla")
+    found = {}
+    for reference, torchs, judged in (both, one_way):
+        mine, theirs = {name: [] for name in judged}, []
+        for seed in range(DRAWS if judged else 0):
+            torch.manual_seed(seed)
+            tensors = arguments(width, dstate, 499, batch=2)
+            truth = results(reference, [t.double() for t in tensors])
+            theirs.append(errors(results(torchs, tensors), truth))
+            for name, function in judged.items():
+                mine[name].append(errors(results(function, tensors), truth))
+        found |= {name: worst(draws, theirs) for name, draws in mine.items()}
     right = {}
-    for name, peer in peers.items():
-        what, ratio = worst(results(peer, tensors), *(one_way if name == "simple_gla" else both))
+    for name, (what, ratio) in found.items():
+        if name in PLANS:
+            if ratio > 1:
+                raise SystemExit(
+                    f"d = {width}, {name}: {what} has {ratio:.2f} times the error allowed; no speed is reported"
+                )
         # A peer may round more than we do; that is no reason to leave it out.
-        if ratio > (1 if name == "cuda" else 3):
+        elif ratio > (1 if name == "cuda" else 3):
             print(f"not compared with {name} at d = {width}: {what} has {ratio:.1f} times the error allowed")
         else:
-            right[name] = peer
+            right[name] = peers[name]
     return right
 
 
@@ -276,16 +292,19 @@ def body(record, lengths):
             )
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 name = f"sdpa {backend.name.split('_')[0].lower()}"
-                with sdpa_kernel(backend):
-                    for part, work in (
-                        ("forward", lambda: F.scaled_dot_product_attention(q, k, v)),  # noqa: B023
-                        ("training", with_backward(F.scaled_dot_product_attention, (q, k, v))),
-                    ):
-                        peer_seconds = seconds(work)
-                        record.add(
-                            **base, part=part, peer=name, peer_seconds=peer_seconds,
-                            speedup=peer_seconds / taken[part],
-                        )  # fmt: skip
+                try:
+                    with sdpa_kernel(backend):
+                        for part, work in (
+                            ("forward", lambda: F.scaled_dot_product_attention(q, k, v)),  # noqa: B023
+                            ("training", with_backward(F.scaled_dot_product_attention, (q, k, v))),
+                        ):
+                            peer_seconds = seconds(work)
+                            record.add(
+                                **base, part=part, peer=name, peer_seconds=peer_seconds,
+                                speedup=peer_seconds / taken[part],
+                            )  # fmt: skip
+                except RuntimeError as error:  # the backend does not take this, or has no memory for it
+                    print(f"not compared with {name} at {length} frames: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":
