@@ -115,7 +115,6 @@ class WhisperModel:
         decoder_input_ids=None,
         decoder_attention_mask=None,
         encoder_outputs=None,
-        past_key_values=None,
         decoder_inputs_embeds=None,
         decoder_position_ids=None,
         use_cache=None,
@@ -130,6 +129,8 @@ class WhisperModel:
         """
         input_features, mask = _without_mask(input_features, self.config.num_mel_bins)
         attention_mask = attention_mask if mask is None else mask
+        # The decoder's: `cache` is what releases of transformers from 5.24 on call it.
+        cache = {name: kwargs.pop(name) for name in ("past_key_values", "cache") if name in kwargs}
         if encoder_outputs is None:
             input_features = self._mask_input_features(input_features, attention_mask=attention_mask)
             encoder_outputs = self.encoder(input_features, attention_mask=attention_mask, **kwargs)
@@ -140,10 +141,10 @@ class WhisperModel:
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
             decoder_inputs_embeds=decoder_inputs_embeds,
             decoder_position_ids=decoder_position_ids,
             use_cache=use_cache,
+            **cache,
             **kwargs,
         )
 
