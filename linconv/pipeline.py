@@ -381,8 +381,9 @@ class Run:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What a run may not change on the way, as JSON has it. How long it is, and what it logs, it may."""
+    """What a run may not change on the way, as JSON has it. How long it is, what it logs and where data are, it may."""
     fields = {k: v for k, v in asdict(recipe).items() if k not in ("output", "finetune", "distill")}
+    del fields["data"]["path"]
     return json.loads(json.dumps(fields, default=str))
 
 
