@@ -47,13 +47,14 @@ sanitize() {
   [ $# -gt 0 ] || set -- memcheck racecheck initcheck
   # torch's allocator would hide what lies between two tensors, and results that start as NaN what a kernel reads before
   # anyone has written it.
-  local status=0
+  local status=0 tool
+  watched() {
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 LINCONV_POISON=0 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      --report-api-errors no "$python" -m pytest -q -p no:cacheprovider "$@" || status=$?
+  }
   for tool; do
-    for tests in "tests/ops/triton_ssd.py" "tests/ops/test_bidirectional_ssd.py -k fused"; do
-      # shellcheck disable=SC2086
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 LINCONV_POISON=0 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        --report-api-errors no "$python" -m pytest -q -p no:cacheprovider $tests || status=$?
-    done
+    watched tests/ops/triton_ssd.py
+    watched tests/ops/test_bidirectional_ssd.py -k "fused and cuda"
   done
   return $status
 }

@@ -468,17 +468,17 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
     _need_train(splits)
     transformers.set_seed(recipe.seed)
     base = teacher
-    if recipe.model.overrides:
-        config = load_config(path, "model.teacher")
-        _check_entries(config, recipe.model.overrides, "model.overrides")
-        config.update(recipe.model.overrides)
-        base = _any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
     if mode.origin == "source":
         if recipe.model.source is None and not recipe.model.config:
             raise UserError(
                 "model.source: not given; want the pretrained model, whose weights the student keeps in this mode"
             )
         base = _base_model(recipe, _task_config(recipe, splits, tokenizer))
+    elif recipe.model.overrides:
+        config = load_config(path, "model.teacher")
+        _check_entries(config, recipe.model.overrides, "model.overrides")
+        config.update(recipe.model.overrides)
+        base = _any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
     student = make_student(base, recipe)
     if isinstance(mode.guide, TrajectoryGuided):
         teacher = copy.deepcopy(base)  # the head too: both start from the same place

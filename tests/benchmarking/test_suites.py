@@ -129,6 +129,35 @@ def test_what_is_measured_is_kept_as_it_comes(clock, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["toy.json"]
 
 
+def greedy(setting, length):
+    def call():
+        if length > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 190 GiB.\nMore about it.")
+        return torch.tensor(length / 100)
+
+    return call, []
+
+
+def hungry(work):
+    work()
+    raise torch.OutOfMemoryError("CUDA out of memory, measuring it.")
+
+
+def test_a_run_outlives_what_the_gpu_has_no_memory_for(clock, monkeypatch):
+    freed = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    monkeypatch.setattr(runner, "memory_bytes", lambda device: 1e12)
+    monkeypatch.setattr(runner, "peak_extra_cuda_bytes", hungry)
+    implementations = Implementation("ours", synthetic, ("linear",), ours=True), Implementation("greedy", greedy)
+    results = measured([Case("toy", Setting(device="cuda"), implementations, "greedy", LENGTHS)])
+    ours, peer = results.series()
+    assert [why is None for why in ours.predicted] == [True] * 5
+    assert [why is None for why in peer.predicted] == [True, True, True, False, False]
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 190 GiB." in peer.predicted[3]
+    assert len(freed) == 2 and not any("extra_bytes" in row for row in results.rows.values())
+
+
 def test_memory_that_is_known_counts_for_more_than_a_fit(clock):
     """Both are measured to need 1 MB a frame; the one that says it needs 1 GB is not called beyond the limit."""
     implementations = (

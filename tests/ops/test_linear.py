@@ -53,7 +53,7 @@ def test_oracle(rows, depth, columns, bias, by_column):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows, depth, columns", [(130, 768, 300), (40, 3_000, 70)])
+@pytest.mark.parametrize("rows, depth, columns", [(130, 768, 300), (40, 3_000, 70), (41, 531, 33), (9, 1, 5)])
 def test_oracle_low_precision(dtype, rows, depth, columns):
     inputs = [
         random(rows, depth, dtype=dtype),

@@ -104,7 +104,7 @@ def in_torch(q, k, v, proj_k, proj_v):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("length, headdim, rank", [(300, 64, 128), (77, 33, 20), (40, 130, 300)])
+@pytest.mark.parametrize("length, headdim, rank", [(300, 64, 128), (77, 33, 20), (76, 32, 21), (40, 130, 300)])
 def test_oracle_low_precision(dtype, length, headdim, rank):
     """Errors are those of torch's own operators in the same precision, at most twice; three times for gradients."""
     inputs = tensors(2, 2, length, headdim, rank, dtype=dtype)
@@ -563,7 +563,7 @@ def test_at_once_oracle(batch, length, heads, headdim, d, r, bias, shared, norma
 
 
 @needs_at_once
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_at_once_is_what_its_parts_give(dtype, threads):
     """Bit for bit: with gradients wanted or not, and for any number of threads; of long sequences too."""
@@ -587,7 +587,7 @@ def test_at_once_is_what_its_parts_give(dtype, threads):
 
 
 @needs_at_once
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_at_once_low_precision(dtype):
     if here() != "cpu":
         pytest.skip("an operator for CPU")

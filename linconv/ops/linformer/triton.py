@@ -77,12 +77,10 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, capability:
         )  # fmt: skip
     if D <= 64:
         gradient_ranks = 64 if capability >= 90 else 32
-        tiles = Tiles(64, 64, D, gradient_frames=64, gradient_ranks=gradient_ranks, key_ranks=gradient_ranks)
-    elif D <= 128:
-        tiles = Tiles(64, 32, 64, gradient_frames=64, gradient_ranks=32, key_ranks=32, warps=8, stages=1)
-    else:
-        tiles = Tiles(64, 32, 64, gradient_frames=32, gradient_ranks=16, key_ranks=16, warps=8, stages=1)
-    return tiles
+        return Tiles(64, 64, D, gradient_frames=64, gradient_ranks=gradient_ranks, key_ranks=gradient_ranks)
+    if D <= 128:
+        return Tiles(64, 32, 64, gradient_frames=64, gradient_ranks=32, key_ranks=32, warps=8, stages=1)
+    return Tiles(64, 32, 64, gradient_frames=32, gradient_ranks=16, key_ranks=16, warps=8, stages=1)
 
 
 def _power(size: int) -> int:
