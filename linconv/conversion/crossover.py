@@ -66,7 +66,8 @@ def _faster_from(a: float, b: float, c: float) -> int | None:
     if c >= 0:  # what is not faster in the long run is faster nowhere for good
         if c > 0 or b > 0 or (b == 0 and a >= 0):
             return None
-        return 1 if b == 0 else max(1, math.floor(-a / b) + 1)
+        meet = 0 if b == 0 else -a / b
+        return max(1, math.floor(meet) + 1) if meet < math.inf else None
     discriminant = b * b - 4 * a * c
     if discriminant < 0:
         return 1

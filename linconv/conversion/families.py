@@ -21,7 +21,9 @@ class Family:
     attention: path from a block to its self-attention module.
     projections: paths from a block to the linear layers of query, key, value and output; the output's may lie outside
         of the attention module. By default, the usual names within it.
-    attention_outputs: how many values its forward returns; the first is the hidden state.
+    attention_outputs: what its forward returns after the hidden state: "weights", of which a mixer has none, or the
+        name of an argument that it hands on.
+    first_attention_only: modules that the first block's attention has for all of them.
     input_name: the forward argument that holds the signal or tokens, time last.
     frame_lengths: (model, valid lengths of the input) to the valid frames the blocks see.
     frames_per_second: of the blocks, at the usual sampling rate; for display. None where frames are tokens.
@@ -39,7 +41,8 @@ class Family:
     input_name: str
     frame_lengths: Callable[[nn.Module, Tensor], Tensor]
     frames_per_second: float | None
-    attention_outputs: int = 2
+    attention_outputs: tuple[str, ...] = ("weights",)
+    first_attention_only: tuple[str, ...] = ()
     projections: tuple[str, str, str, str] | None = None
     layer_drop: str | None = None
     inner: tuple[str, ...] = ()
@@ -60,6 +63,14 @@ class Family:
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
         paths = self.projections or [f"{self.attention}.{name}" for name in names]
         return SelfAttention(*map(block.get_submodule, paths))
+
+    def keep_for_others(self, blocks: nn.ModuleList, converted: tuple[int, ...]) -> None:
+        """Hands what the first attention has for all of them to the first one that is left, before it is replaced."""
+        left = [block for index, block in enumerate(blocks) if index not in converted]
+        if left and left[0] is not blocks[0]:
+            for name in self.first_attention_only:
+                module = blocks[0].get_submodule(self.attention).get_submodule(name)
+                setattr(left[0].get_submodule(self.attention), name, module)
 
     def replace_attention(self, block: nn.Module, slot: nn.Module) -> None:
         """Puts ``slot`` into the place of a stock block's self-attention, all of it."""
@@ -87,12 +98,26 @@ def _after_feature_encoder(model: nn.Module, lengths: Tensor) -> Tensor:
     return lengths.clamp(min=0)
 
 
+def _speech_heads(prefix: str, *heads: str) -> dict[str, str]:
+    """Auto class to stock class; the Auto class of a clip's classification has a name of its own."""
+    own = {"AudioClassification": "SequenceClassification", "AudioXVector": "XVector"}
+    return {"AutoModel": f"{prefix}Model", **{f"AutoModelFor{h}": f"{prefix}For{own.get(h, h)}" for h in heads}}
+
+
 def _bert_heads(prefix: str, *more: str) -> dict[str, str]:
     """The head classes of BERT and what came of it; those that attend to the past only are not among them."""
     heads = ("MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering", *more)
     return {"AutoModel": f"{prefix}Model", **{f"AutoModelFor{head}": f"{prefix}For{head}" for head in heads}}
 
 
+_WAV2VEC2_ENCODER = dict(
+    layers="encoder.layers",
+    attention="attention",
+    input_name="input_values",
+    frame_lengths=_after_feature_encoder,
+    frames_per_second=50,
+    layer_drop="layerdrop",
+)
 _BERT_BLOCK = dict(
     layers="encoder.layer",
     attention="attention.self",
@@ -107,20 +132,26 @@ FAMILIES = {
             model_type="wav2vec2",
             modeling="transformers.models.wav2vec2.modeling_wav2vec2",
             config="Wav2Vec2Config",
-            heads={
-                "AutoModel": "Wav2Vec2Model",
-                "AutoModelForCTC": "Wav2Vec2ForCTC",
-                "AutoModelForAudioClassification": "Wav2Vec2ForSequenceClassification",
-                "AutoModelForAudioFrameClassification": "Wav2Vec2ForAudioFrameClassification",
-                "AutoModelForAudioXVector": "Wav2Vec2ForXVector",
-                "AutoModelForPreTraining": "Wav2Vec2ForPreTraining",
-            },
-            layers="encoder.layers",
-            attention="attention",
-            input_name="input_values",
-            frame_lengths=_after_feature_encoder,
-            frames_per_second=50,
-            layer_drop="layerdrop",
+            heads=_speech_heads(
+                "Wav2Vec2", "CTC", "AudioClassification", "AudioFrameClassification", "AudioXVector", "PreTraining"
+            ),
+            **_WAV2VEC2_ENCODER,
+        ),
+        Family(
+            model_type="hubert",
+            modeling="transformers.models.hubert.modeling_hubert",
+            config="HubertConfig",
+            heads=_speech_heads("Hubert", "CTC", "AudioClassification"),
+            **_WAV2VEC2_ENCODER,
+        ),
+        Family(
+            model_type="wavlm",
+            modeling="transformers.models.wavlm.modeling_wavlm",
+            config="WavLMConfig",
+            heads=_speech_heads("WavLM", "CTC", "AudioClassification", "AudioFrameClassification", "AudioXVector"),
+            attention_outputs=("weights", "position_bias"),
+            first_attention_only=("rel_attn_embed",),
+            **_WAV2VEC2_ENCODER,
         ),
         Family(
             model_type="whisper",

@@ -105,6 +105,10 @@ def inspect(
     replaced = {
         p: p.numel() for i in indices for m in (attentions[i], family.self_attention(blocks[i])) for p in m.parameters()
     }
+    if len(indices) < len(blocks):  # what the first attention has for all of them stays
+        for name in family.first_attention_only:
+            for parameter in attentions[0].get_submodule(name).parameters():
+                replaced.pop(parameter, None)
     added = sum(p.numel() for mixer in (layers_of_mixer if indices else ()) for p in mixer.parameters())
     return Inspection(
         model=type(teacher).__name__,

@@ -93,14 +93,15 @@ class AttentionSlot(nn.Module):
 
     Args:
         mixer: the `linconv.mixers.Mixer`.
-        outputs: how many values the attention module returned.
+        outputs: what the attention module returned after the hidden state: names of arguments that it handed on, and of
+            values that a mixer does not have, which are None.
     """
 
-    def __init__(self, mixer: nn.Module, outputs: int):
+    def __init__(self, mixer: nn.Module, outputs: tuple[str, ...]):
         super().__init__()
         self.mixer = mixer
         self.outputs = outputs
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **arguments):
         """hidden_states (batch, L, d), attention_mask (batch, L) or None. Attention weights there are none."""
-        return self.mixer(hidden_states, seq_lens(attention_mask)), *[None] * (self.outputs - 1)
+        return self.mixer(hidden_states, seq_lens(attention_mask)), *[arguments.get(name) for name in self.outputs]

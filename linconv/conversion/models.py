@@ -138,6 +138,7 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
         for i in recipe.layers
     ]
     mixer_class.join(new)
+    family.keep_for_others(blocks, recipe.layers)
     for index, mixer in zip(recipe.layers, new):
         attention = blocks[index].get_submodule(family.attention)
         slot = masks.AttentionSlot(mixer, family.attention_outputs).train(attention.training)

@@ -3,6 +3,9 @@
 import pytest
 import torch
 from transformers import (
+    HubertForCTC,
+    HubertForSequenceClassification,
+    HubertModel,
     Wav2Vec2Config,
     Wav2Vec2ForAudioFrameClassification,
     Wav2Vec2ForCTC,
@@ -10,6 +13,11 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
     Wav2Vec2ForXVector,
     Wav2Vec2Model,
+    WavLMForAudioFrameClassification,
+    WavLMForCTC,
+    WavLMForSequenceClassification,
+    WavLMForXVector,
+    WavLMModel,
     WhisperConfig,
     WhisperForAudioClassification,
     WhisperForConditionalGeneration,
@@ -25,12 +33,20 @@ WAV2VEC2 = (
     Wav2Vec2ForXVector,
     Wav2Vec2ForPreTraining,
 )
+HUBERT = (HubertModel, HubertForCTC, HubertForSequenceClassification)
+WAVLM = (
+    WavLMModel,
+    WavLMForCTC,
+    WavLMForSequenceClassification,
+    WavLMForAudioFrameClassification,
+    WavLMForXVector,
+)
 WHISPER = (WhisperModel, WhisperForAudioClassification, WhisperForConditionalGeneration)
 
 
-def wav2vec2_config(stable=True, **changes):
+def speech_config(config_class=Wav2Vec2Config, stable=True, **changes):
     """Layer norm in the feature extractor goes with stable layer norm in the blocks, as in the published models."""
-    return Wav2Vec2Config(
+    return config_class(
         **dict(
             hidden_size=32,
             num_hidden_layers=3,
@@ -88,7 +104,9 @@ def whisper_config(**changes):
 def make(head, attn_implementation="sdpa", **changes):
     """A model in eval mode whose attention and norms are not the trivial ones that they start as."""
     torch.manual_seed(0)
-    config = whisper_config(**changes) if head in WHISPER else wav2vec2_config(**changes)
+    config = whisper_config(**changes) if head in WHISPER else speech_config(head.config_class, **changes)
+    if not head._supports_sdpa:  # WavLM has but one attention, whose masks are (batch, L) as they come
+        attn_implementation = "eager"
     model = head._from_config(config, attn_implementation=attn_implementation)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -126,6 +144,6 @@ def output_of(model, inputs):
     raise AssertionError(f"no output known in {list(outputs)}")
 
 
-@pytest.fixture(params=[*WAV2VEC2, *WHISPER], ids=lambda head: head.__name__)
+@pytest.fixture(params=[*WAV2VEC2, *HUBERT, *WAVLM, *WHISPER], ids=lambda head: head.__name__)
 def head(request):
     return request.param

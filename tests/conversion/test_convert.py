@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2Model,
+    HubertForCTC,
     Wav2Vec2ForCTC,
     Wav2Vec2ForSequenceClassification,
     Wav2Vec2ForXVector,
+    WavLMForCTC,
     WhisperForAudioClassification,
     WhisperForConditionalGeneration,
     WhisperModel,
@@ -23,7 +25,7 @@ from linconv import mixers
 from linconv.conversion import ConvertedModel, encoder_layers, frame_lengths
 from linconv.distillation.hooks import LayerStates
 
-from .conftest import MIXER, WAV2VEC2, WHISPER, inputs_for, make, output_of, wav2vec2_config
+from .conftest import HUBERT, MIXER, WAV2VEC2, WAVLM, WHISPER, inputs_for, make, output_of
 
 
 def state(model):
@@ -214,7 +216,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, WhisperForAudioClassification])
+@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC, WhisperForAudioClassification])
 def test_nothing_grows_with_the_square_of_the_length(model_class, masked):
     def largest(model, frames):
         length = 2 * frames if model_class in WHISPER else 10 * frames + 20
@@ -229,8 +231,8 @@ def test_nothing_grows_with_the_square_of_the_length(model_class, masked):
     assert largest(student, 3000) <= 2.1 * largest(student, 1500)
     if masked and model_class not in WHISPER:  # the measure does see a mask of L x L where there is one
         assert largest(teacher, 3000) > 3 * largest(teacher, 1500)
-    # The mask of the layers that were left in place does not grow so either.
-    if masked:
+    # The mask of the layers that were left in place does not grow so either; WavLM's attention has a bias that does.
+    if masked and model_class is not WavLMForCTC:
         hybrid = linconv.convert(teacher, layers=[0], **MIXER)
         masks = []
         attention = encoder_layers(hybrid)[1].get_submodule("self_attn" if model_class in WHISPER else "attention")
@@ -250,6 +252,27 @@ def test_attention_left_in_place_gives_what_the_stock_masks_give(implementation)
     assert len(states[0]) == len(states[1]) == 4
     for teacher_state, student_state in zip(*states):
         assert torch.equal(teacher_state, student_state)
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [2], [0, 1], [0, 2], [0, 1, 2]], ids=str)
+def test_the_position_bias_of_wavlm_reaches_every_attention_that_is_left(layers, tmp_path):
+    """The stock model makes it in the first layer, of weights that no other layer has."""
+    teacher = make(WavLMForCTC)
+    student = linconv.convert(teacher, layers=layers, **MIXER)
+    biases = []
+    for model, blocks in ((teacher, (0,)), (student, set(range(3)) - set(layers))):
+        for index in blocks:
+            attention = encoder_layers(model)[index].attention
+            attention.register_forward_hook(lambda module, args, outputs: biases.append(outputs[2]))
+        output_of(model, inputs_for(WavLMForCTC))
+    assert len(biases) == 1 + 3 - len(layers)
+    for bias in biases[1:]:
+        assert torch.equal(bias, biases[0])
+    found = linconv.inspect(teacher, layers=layers, **MIXER)
+    assert found.parameters_after == sum(p.numel() for p in student.parameters())
+    student.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCTC.from_pretrained(tmp_path)
+    assert torch.equal(output_of(loaded, inputs_for(WavLMForCTC)), output_of(student, inputs_for(WavLMForCTC)))
 
 
 def test_hidden_states_are_recorded_in_every_layer(head):
@@ -275,11 +298,12 @@ def test_layer_drop_is_off_in_the_student():
         assert len(states.after) == 3  # an error names the layers that did not run
 
 
-def test_one_spec_augment_mask_serves_teacher_and_student():
+@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC])
+def test_one_spec_augment_mask_serves_teacher_and_student(model_class):
     """In evaluation and in training mode: the mask is an argument, not each model's own drawing."""
-    teacher = make(Wav2Vec2ForCTC)
+    teacher = make(model_class)
     student = linconv.convert(teacher, layers=[], **MIXER)
-    inputs = inputs_for(Wav2Vec2ForCTC)
+    inputs = inputs_for(model_class)
     inputs["mask_time_indices"] = torch.arange(99).remainder(7).lt(3).expand(2, -1)
     seen = []
     for model in (teacher, student.train()):
@@ -293,7 +317,7 @@ def test_one_spec_augment_mask_serves_teacher_and_student():
     assert not torch.equal(output_of(teacher, inputs), output_of(teacher, unmasked))
 
 
-@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, WhisperForAudioClassification])
+@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, WavLMForCTC, WhisperForAudioClassification])
 @pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
 def test_gradient_checkpointing_gives_the_same_gradients(model_class, layers):
     student = linconv.convert(make(model_class), layers=layers, **MIXER)
@@ -420,7 +444,7 @@ def test_layers_are_indices_of_any_kind(layers):
 
 @pytest.mark.parametrize("function", [linconv.convert, linconv.inspect])
 def test_wrong_teachers_are_named(function):
-    with pytest.raises(TypeError, match="model is of type 'gpt2', wanted one of wav2vec2, whisper"):
+    with pytest.raises(TypeError, match="model is of type 'gpt2', wanted one of wav2vec2, hubert"):
         function(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)))
     with pytest.raises(TypeError, match="model is a Linear"):
         function(torch.nn.Linear(2, 2))
@@ -496,10 +520,10 @@ def test_heads_listed_are_all_that_transformers_has():
     """A head class that a later transformers adds should not go unnoticed."""
     from transformers.models.auto import modeling_auto
 
-    for config, heads in ((wav2vec2_config(), WAV2VEC2), (make(WhisperModel).config, WHISPER)):
+    for heads in (WAV2VEC2, HUBERT, WAVLM, WHISPER):
         known = set()
         for name in dir(modeling_auto):
             if name.startswith("MODEL_") and name.endswith("MAPPING"):
-                known.add(getattr(modeling_auto, name).get(type(config), None))
+                known.add(getattr(modeling_auto, name).get(heads[0].config_class, None))
         known -= {None, transformers.WhisperForCausalLM}  # a decoder alone
         assert {c for c in known if not isinstance(c, tuple)} <= set(heads)

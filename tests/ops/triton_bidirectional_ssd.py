@@ -107,7 +107,8 @@ def test_any_shape_and_stride(
 def test_error_against_torch(dtype):
     """At most twice the error of the same chunked products in plain torch at that precision, thrice in gradients.
 
-    Of several draws the worst: A, D and dt_bias have so few elements that one draw would compare luck.
+    Of several draws the worst: A, D and dt_bias have so few elements that one draw would compare luck, and so would
+    errors relative to gradients that happen to cancel out.
     """
     size = (1, 30, 2, 16, 1, 16) if interpreter.INTERPRETING else (2, 500, 4, 64, 1, 128)
 
@@ -133,8 +134,7 @@ def test_error_against_torch(dtype):
         for worst, found in ((ours, mine), (torchs, theirs)):
             for name, value in found.items():
                 assert value.dtype == arguments.get(name, upstream).dtype
-                error = (value.double() - exact[name]).abs().max() / exact[name].abs().max()
-                worst[name] = max(worst[name], error.item())
+                worst[name] = max(worst[name], (value.double() - exact[name]).abs().max().item())
     for name in ours:
         assert ours[name] <= (3 if name in NAMES else 2) * torchs[name], name
 
