@@ -38,11 +38,11 @@ def convert(
     Raises:
         TypeError: a model that cannot be converted, an option the mixer does not have or of another type, or layers
             of another type.
-        ValueError: an unknown mixer, a layer that is not there, or options that are out of range or do not fit the
-            model's width.
+        ValueError: an unknown mixer, one that looks ahead where the model attends to the past only, a layer that is not
+            there, or options that are out of range or do not fit the model's width.
     """
     family = convertible_family(teacher)
-    mixers.get(mixer)
+    check_mixer(mixer, family)
     recipe = Recipe(mixer, layer_indices(layers, len(family.blocks(teacher))), mixer_kwargs)
 
     entries = teacher.config.to_dict()
@@ -73,11 +73,28 @@ def convertible_family(teacher: PreTrainedModel) -> families.Family:
                 f"teacher is a {stock.__name__}, converted already; wanted a stock model or one with no layer converted"
             )
         stock = stock.__bases__[-1]
-    if getattr(teacher.config, "is_decoder", False) and not getattr(teacher.config, "is_encoder_decoder", False):
+    decoder = family.cache is None and getattr(teacher.config, "is_decoder", False)
+    if decoder and not getattr(teacher.config, "is_encoder_decoder", False):
         raise TypeError(f"teacher is a {stock.__name__} with is_decoder, wanted one that attends both ways")
     if not any(stock is family.stock_class(name) for name in family.heads.values()):
         raise TypeError(f"teacher is a {stock.__name__}, wanted one of {', '.join(family.heads.values())}")
     return family
+
+
+def check_mixer(mixer: str, family: families.Family) -> type[mixers.Mixer]:
+    """The mixer class of that name, which fits the family.
+
+    Raises:
+        ValueError: no such mixer, or one that looks ahead in a family that does not.
+    """
+    found = mixers.get(mixer)
+    if family.cache is not None and not found.causal:
+        wanted = ", ".join(name for name in mixers.names() if mixers.get(name).causal)
+        raise ValueError(
+            f"mixer is {mixer!r}, which looks ahead, and {family.model_type} attends to the past only; wanted a causal "
+            f"one: {wanted}"
+        )
+    return found
 
 
 def layer_indices(layers: str | Sequence[int] | None, count: int) -> tuple[int, ...]:

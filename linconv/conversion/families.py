@@ -19,8 +19,10 @@ class Family:
     heads: stock head class by the Auto class that loads it; the first one is the bare model.
     layers: path from ``model.base_model`` to the list of transformer blocks.
     attention: path from a block to its self-attention module.
-    projections: paths from a block to the linear layers of query, key, value and output; the output's may lie outside
-        of the attention module. By default, the usual names within it.
+    projections: paths from a block to the linear layers by name: query, key, value (or query_key_value for all) and
+        output, which may lie outside of the attention module. By default, the usual names in it.
+    cache: the argument of its forward that holds a cache, where it attends to the past only; such a family takes causal
+        mixers. None where it attends both ways.
     attention_outputs: what its forward returns after the hidden state: "weights", of which a mixer has none, or the
         name of an argument that it hands on.
     first_attention_only: modules that the first block's attention has for all of them.
@@ -43,7 +45,8 @@ class Family:
     frames_per_second: float | None
     attention_outputs: tuple[str, ...] = ("weights",)
     first_attention_only: tuple[str, ...] = ()
-    projections: tuple[str, str, str, str] | None = None
+    projections: dict[str, str] | None = None
+    cache: str | None = None
     layer_drop: str | None = None
     inner: tuple[str, ...] = ()
     overrides: str | None = None
@@ -60,9 +63,9 @@ class Family:
 
     def self_attention(self, block: nn.Module) -> "SelfAttention":
         """The projections of a stock block's self-attention."""
-        names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        paths = self.projections or [f"{self.attention}.{name}" for name in names]
-        return SelfAttention(*map(block.get_submodule, paths))
+        usual = dict(query="q_proj", key="k_proj", value="v_proj", output="out_proj")
+        paths = self.projections or {name: f"{self.attention}.{own}" for name, own in usual.items()}
+        return SelfAttention({name: block.get_submodule(path) for name, path in paths.items()})
 
     def keep_for_others(self, blocks: nn.ModuleList, converted: tuple[int, ...]) -> None:
         """Hands what the first attention has for all of them to the first one that is left, before it is replaced."""
@@ -75,16 +78,17 @@ class Family:
     def replace_attention(self, block: nn.Module, slot: nn.Module) -> None:
         """Puts ``slot`` into the place of a stock block's self-attention, all of it."""
         _replace(block, self.attention, slot)
-        if self.projections and not self.projections[3].startswith(f"{self.attention}."):
-            _replace(block, self.projections[3], nn.Identity())  # the slot has an output projection of its own
+        if self.projections and not self.projections["output"].startswith(f"{self.attention}."):
+            _replace(block, self.projections["output"], nn.Identity())  # the slot has an output projection of its own
 
 
 class SelfAttention(nn.Module):
     """The linear layers of a self-attention under the same names for every family. They are the model's own."""
 
-    def __init__(self, query: nn.Linear, key: nn.Linear, value: nn.Linear, output: nn.Linear):
+    def __init__(self, projections: dict[str, nn.Linear]):
         super().__init__()
-        self.query, self.key, self.value, self.output = query, key, value, output
+        for name, projection in projections.items():
+            self.add_module(name, projection)
 
 
 def _replace(block: nn.Module, path: str, module: nn.Module) -> None:
@@ -104,10 +108,12 @@ def _speech_heads(prefix: str, *heads: str) -> dict[str, str]:
     return {"AutoModel": f"{prefix}Model", **{f"AutoModelFor{h}": f"{prefix}For{own.get(h, h)}" for h in heads}}
 
 
-def _bert_heads(prefix: str, *more: str) -> dict[str, str]:
-    """The head classes of BERT and what came of it; those that attend to the past only are not among them."""
-    heads = ("MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering", *more)
+def _text_heads(prefix: str, *heads: str) -> dict[str, str]:
     return {"AutoModel": f"{prefix}Model", **{f"AutoModelFor{head}": f"{prefix}For{head}" for head in heads}}
+
+
+# Of BERT and what came of it; those that attend to the past only are not among them.
+_BERT_HEADS = ("MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering")
 
 
 _WAV2VEC2_ENCODER = dict(
@@ -121,7 +127,12 @@ _WAV2VEC2_ENCODER = dict(
 _BERT_BLOCK = dict(
     layers="encoder.layer",
     attention="attention.self",
-    projections=("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    projections=dict(
+        query="attention.self.query",
+        key="attention.self.key",
+        value="attention.self.value",
+        output="attention.output.dense",
+    ),
 )
 _TOKENS = dict(input_name="input_ids", frame_lengths=lambda model, lengths: lengths, frames_per_second=None)
 
@@ -175,7 +186,7 @@ FAMILIES = {
             model_type="bert",
             modeling="transformers.models.bert.modeling_bert",
             config="BertConfig",
-            heads=_bert_heads("Bert", "PreTraining", "NextSentencePrediction"),
+            heads=_text_heads("Bert", *_BERT_HEADS, "PreTraining", "NextSentencePrediction"),
             **_BERT_BLOCK,
             **_TOKENS,
         ),
@@ -183,7 +194,7 @@ FAMILIES = {
             model_type="roberta",
             modeling="transformers.models.roberta.modeling_roberta",
             config="RobertaConfig",
-            heads=_bert_heads("Roberta"),
+            heads=_text_heads("Roberta", *_BERT_HEADS),
             **_BERT_BLOCK,
             **_TOKENS,
         ),
@@ -191,10 +202,25 @@ FAMILIES = {
             model_type="distilbert",
             modeling="transformers.models.distilbert.modeling_distilbert",
             config="DistilBertConfig",
-            heads=_bert_heads("DistilBert"),
+            heads=_text_heads("DistilBert", *_BERT_HEADS),
             layers="transformer.layer",
             attention="attention",
-            projections=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+            projections=dict(
+                query="attention.q_lin", key="attention.k_lin", value="attention.v_lin", output="attention.out_lin"
+            ),
+            **_TOKENS,
+        ),
+        Family(
+            model_type="gpt_neox",
+            modeling="transformers.models.gpt_neox.modeling_gpt_neox",
+            config="GPTNeoXConfig",
+            heads=_text_heads(
+                "GPTNeoX", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"
+            ),
+            layers="layers",
+            attention="attention",
+            projections=dict(query_key_value="attention.query_key_value", output="attention.dense"),
+            cache="layer_past",
             **_TOKENS,
         ),
     )

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from linconv import mixers
-from linconv.conversion.convert import convertible_family, layer_indices
+from linconv.conversion.convert import check_mixer, convertible_family, layer_indices
 from linconv.conversion.crossover import MeasuredCrossover, measured_crossover
 
 
@@ -84,7 +83,7 @@ def inspect(
         TypeError, ValueError: as `linconv.convert`.
     """
     family = convertible_family(teacher)
-    mixer_class = mixers.get(mixer)
+    mixer_class = check_mixer(mixer, family)
     blocks = family.blocks(teacher)
     indices = layer_indices(layers, len(blocks))
     attentions = [block.get_submodule(family.attention) for block in blocks]
@@ -96,8 +95,10 @@ def inspect(
 
     projections = sum(m.weight.numel() for m in sizes_only[0].children())
 
+    triangle = 2 if family.cache is None else 1  # to the past only is half of it
+
     def attention_flops(length):
-        return 2 * length * projections + 4 * length * length * width
+        return 2 * length * projections + triangle * 2 * length * length * width
 
     # The difference only grows with the length: attention's operations do so faster.
     crossover = bisect.bisect_left(range(1, 1 << 24), True, key=lambda n: new.flops(n) < attention_flops(n)) + 1

@@ -3,7 +3,8 @@
 transformers builds an attention mask once a forward pass, of the form that the config's attention implementation
 wants; for "sdpa" and "eager" that form grows with L². A converted model runs on "linconv_sdpa" or "linconv_eager": the
 same attention, but its masks stay (batch, L), from which a mixer reads its lengths and an attention layer that was
-left in place makes a (batch, 1, 1, L) mask, the same for every query.
+left in place makes a (batch, 1, 1, L) mask, the same for every query. Attention to the past only wants its stock mask
+where it was left in place: there masks stay (batch, L) only where none was.
 """
 
 import sys
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 
 PREFIX = "linconv_"
 # Flash attention takes (batch, L) masks as it is.
@@ -20,9 +21,19 @@ UNCHANGED = ("flash_attention_2", "flash_attention_3")
 
 
 def _padding_mask(stock_mask):
-    def mask(*args, mask_function, attention_mask=None, **kwargs):
+    def mask(*args, mask_function, attention_mask=None, config, **kwargs):
         if mask_function is not bidirectional_mask_function:  # a decoder's
-            return stock_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+            converted = () if config.is_encoder_decoder else config.linconv["layers"]
+            # A graph is traced with a mask for packed sequences whether there are any or not.
+            packed = mask_function is not causal_mask_function and not torch.compiler.is_compiling()
+            if converted and packed:
+                raise ValueError(
+                    "position_ids start anew within a row, wanted one sequence a row: mixers take no packed ones"
+                )
+            if len(converted) < config.num_hidden_layers:
+                return stock_mask(
+                    *args, mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs
+                )
         if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
             return None
         return attention_mask

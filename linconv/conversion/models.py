@@ -11,7 +11,7 @@ from transformers.models.auto import feature_extraction_auto, processing_auto, t
 from transformers.utils import output_capturing
 
 from linconv import mixers
-from linconv.conversion import masks
+from linconv.conversion import causal, masks
 from linconv.conversion.families import Family
 
 PREFIX = "Linconv"
@@ -141,7 +141,11 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
     family.keep_for_others(blocks, recipe.layers)
     for index, mixer in zip(recipe.layers, new):
         attention = blocks[index].get_submodule(family.attention)
-        slot = masks.AttentionSlot(mixer, family.attention_outputs).train(attention.training)
+        if family.cache is None:
+            slot = masks.AttentionSlot(mixer, family.attention_outputs)
+        else:
+            slot = causal.CausalSlot(mixer, family.attention_outputs, family.cache, index)
+        slot.train(attention.training)
         if not next(slot.parameters()).is_meta:
             for module in slot.modules():
                 module._is_hf_initialized = True  # else a later init_weights would start it afresh

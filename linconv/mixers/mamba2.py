@@ -44,19 +44,21 @@ class Mamba2(StateSpaceMixer):
         self.reset_parameters()
 
     def forward(self, hidden_states, seq_lens=None, state: Mamba2State | None = None):
-        """As `Mixer.forward`; with ``state``, goes on from it and leaves it at the last frame.
-
-        Raises:
-            TypeError, ValueError: as `Mixer.forward`, or both seq_lens and state.
-        """
+        """As `Mixer.forward`; with ``state``, goes on from it and leaves it at each row's last valid frame."""
         self.check_hidden_states(hidden_states)
-        if state is not None and seq_lens is not None:
-            raise ValueError("seq_lens and state are both given, wanted at most one: a state has one length for all")
         z, xBC, dt = self.in_proj(hidden_states).split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
+        conv_lens = seq_lens
         if state is not None:
-            xBC = torch.cat((state.conv, xBC), dim=1)
-            state.conv = xBC[:, xBC.shape[1] - (self.d_conv - 1) :].detach()
-        xBC = ops.short_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_lens=seq_lens)
+            past = self.d_conv - 1
+            xBC = torch.cat((state.conv.to(xBC.dtype), xBC), dim=1)  # (b, past + L, conv_dim)
+            if seq_lens is None:
+                state.conv = xBC[:, xBC.shape[1] - past :].detach()
+            else:
+                checks.sequence_bounds(seq_lens, None, *hidden_states.shape[:2], xBC.device)
+                conv_lens = seq_lens + past
+                last = seq_lens[:, None] + torch.arange(past, device=xBC.device)  # (b, past)
+                state.conv = xBC.detach().gather(1, last[..., None].expand(-1, -1, self.conv_dim))
+        xBC = ops.short_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_lens=conv_lens)
         xBC = xBC[:, xBC.shape[1] - hidden_states.shape[1] :]
         x, B, C = xBC.split((self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state), dim=-1)
         y, last = ops.ssd(

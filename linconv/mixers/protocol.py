@@ -17,8 +17,9 @@ class Mixer(nn.Module, abc.ABC):
     """Mixes a sequence of hidden states along time, like self-attention with its projections.
 
     A subclass takes ``d_model`` first and everything else as keywords with defaults: those keywords are its options.
-    It sets ``causal`` and implements `forward`, `flops` and `reset_parameters`; a causal one also decodes frame by
-    frame with ``step``.
+    It sets ``causal`` and implements `forward`, `flops` and `reset_parameters`; a causal one also has
+    ``new_state(batch)``, a dataclass of tensors with the batch first, a `forward` that goes on from such a ``state``
+    and changes it, and ``step`` for one frame.
 
     Raises:
         TypeError, ValueError: a d_model that is no integer from 1 up.

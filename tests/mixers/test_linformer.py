@@ -19,7 +19,8 @@ class Config:
 
 
 def attention(bias=True):
-    return SelfAttention(*(nn.Linear(16, 16, bias=bias or i != 1) for i in range(4)))
+    names = ("query", "key", "value", "output")
+    return SelfAttention({name: nn.Linear(16, 16, bias=bias or name != "key") for name in names})
 
 
 def by_formula(mixer, u):

@@ -218,10 +218,25 @@ def test_mamba2_decodes_frame_by_frame():
     torch.testing.assert_close(torch.cat((prompt, torch.stack(steps, 1)), 1), mixer(u), rtol=1e-10, atol=1e-12)
 
 
-def test_mamba2_state_with_padding_is_refused():
-    mixer = mixers.Mamba2(16, **SMALL)
-    with pytest.raises(ValueError, match="seq_lens and state"):
-        mixer(torch.randn(1, 4, 16), torch.tensor([3]), state=mixer.new_state(1))
+@pytest.mark.parametrize("dtype", [torch.double, torch.float])
+def test_mamba2_goes_on_from_a_padded_prompt(dtype):
+    """Each row from its own last frame, in the bits of the row alone; a row without frames stays where it is."""
+    mixer = randomised(mixers.Mamba2(16, **SMALL, ngroups=2)).to(dtype)
+    u, more = torch.randn(4, 20, 16, dtype=dtype), torch.randn(4, 5, 16, dtype=dtype)
+    lengths = [20, 7, 2, 0]
+    state = mixer.new_state(4)
+    together = mixer(u, torch.tensor(lengths), state=state)
+    after = mixer(more, torch.tensor([5, 3, 0, 5]), state=state)
+    step = mixer.step(more[:, 0], state)
+    for row, (length, further) in enumerate(zip(lengths, (5, 3, 0, 5))):
+        alone = mixer.new_state(1)
+        assert torch.equal(mixer(u[row : row + 1, :length], state=alone), together[row : row + 1, :length])
+        assert torch.equal(mixer(more[row : row + 1, :further], state=alone), after[row : row + 1, :further])
+        assert torch.equal(mixer.step(more[row : row + 1, 0], alone), step[row : row + 1])
+        assert torch.equal(alone.conv, state.conv[row : row + 1]) and torch.equal(alone.ssm, state.ssm[row : row + 1])
+        assert not together[row, length:].any() and not after[row, further:].any()
+    with pytest.raises(ValueError, match="seq_lens holds 21, wanted 0 to L = 20"):
+        mixer(u, torch.tensor([21, 1, 1, 1]), state=mixer.new_state(4))
 
 
 @pytest.mark.parametrize("name", STATE_SPACE)

@@ -1,0 +1,171 @@
+"""Mixers in decoders: padding on either side, and states where transformers keeps past keys and values."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from linconv.conversion.masks import AttentionSlot
+
+
+class StateLayer(CacheLayerMixin):
+    """The state of one layer's mixer as a layer of a `transformers.DynamicCache`.
+
+    It counts tokens as a layer of keys and values does, for positions and masks are made from that number, and its size
+    does not grow with it. It cannot be cropped: a state does not know the one before it.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self):
+        super().__init__()
+        self.state = None  # of the mixer: a dataclass of tensors whose first axis is the batch
+        self.tokens = 0
+
+    @classmethod
+    def of(cls, cache: Cache, index: int) -> "StateLayer":
+        """The layer of that index, which takes the place of one that has not been used.
+
+        Raises:
+            TypeError: a cache of another kind.
+            ValueError: a layer that holds keys and values already.
+        """
+        layers = getattr(cache, "layers", None)
+        if layers is None:
+            raise TypeError(f"the cache is a {type(cache).__name__}, wanted a transformers.DynamicCache")
+        while len(layers) <= index:  # of a cache that was made without a config
+            layers.append(DynamicLayer())
+        if not isinstance(layers[index], cls):
+            if type(layers[index]) is not DynamicLayer:
+                raise TypeError(
+                    f"the cache is a {type(cache).__name__} of {type(layers[index]).__name__}, wanted a "
+                    "transformers.DynamicCache: states of mixers do not grow, nothing is to be static or quantized"
+                )
+            if layers[index].get_seq_length():
+                raise ValueError(
+                    f"the cache holds keys and values in layer {index}, which is converted; wanted a cache of this "
+                    "model or a new one"
+                )
+            layers[index] = cls()
+        return layers[index]
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            tensors = {field.name: change(getattr(self.state, field.name)) for field in dataclasses.fields(self.state)}
+            self.state = dataclasses.replace(self.state, **tensors)
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        raise RuntimeError("this layer is converted: it has no keys and values")
+
+    update = lazy_initialization
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state, self.tokens = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a converted layer's state cannot be cropped, as assisted decoding would do")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Nothing: the slot takes the state to where its mixer is."""
+
+    def state_on(self, mixer: nn.Module, batch: int, device: torch.device):
+        """The state of that many rows, there."""
+        if self.state is None:
+            self.state = mixer.new_state(batch)
+        self._change(lambda tensor: tensor.to(device))
+        return self.state
+
+
+class CausalSlot(AttentionSlot):
+    """A causal mixer in the place of attention to the past, whose keys and values may be in a cache.
+
+    Args:
+        mixer, outputs: as for `AttentionSlot`.
+        cache: the argument of the attention module that holds the cache.
+        index: of the layer in the cache.
+    """
+
+    def __init__(self, mixer: nn.Module, outputs: tuple[str, ...], cache: str, index: int):
+        super().__init__(mixer, outputs)
+        self.cache, self.index = cache, index
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **arguments):
+        """hidden_states (batch, L, d), attention_mask as `valid_tokens` takes it. Padding may be on either side."""
+        batch, length, _ = hidden_states.shape
+        cache, given = arguments.get(self.cache), {}
+        if cache is not None:
+            layer = StateLayer.of(cache, self.index)
+            given["state"] = layer.state_on(self.mixer, batch, hidden_states.device)
+            layer.tokens += length
+        valid = valid_tokens(attention_mask, length)
+        if valid is None:
+            mixed = self.mixer(hidden_states, **given)
+        else:
+            # Rows are moved to where their tokens begin, and back, so that each is what it is alone.
+            first = valid.to(torch.uint8).argmax(dim=-1)
+            mixed = _moved(self.mixer(_moved(hidden_states, first), valid.sum(dim=-1), **given), -first)
+        return mixed, *[arguments.get(name) for name in self.outputs]
+
+
+def valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """(batch, length), True at the tokens that are not padding; None where none is.
+
+    Args:
+        attention_mask: (batch, past + length), True, or 1, at the valid tokens; or (batch, 1, length, past + length),
+            whose last query sees all of these, True at them or, in floating point, 0 at them and below elsewhere. None:
+            all are valid.
+
+    Raises:
+        ValueError: a mask of another form, or one with padding between valid tokens; its values are read on the CPU
+            only, for elsewhere that would stall the device.
+    """
+    # A single token on from a state is never padding: rows that are done are given tokens too.
+    if attention_mask is None or length == 1:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"attention_mask is {got}, wanted (batch, L)")
+    if attention_mask.dim() == 4:
+        attention_mask = attention_mask[:, 0, -1]
+        if attention_mask.is_floating_point():
+            attention_mask = attention_mask >= 0
+    valid = attention_mask[:, -length:].to(torch.bool)
+    if valid.device.type == "cpu" and not torch.compiler.is_compiling():
+        if valid.all():
+            return None
+        edges = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=-1) + valid[:, 0]
+        if (edges > 1).any():
+            raise ValueError("attention_mask has padding between valid tokens, wanted it on one side or both")
+    return valid
+
+
+def _moved(rows: Tensor, by: Tensor) -> Tensor:
+    """rows (batch, L, d), each moved round by that many frames towards its start."""
+    index = (torch.arange(rows.shape[1], device=rows.device) + by[:, None]) % rows.shape[1]  # (batch, L)
+    return rows.gather(1, index[..., None].expand_as(rows))
