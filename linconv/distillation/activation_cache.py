@@ -86,9 +86,7 @@ class ActivationCache:
             inputs: the batch as the collator made it.
             frames: (batch,) valid frames of the hidden states.
         """
-        given = {n: x for n, x in sorted(inputs.items()) if isinstance(x, Tensor)}
-        if self.head.kind != "token":
-            given.pop("labels", None)  # only of a decoder are they an input
+        given = dict(sorted(self.head.sequences(inputs).items()))
         mask, length = given.get("attention_mask"), given[self.main_input].shape[-1]
         given = {n: x.cpu() for n, x in given.items()}
         found = []
@@ -113,13 +111,13 @@ class ActivationCache:
         Args:
             keys, frames: as of :meth:`keys`.
             states: (batch, L, d) each.
-            logits: (batch, classes), or (batch, L, classes) of heads that answer for frames or labels.
+            logits: (batch, ...), as ``Head.logits`` gives them; of each of several choices, too, as of a clip.
         """
         for row, (key, count) in enumerate(zip(keys, frames.tolist())):
             if key in self:
                 continue
             entry = {f"{i}": state[row, :count].to("cpu", torch.bfloat16) for i, state in enumerate(states)}
-            entry["logits"] = (logits[row, :count] if self._of_frames else logits[row]).to("cpu", copy=True)
+            entry["logits"] = (logits[row, :count] if self.head.of_frames else logits[row]).to("cpu", copy=True)
             self._new[key] = {name: x.contiguous() for name, x in entry.items()}
             self._new_bytes += sum(x.nbytes for x in entry.values())
         if self._new_bytes >= SHARD_BYTES:
@@ -137,11 +135,7 @@ class ActivationCache:
         names = sorted((n for n in rows[0].names if n != "logits"), key=int) if with_states else []
         states = [_stack([row[name] for row in rows], length).to(device) for name in names]
         logits = [row["logits"] for row in rows]
-        return states, (_stack(logits, length) if self._of_frames else torch.stack(logits)).to(device)
-
-    @property
-    def _of_frames(self) -> bool:
-        return self.head.kind in ("ctc", "frame")
+        return states, (_stack(logits, length) if self.head.of_frames else torch.stack(logits)).to(device)
 
     def _entry(self, key: str) -> "_Entry":
         if key in self._new:

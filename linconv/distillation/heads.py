@@ -1,6 +1,7 @@
-"""What a head answers for: one answer a clip, a frame or a token, and the task's loss over those answers."""
+"""What a head answers for: a clip, a frame, a token, a span or a choice; and the task's loss over those answers."""
 
-from dataclasses import dataclass
+import inspect
+import math
 
 import torch
 import torch.nn.functional as F
@@ -9,65 +10,236 @@ from transformers import PreTrainedModel
 
 __all__ = ["Head"]
 
-# By the end of the class name of the head or of a class that it derives from.
-_KINDS = {
-    "ForCTC": "ctc",
-    "ForAudioFrameClassification": "frame",
-    "ForSequenceClassification": "clip",
-    "ForAudioClassification": "clip",
-    "ForXVector": "clip",
-    "ForConditionalGeneration": "token",
-}
+IGNORED = -100  # the label of what is no answer, as transformers has it
 
 
-@dataclass(frozen=True)
 class Head:
-    """``kind`` is "ctc" or "frame" (an answer a frame), "clip", or "token" (an answer a label)."""
+    """What the trainer must know of a head: which answers it gives, which of them count, and what is right.
 
-    kind: str
+    An answer is one distribution over classes. A sequence is what goes through the transformer blocks as one row: a
+    clip, a sentence, or one of several choices. ``inputs`` is a batch as the collator made it; ``frame_mask``, bool
+    (sequences, L), has the frames or tokens of the hidden states that stand for input, not padding.
+    """
 
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "Head":
+    label_names = ("labels",)  # inputs that the task wants and the blocks do without
+    of_frames = False  # whether the logits have a row for each frame
+
+    def __init__(self, options: dict):
+        self.options = options  # arguments of every forward pass
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> "Head":
         for base in type(model).__mro__:
             for end, kind in _KINDS.items():
                 if base.__name__.endswith(end):
-                    return cls(kind)
+                    # Decoders would keep the keys and values of every token for tokens that do not come.
+                    caches = "use_cache" in inspect.signature(model.forward).parameters
+                    return kind({"use_cache": False} if caches else {})
         raise ValueError(
             f"model: got a {type(model).__name__}; want a head class, its name ending in {', '.join(_KINDS)}"
         )
 
+    def labels(self, inputs: dict) -> Tensor | None:
+        """What is right, as ``task_loss`` takes it; None where the batch does not say."""
+        return inputs.get("labels")
+
     def model_inputs(self, inputs: dict) -> dict:
         """The inputs less the labels where the model would compute a loss from them that is not used."""
-        return {k: v for k, v in inputs.items() if k != "labels"} if self.kind in ("ctc", "frame") else dict(inputs)
+        return {k: v for k, v in inputs.items() if k not in self.label_names} | self.options
 
-    def valid_answers(self, labels: Tensor | None, frame_mask: Tensor) -> Tensor:
-        """Which rows of the logits count: bool (batch, L), (batch,) or (batch, labels)."""
-        if self.kind in ("ctc", "frame"):
-            return frame_mask
-        if self.kind == "clip":
-            return frame_mask.new_ones(frame_mask.shape[0])
+    def sequences(self, inputs: dict) -> dict[str, Tensor]:
+        """The tensors that the hidden states depend on, one row a sequence."""
+        return {k: x for k, x in inputs.items() if isinstance(x, Tensor) and k not in self.label_names}
+
+    def logits(self, outputs) -> Tensor:
+        """What is kept of the model's answers: (sequences, n), or (sequences, L, n) if ``of_frames``."""
+        return outputs.logits
+
+    def distributions(self, logits: Tensor, inputs: dict, frame_mask: Tensor) -> Tensor:
+        """The logits with one row for each entry of ``valid_answers``, its classes in the last axis."""
+        return logits
+
+    def valid_answers(self, inputs: dict, frame_mask: Tensor) -> Tensor:
+        """Which answers count: bool, one entry an answer."""
+        raise NotImplementedError
+
+    def task_loss(self, outputs, inputs: dict, frame_mask: Tensor, config) -> Tensor:
+        """The task's loss summed over the valid answers."""
+        answers = self.valid_answers(inputs, frame_mask)
+        rows = self.distributions(self.logits(outputs), inputs, frame_mask)[answers]
+        return F.cross_entropy(rows.float(), self.labels(inputs)[answers], reduction="sum")
+
+    def predictions(self, logits, frame_mask: Tensor, config):
+        """The model's outputs as an evaluation is given them."""
+        return logits
+
+
+class _OwnLoss(Head):
+    """The model computes its loss itself, a mean over the valid answers."""
+
+    def model_inputs(self, inputs):
+        return dict(inputs) | self.options
+
+    def task_loss(self, outputs, inputs, frame_mask, config):
+        answers = self.valid_answers(inputs, frame_mask)
+        # The mean over no answer is NaN.
+        return outputs.loss * answers.sum() if answers.any() else outputs.logits.sum() * 0
+
+
+class _Clips(_OwnLoss):
+    """An answer a clip or sentence. The loss depends on the config: classes, numbers, several classes at once."""
+
+    def valid_answers(self, inputs, frame_mask):
+        labels = self.labels(inputs)
+        if labels is None or labels.is_floating_point():
+            return frame_mask.new_ones(len(frame_mask))
+        return labels.flatten() != IGNORED
+
+
+class _DecoderTokens(_OwnLoss):
+    """An answer a label, which the decoder reads too."""
+
+    label_names = ()
+
+    def valid_answers(self, inputs, frame_mask):
+        labels = self.labels(inputs)
         if labels is None:
             raise ValueError("labels: got None; want labels, which say how many answers there are")
-        return labels != -100
+        return labels != IGNORED  # (batch, labels)
 
-    def task_loss(self, outputs, labels: Tensor, frame_mask: Tensor, config) -> Tensor:
-        """The task's loss summed over the valid answers."""
-        if self.kind == "ctc":
-            # (L, batch, vocabulary); padded labels are negative
-            log_probs = outputs.logits.log_softmax(-1, dtype=torch.float32).transpose(0, 1)
-            present = labels >= 0
-            with torch.backends.cudnn.flags(enabled=False):
-                return F.ctc_loss(
-                    log_probs,
-                    labels[present],
-                    frame_mask.sum(-1),
-                    present.sum(-1),
-                    blank=config.pad_token_id,
-                    reduction="sum",
-                    zero_infinity=config.ctc_zero_infinity,
-                )
-        if self.kind == "frame":
-            # (batch, L, classes), one-hot as transformers has it; the stock loss counts padding too.
-            logits = outputs.logits.float()[frame_mask]
-            return F.cross_entropy(logits, labels.argmax(-1)[frame_mask], reduction="sum")
-        return outputs.loss * self.valid_answers(labels, frame_mask).sum()
+
+class _Frames(Head):
+    """An answer a frame, padding left out. The stock loss counts padding too."""
+
+    of_frames = True
+
+    def labels(self, inputs):
+        labels = inputs.get("labels")
+        return None if labels is None else labels.argmax(-1)  # (batch, L), of one-hot (batch, L, classes)
+
+    def valid_answers(self, inputs, frame_mask):
+        return frame_mask
+
+
+class _CTC(Head):
+    """An answer a frame; the labels, padded with negative numbers, have a length of their own."""
+
+    of_frames = True
+
+    def valid_answers(self, inputs, frame_mask):
+        return frame_mask
+
+    def task_loss(self, outputs, inputs, frame_mask, config):
+        labels = self.labels(inputs)
+        # (L, batch, vocabulary)
+        log_probs = outputs.logits.log_softmax(-1, dtype=torch.float32).transpose(0, 1)
+        present = labels >= 0
+        with torch.backends.cudnn.flags(enabled=False):
+            return F.ctc_loss(
+                log_probs,
+                labels[present],
+                frame_mask.sum(-1),
+                present.sum(-1),
+                blank=config.pad_token_id,
+                reduction="sum",
+                zero_infinity=config.ctc_zero_infinity,
+            )
+
+    def predictions(self, logits, frame_mask, config):
+        if isinstance(logits, Tensor):
+            # What CTC says of padding is not part of the answer: all blank, which decoding drops.
+            logits[~frame_mask] = torch.finfo(logits.dtype).min
+            logits[..., config.pad_token_id].masked_fill_(~frame_mask, 0)
+        return logits
+
+
+class _Tokens(Head):
+    """An answer a token: those that have a label, or all of them where there are no labels."""
+
+    of_frames = True
+
+    def valid_answers(self, inputs, frame_mask):
+        labels = self.labels(inputs)
+        if labels is None:
+            return frame_mask
+        if labels.shape != frame_mask.shape:
+            got, want = tuple(labels.shape), tuple(frame_mask.shape)
+            raise ValueError(f"labels: got shape {got}; want {want}, one a token")
+        return frame_mask & (labels != IGNORED)
+
+
+class _NextTokens(_Tokens):
+    """An answer a token: the one behind it."""
+
+    def labels(self, inputs):
+        labels = inputs.get("labels")
+        return None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (batch, L)
+
+
+class _Span(Head):
+    """Two answers a sequence, where a span starts and where it ends: the classes are its tokens, padding left out."""
+
+    label_names = ("start_positions", "end_positions")
+    of_frames = True
+
+    def labels(self, inputs):
+        given = {name: inputs.get(name) for name in self.label_names}
+        missing = [name for name, positions in given.items() if positions is None]
+        if len(missing) == 1:
+            raise ValueError(f"{missing[0]}: got None; want start_positions and end_positions, or neither")
+        # (batch, 2); below 0 is 0 for transformers, too
+        return None if missing else torch.stack([x.flatten() for x in given.values()], 1).clamp(min=0)
+
+    def logits(self, outputs):
+        return torch.stack([outputs.start_logits, outputs.end_logits], -1)  # (batch, L, 2)
+
+    def distributions(self, logits, inputs, frame_mask):
+        return logits.transpose(1, 2).masked_fill(~frame_mask[:, None], -math.inf)  # (batch, 2, L)
+
+    def valid_answers(self, inputs, frame_mask):
+        # A position behind the last token is of a span that was cut off. The stock loss ignores it only if it lies
+        # behind the padding as well, which depends on the other sentences of the batch.
+        labels, last = self.labels(inputs), frame_mask.shape[1] - 1
+        if labels is None:
+            return frame_mask.any(-1, keepdim=True).expand(-1, 2)
+        return frame_mask.gather(1, labels.clamp(max=last)) & (labels <= last)  # (batch, 2)
+
+    def predictions(self, logits, frame_mask, config):
+        start, end, *more = logits
+        lowest = torch.finfo(start.dtype).min  # finite: metrics may add the two
+        return (start.masked_fill(~frame_mask, lowest), end.masked_fill(~frame_mask, lowest), *more)
+
+
+class _Choices(Head):
+    """An answer a question, over its choices: inputs are (batch, choices, L), and each choice is a sequence."""
+
+    def sequences(self, inputs):
+        return {k: x.flatten(0, 1) for k, x in super().sequences(inputs).items()}
+
+    def logits(self, outputs):
+        return outputs.logits.flatten()[:, None]  # (sequences, 1)
+
+    def distributions(self, logits, inputs, frame_mask):
+        return logits.view(inputs["input_ids"].shape[:2])  # (batch, choices)
+
+    def valid_answers(self, inputs, frame_mask):
+        labels = self.labels(inputs)  # (batch,)
+        return frame_mask.new_ones(len(inputs["input_ids"])) if labels is None else labels != IGNORED
+
+
+# By the end of the class name of the head or of a class that it derives from. Heads for pretraining are not here: they
+# have two tasks with answers of their own, or draw at random what a frame is compared with.
+_KINDS: dict[str, type[Head]] = {
+    "ForCTC": _CTC,
+    "ForAudioFrameClassification": _Frames,
+    "ForSequenceClassification": _Clips,
+    "ForAudioClassification": _Clips,
+    "ForXVector": _Clips,
+    "ForNextSentencePrediction": _Clips,
+    "ForConditionalGeneration": _DecoderTokens,
+    "ForTokenClassification": _Tokens,
+    "ForMaskedLM": _Tokens,
+    "ForCausalLM": _NextTokens,
+    "ForQuestionAnswering": _Span,
+    "ForMultipleChoice": _Choices,
+}

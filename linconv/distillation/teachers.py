@@ -102,11 +102,13 @@ class TrajectoryTeacher(FixedTeacher):
         self.model.train()
         for batch in batches:
             inputs = trainer._prepare_inputs(batch)
+            if trainer.head.labels(inputs) is None:
+                raise ValueError("labels: got None; want labels, for the teacher of this mode is trained on the task")
             frame_mask = trainer._frame_mask(inputs)
             augment = SharedSpecAugment(self.model, frame_mask)
             with trainer.accelerator.autocast(), augment.applied_to(self.model):
                 outputs = self.model(**trainer.head.model_inputs(inputs), **augment.arguments)
-                loss = trainer.head.task_loss(outputs, inputs["labels"], frame_mask, self.model.config) / counts[0]
+                loss = trainer.head.task_loss(outputs, inputs, frame_mask, self.model.config) / counts[0]
             loss.backward()
             total = total + loss.detach()
         self.model.eval()

@@ -137,7 +137,7 @@ class DistillationTrainer(Trainer):
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             frame_mask = self._frame_mask(batch)
-            answers = self.head.valid_answers(batch.get("labels"), frame_mask)
+            answers = self.head.valid_answers(batch, frame_mask)
             counts += torch.stack([answers.sum(), frame_mask.sum()]).to(device)
         self._measures = {}
         self._batches = batches
@@ -155,12 +155,11 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """In training, this micro-batch's share of the loss of its optimizer step; else the task's mean loss."""
-        frame_mask = self._frame_mask(inputs)  # (batch, L)
-        labels = inputs.get("labels")
-        answers = self.head.valid_answers(labels, frame_mask)
+        frame_mask = self._frame_mask(inputs)  # (sequences, L)
+        answers = self.head.valid_answers(inputs, frame_mask)
         if not model.training:
             outputs = model(**self.head.model_inputs(inputs))
-            loss = self.head.task_loss(outputs, labels, frame_mask, self.model.config) / answers.sum()
+            loss = self.head.task_loss(outputs, inputs, frame_mask, self.model.config) / answers.sum().clamp(min=1)
             return (loss, outputs) if return_outputs else loss
 
         all_answers, all_frames = num_items_in_batch
@@ -171,9 +170,10 @@ class DistillationTrainer(Trainer):
         with student, augment.applied_to(self.model):
             outputs = model(**self.head.model_inputs(inputs), **augment.arguments)
 
-        loss = outputs.logits.new_zeros((), dtype=torch.float32)
-        if labels is not None:
-            task = self.head.task_loss(outputs, labels, frame_mask, self.model.config) / all_answers
+        logits = self.head.logits(outputs)
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if self.head.labels(inputs) is not None:
+            task = self.head.task_loss(outputs, inputs, frame_mask, self.model.config) / all_answers
             loss = loss + self.args.alpha_ce * task
             self._measure(task_loss=task)
         with_layers, with_kd = lessons.layers and self.args.alpha_ld > 0, lessons.kd and self.args.alpha_kd > 0
@@ -184,8 +184,8 @@ class DistillationTrainer(Trainer):
             terms = distillation_terms(
                 self._states(student) if with_states else (),
                 teacher_states,
-                outputs.logits if with_kd else None,
-                teacher_logits if with_kd else None,
+                self.head.distributions(logits, inputs, frame_mask) if with_kd else None,
+                self.head.distributions(teacher_logits, inputs, frame_mask) if with_kd else None,
                 temperature=self.args.temperature,
                 mask=frame_mask,
                 logits_mask=answers,
@@ -211,6 +211,10 @@ class DistillationTrainer(Trainer):
     def _teach(self, inputs, augment: SharedSpecAugment, frame_mask: Tensor, with_states: bool):
         """The teacher's hidden states, none where they are not wanted, and its logits."""
         if self.cache is not None:
+            if (frame_mask[:, 1:] & ~frame_mask[:, :-1]).any():
+                raise ValueError(
+                    "teacher_cache: got a batch padded on the left; want it padded on the right, or no cache"
+                )
             frames = frame_mask.sum(-1)
             keys = self.cache.keys(inputs, frames)
             if not all(key in self.cache for key in keys):
@@ -223,7 +227,7 @@ class DistillationTrainer(Trainer):
         states = LayerStates(self.teacher_layers)
         with states, augment.applied_to(self.teacher), self.accelerator.autocast():
             outputs = self.teacher(**self.head.model_inputs(inputs), **augment.arguments)
-        return self._states(states), outputs.logits
+        return self._states(states), self.head.logits(outputs)
 
     def _layer_weights(self, like: Tensor) -> Tensor:
         weights = like.new_tensor(self.args.layer_weights)
@@ -235,11 +239,15 @@ class DistillationTrainer(Trainer):
         return [states.before, *states.after] if self.args.include_embeddings else states.after
 
     def _frame_mask(self, inputs) -> Tensor:
-        """bool (batch, L): the frames of the hidden states that stand for input, not padding."""
-        x, mask = inputs[self.model.main_input_name], inputs.get("attention_mask")
+        """bool (sequences, L): the frames of the hidden states that stand for input, not padding."""
+        given = self.head.sequences(inputs)
+        x, mask = given[self.model.main_input_name], given.get("attention_mask")
         everything = x.new_ones((x.shape[0], x.shape[-1]), dtype=torch.int64)
-        frames = frame_lengths(self.model, everything if mask is None else mask)
-        return torch.arange(int(frame_lengths(self.model, everything[:1])), device=x.device) < frames[:, None]
+        mask = everything if mask is None else mask
+        length = int(frame_lengths(self.model, everything[:1]))
+        if length == mask.shape[-1]:  # tokens, whose padding may be on the left where a model attends to the past only
+            return mask.bool()
+        return torch.arange(length, device=x.device) < frame_lengths(self.model, mask)[:, None]
 
     # ---- Reports
 
@@ -270,11 +278,8 @@ class DistillationTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self.head.kind == "ctc" and isinstance(logits, Tensor):
-            # What CTC says of padding is not part of the answer: all blank, which decoding drops.
-            padding = ~self._frame_mask(self._prepare_inputs(inputs))
-            logits[padding] = torch.finfo(logits.dtype).min
-            logits[..., self.model.config.pad_token_id].masked_fill_(padding, 0)
+        if logits is not None:
+            logits = self.head.predictions(logits, self._frame_mask(self._prepare_inputs(inputs)), self.model.config)
         return loss, logits, labels
 
     # ---- The learning rate

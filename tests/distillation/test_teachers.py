@@ -53,7 +53,7 @@ def test_an_update_is_a_step_of_plain_training(tmp_path):
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
     frame_mask = trainer._frame_mask(whole)
     outputs = plain(**trainer.head.model_inputs(whole))
-    loss = trainer.head.task_loss(outputs, whole["labels"], frame_mask, plain.config) / frame_mask.sum()
+    loss = trainer.head.task_loss(outputs, whole, frame_mask, plain.config) / frame_mask.sum()
     loss.backward()
     optimizer.step()
     torch.testing.assert_close(got, loss.detach())

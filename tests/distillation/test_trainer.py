@@ -374,7 +374,7 @@ def test_evaluation_reports_the_task_and_ctc_answers_blank_in_padding(tmp_path):
     lengths = frame_lengths(student, batch["attention_mask"])
     got = run.predict(Noise(6))
     want = run.head.task_loss(
-        student(**run.head.model_inputs(batch)), batch["labels"],
+        student(**run.head.model_inputs(batch)), batch,
         torch.arange(got.predictions.shape[1]) < lengths[:, None], student.config,
     ) / lengths.sum()  # fmt: skip
     assert got.metrics["test_loss"] == pytest.approx(want.item(), rel=1e-5)
