@@ -70,7 +70,7 @@ bench() {
 suites() {
   [ $# -gt 0 ] || set -- loss linformer conv layer
   LINCONV_POISON=0 "$python" -m linconv.cli bench "$@" --device cuda --budget $((480 / $#)) --longest-call 2 \
-    --out "$(results)/suites"
+    --out "$(results)/suites" --overwrite
 }
 
 case "${1:-}" in

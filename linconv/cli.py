@@ -1,11 +1,10 @@
 """The command line: ``linconv inspect | convert | finetune | distill | eval | report | bench | demo | env``."""
 
-import argparse
 import json
 import sys
-from difflib import get_close_matches
 
-from linconv.errors import UserError, unknown
+from linconv.errors import UserError, check_output, unknown
+from linconv.flags import Parser, above_zero, seed
 
 __all__ = ["main"]
 
@@ -25,27 +24,6 @@ _RECIPE_FLAGS = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, with the nearest valid flag or command."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, rest = self.parse_known_args(args, namespace)
-        if rest:
-            parser = self.command_parsers.get(getattr(parsed, "command", None), self)
-            flag = rest[0].split("=")[0]
-            near = get_close_matches(flag, parser._option_string_actions, 1)
-            parser.error(f"no argument {flag!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        return parsed
-
-    command_parsers: dict = {}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 for a mistake in what it was told, which it says in one line."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -63,18 +41,19 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return arguments.run(arguments) or 0
     except UserError as error:
-        print(f"linconv: error: {error}", file=sys.stderr)
+        # A DataLoader's worker hands on its whole traceback, which ends in what it is about.
+        print(f"linconv: error: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
         return 2
 
 
-def _build_parser() -> _Parser:
+def _build_parser() -> Parser:
     from linconv._version import __version__
 
-    parser = _Parser(prog="linconv", description="Pretrained transformers to linear-time sequence mixers.")
+    parser = Parser(prog="linconv", description="Pretrained transformers to linear-time sequence mixers.")
     parser.add_argument("--version", action="version", version=f"linconv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run, text: str) -> Parser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         return sub
@@ -85,7 +64,7 @@ def _build_parser() -> _Parser:
     sub = command("convert", _convert, "Convert a checkpoint and save it. The new mixers are untrained.")
     _add_model_flags(sub)
     sub.add_argument("--output", required=True, help="folder for the converted checkpoint")
-    sub.add_argument("--seed", type=int, default=0, help="seed of the mixers' weights (default 0)")
+    sub.add_argument("--seed", type=seed, default=0, help="seed of the mixers' weights (default 0)")
 
     for name, run, text in (
         ("finetune", _finetune, "Fine-tune a teacher on a task: classification of clips or of sentences, or CTC."),
@@ -93,9 +72,9 @@ def _build_parser() -> _Parser:
     ):
         sub = command(name, run, text)
         _add_recipe_flags(sub)
-        sub.add_argument("--steps", type=_above_zero(int), help="optimizer steps")
-        sub.add_argument("--lr", type=_above_zero(float), help="learning rate")
-        sub.add_argument("--batch", type=_above_zero(int), help="clips a batch, on each device")
+        sub.add_argument("--steps", type=above_zero(int), help="optimizer steps")
+        sub.add_argument("--lr", type=above_zero(float), help="learning rate")
+        sub.add_argument("--batch", type=above_zero(int), help="clips a batch, on each device")
         sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
         sub.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
 
@@ -121,14 +100,14 @@ def _build_parser() -> _Parser:
     return parser
 
 
-def _add_model_flags(sub: argparse.ArgumentParser) -> None:
+def _add_model_flags(sub: Parser) -> None:
     sub.add_argument("model", metavar="MODEL", help="checkpoint folder, or model on the hub")
     sub.add_argument("--mixer", default="bimamba2", help="what takes attention's place (default bimamba2)")
     sub.add_argument("--layers", help="which layers, as 0,1,5 or 0-5; all (default) or none")
     _add_set(sub, "an option of the mixer, such as d_state=64")
 
 
-def _add_recipe_flags(sub: argparse.ArgumentParser) -> None:
+def _add_recipe_flags(sub: Parser) -> None:
     sub.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file; the flags below go over what it says")
     for flag, key, kind, text in _RECIPE_FLAGS:
         sub.add_argument(flag, type=kind, help=f"{text} [{key}]")
@@ -136,7 +115,7 @@ def _add_recipe_flags(sub: argparse.ArgumentParser) -> None:
     _add_set(sub, "any key of the recipe, such as distill.alpha_ld=15")
 
 
-def _add_set(sub: argparse.ArgumentParser, text: str) -> None:
+def _add_set(sub: Parser, text: str) -> None:
     sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
 
 
@@ -145,17 +124,24 @@ def _add_set(sub: argparse.ArgumentParser, text: str) -> None:
 
 def _inspect(arguments) -> None:
     from linconv.conversion import inspect
-    from linconv.pipeline import empty_model
+    from linconv.pipeline import empty_model, positions
 
     model = empty_model(arguments.model, "model")
-    print(_checked_conversion(inspect, model, arguments))
+    found = _checked_conversion(inspect, model, arguments)
+    print(found)
+    limit = positions(model.config)
+    if limit is not None and max(found.flops) > limit:
+        print(
+            f"  beyond {limit:,} frames these are operations only: the model has positions for no more, and takes "
+            "longer input in pieces, or with positions added and trained"
+        )
 
 
 def _convert(arguments) -> None:
     import transformers
 
     from linconv.conversion import convert
-    from linconv.pipeline import check_output, load_model, save_preprocessing
+    from linconv.pipeline import load_model, save_preprocessing
 
     _only_our_bars()
     check_output(arguments.output, "--output", MODEL=arguments.model)
@@ -204,6 +190,8 @@ def _train(name: str, arguments) -> None:
     # A dry run checks all that a run would, and leaves nothing behind.
     with TemporaryDirectory() if arguments.dry_run else nullcontext() as folder:
         run = getattr(pipeline, name)(recipe, folder)
+        if arguments.dry_run:
+            run.check(arguments.resume)
         if run.trainer.is_world_process_zero():
             _print_table(run.describe())
         if arguments.dry_run:
@@ -233,6 +221,7 @@ def _eval(arguments) -> None:
 def _report(arguments) -> None:
     from linconv import report
 
+    check_output(arguments.output, "--output")
     made = report.build(arguments.runs, arguments.title)
     page = report.write(made, arguments.output)
     header, rows = report.table(made)
@@ -265,17 +254,6 @@ def _recipe(arguments, overrides=()):
     return load_recipe(arguments.recipe, [*given, *overrides, *map(_key_value, arguments.set)])
 
 
-def _above_zero(kind):
-    def read(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise ValueError
-        return value
-
-    read.__name__ = f"{kind.__name__} above 0"  # as argparse calls it: "invalid int above 0 value"
-    return read
-
-
 def _key_value(text: str) -> tuple:
     import yaml
 
@@ -295,8 +273,10 @@ def _layers(text: str | None) -> list[int] | None:
     if text == "none":
         return []
     try:
-        ranges = [part.partition("-") for part in text.split(",")]
-        return [i for first, _, last in ranges for i in range(int(first), int(last or first) + 1)]
+        ranges = [(int(first), int(last or first)) for first, _, last in (p.partition("-") for p in text.split(","))]
+        if any(first > last for first, last in ranges):  # which would be no layer
+            raise ValueError
+        return [i for first, last in ranges for i in range(first, last + 1)]
     except ValueError:
         raise UserError(f"--layers: got {text!r}; want such as 0,1,5 or 0-5, or all, or none") from None
 

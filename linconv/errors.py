@@ -1,6 +1,7 @@
 """Mistakes of the person at the keyboard, told in one line."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -25,6 +26,26 @@ def no_folder(what: str, path: str) -> UserError:
     beside = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
     near = get_close_matches(path.rstrip("/"), beside, 1, cutoff=0.5)
     return UserError(f"{what}: no folder {path!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def first_of(mistakes: Sequence[str], most: int = 3) -> str:
+    """Many mistakes in one line: the first ones, and how many more there are."""
+    more = len(mistakes) - most
+    return "; ".join(mistakes[:most]) + (f"; and {more:,} more" if more > 0 else "")
+
+
+def check_output(output: str, what: str, **inputs: str | None) -> None:
+    """Raises UserError where a folder cannot be written to, or is one of those that are read."""
+    if not output:
+        raise UserError(f"{what}: got ''; want a folder")
+    there = next(path for path in (Path(output), *Path(output).absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{what}: {there} is a file; want a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{what}: {there} may not be written to; want another folder")
+    for name, path in inputs.items():
+        if path is not None and Path(path).is_dir() and Path(path).resolve() == Path(output).resolve():
+            raise UserError(f"{what}: {output} is {name.replace('__', '.')} too, which would be overwritten")
 
 
 def may_be_on_hub(path: str) -> bool:

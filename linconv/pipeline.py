@@ -4,7 +4,8 @@ import contextlib
 import copy
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
 
 import linconv.auto  # noqa: F401  converted checkpoints load by name from here on
@@ -21,6 +23,7 @@ from linconv.conversion import ConvertedModel, convert
 from linconv.conversion.families import FAMILIES, Family
 from linconv.data import Collator, SentenceCollator, Splits, build_tokenizer, load_splits
 from linconv.data.metrics import Metrics
+from linconv.data.sources import durations
 from linconv.distillation import (
     DistillationArguments,
     DistillationTrainer,
@@ -30,7 +33,7 @@ from linconv.distillation import (
     make_mode,
 )
 from linconv.distillation.probe import Probe
-from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
+from linconv.errors import UserError, check_output, may_be_on_hub, no_folder, unknown
 from linconv.progress import Progress
 from linconv.recipe import Recipe
 
@@ -38,13 +41,13 @@ __all__ = [
     "RESULTS_FILE",
     "WAYPOINTS_FOLDER",
     "Run",
-    "check_output",
     "distill",
     "evaluate",
     "finetune",
     "load_config",
     "load_model",
     "make_student",
+    "positions",
     "save_preprocessing",
 ]
 
@@ -55,6 +58,7 @@ PROBE_CLIPS = 8
 TRAINED_IN = torch.float32
 WAYPOINTS_FOLDER = "waypoints"  # in the teacher's
 
+SPLITS = ("train", "validation", "test")
 _AUTO_CLASS = {
     "classification": "AutoModelForAudioClassification",
     "ctc": "AutoModelForCTC",
@@ -82,6 +86,16 @@ def load_config(path: str, what: str):
     return config
 
 
+def _check_head(config, what: str, path: str, task: str) -> None:
+    """Raises UserError where a checkpoint is of another task."""
+    found = _auto_class(config)
+    if found != _AUTO_CLASS[task]:
+        fit = [other for other, auto_class in _AUTO_CLASS.items() if auto_class == found]
+        head = FAMILIES[config.model_type.removeprefix("linconv-")].heads[found]
+        want = fit[0] if fit else "a checkpoint fine-tuned for the task"
+        raise UserError(f"task: got {task}, but {what} {path} is a {head}; want {want}")
+
+
 def load_model(path: str, what: str, auto_class: str | None = None, **kwargs) -> PreTrainedModel:
     """A model of a checkpoint, with the head it was saved with or that of ``auto_class``."""
     config = kwargs.pop("config", None) or load_config(path, what)
@@ -92,20 +106,20 @@ def load_model(path: str, what: str, auto_class: str | None = None, **kwargs) ->
         raise UserError(f"{what}: {path}: {' '.join(str(error).split())[:300]}") from error
 
 
-def check_output(output: str, what: str, **inputs: str | None) -> None:
-    """Raises UserError where a folder to be written is a file, or is one of those that are read."""
-    if Path(output).exists() and not Path(output).is_dir():
-        raise UserError(f"{what}: {output} is a file; want a folder")
-    for name, path in inputs.items():
-        if path is not None and Path(path).is_dir() and Path(path).resolve() == Path(output).resolve():
-            raise UserError(f"{what}: {output} is {name.replace('__', '.')} too, which would be overwritten")
-
-
 def empty_model(path: str, what: str) -> PreTrainedModel:
     """The model of a checkpoint without its weights, which are not read."""
     config = load_config(path, what)
     with torch.device("meta"):
         return getattr(transformers, _auto_class(config)).from_config(config)
+
+
+def positions(config) -> int | None:
+    """How many frames or tokens a model has positions for; None where it is not bound to any."""
+    if "whisper" in config.model_type:
+        return config.max_source_positions
+    limit = getattr(config, "max_position_embeddings", None)
+    # RoBERTa's start behind the index of padding.
+    return limit - config.pad_token_id - 1 if limit and "roberta" in config.model_type else limit
 
 
 def make_student(base: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
@@ -153,15 +167,19 @@ def _task_config(recipe: Recipe, splits: Splits | None, tokenizer):
         raise UserError("model: want one of source (a checkpoint) and config (to train from scratch)")
     if model.source is not None:
         config = load_config(model.source, "model.source")
-        _check_entries(config, model.overrides, "model.overrides")
-        config.update(model.overrides)
+        _override(config, model.overrides)
     else:
         entries = dict(model.config)
         model_type = entries.pop("model_type", None)
         family = _family(str(model_type), "model.config.model_type")
         config_class, entries = family.stock_config_class(), {**entries, **model.overrides}
         _check_entries(config_class(), entries, "model.config")
-        config = config_class(**entries)  # made at once: some entries follow from others
+        with _mistakes_in("model.config"):
+            config = config_class(**entries)  # made at once: some entries follow from others
+    family = _family(config.model_type, "model type")
+    if _AUTO_CLASS[recipe.task] not in family.heads:
+        fit = [task for task, auto_class in _AUTO_CLASS.items() if auto_class in family.heads]
+        raise UserError(f"task: got {recipe.task}, for which {family.model_type} has no head; want {' or '.join(fit)}")
     if recipe.task != "ctc":
         config.id2label = dict(enumerate(splits.labels))
         config.label2id = {label: i for i, label in enumerate(splits.labels)}
@@ -180,10 +198,26 @@ def _check_entries(config, entries: dict, what: str) -> None:
             raise unknown(f"{what}.{key}", key, config.to_dict())
 
 
+def _override(config, entries: dict) -> None:
+    _check_entries(config, entries, "model.overrides")
+    with _mistakes_in("model.overrides"):
+        config.update(entries)
+
+
+@contextlib.contextmanager
+def _mistakes_in(what: str):
+    """What transformers says of entries that will not do is said of ``what``."""
+    try:
+        yield
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+
+
 def _base_model(recipe: Recipe, config) -> PreTrainedModel:
     """``model.source`` with a new head, or a new model."""
     if recipe.model.source is None:
-        return getattr(transformers, _AUTO_CLASS[recipe.task]).from_config(config)
+        with _mistakes_in("model.config"):
+            return getattr(transformers, _AUTO_CLASS[recipe.task]).from_config(config)
     return load_model(
         recipe.model.source, "model.source", _AUTO_CLASS[recipe.task], config=config, ignore_mismatched_sizes=True,
         dtype=TRAINED_IN,
@@ -256,6 +290,15 @@ def _check_transcripts(texts, spell, tokenizer) -> None:
     )
 
 
+def _shortest_clip(model: PreTrainedModel, extractor) -> float:
+    """Seconds of sound that a model has its first frame of."""
+    family, rate = _family(model.config.model_type, "model type"), extractor.sampling_rate
+    # Whisper is given spectra, a hop apart, which look half a window to either side.
+    hop, window = getattr(extractor, "hop_length", 1), getattr(extractor, "n_fft", 0)
+    first = bisect_left(range(rate), 1, key=lambda n: int(family.frame_lengths(model, torch.tensor(n // hop))))
+    return max(first, window // 2 + 1) / rate
+
+
 @dataclass
 class _Preprocessing:
     """From clips or sentences to batches and from outputs to scores."""
@@ -266,6 +309,7 @@ class _Preprocessing:
 
 
 def _preprocessing(recipe: Recipe, splits: Splits, config, extractor, tokenizer) -> _Preprocessing:
+    known = [splits[name].targets for name in SPLITS if splits[name] is not None and splits[name].targets is not None]
     if recipe.task != "ctc":
         label2id = dict(config.label2id)
 
@@ -274,17 +318,19 @@ def _preprocessing(recipe: Recipe, splits: Splits, config, extractor, tokenizer)
                 raise unknown("data: label", target, label2id)
             return label2id[target]
 
+        for target in dict.fromkeys(chain.from_iterable(known)):  # now, and not in the middle of a run
+            encode(target)
+
         if recipe.task == "text_classification":
-            limit = getattr(config, "max_position_embeddings", None)
-            # RoBERTa's positions start behind the index of padding.
-            taken = config.pad_token_id + 1 if "roberta" in config.model_type else 0
-            length = min(n for n in (recipe.data.max_length, limit and limit - taken, 1 << 20) if n)
+            length = min(n for n in (recipe.data.max_length, positions(config), 1 << 20) if n)
             return _Preprocessing(SentenceCollator(tokenizer, encode, length), Metrics(), tokenizer)
         return _Preprocessing(Collator(extractor, encode), Metrics(), extractor)
     processor = transformers.Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer)
     spell = _spelling(tokenizer, recipe.data)
-    known = [splits[name].targets for name in ("train", "validation", "test") if splits[name] is not None]
-    _check_transcripts(chain.from_iterable(filter(None, known)), spell, tokenizer)
+    for name in SPLITS:
+        if splits[name] is not None and splits[name].targets and not any(splits[name].targets):
+            raise UserError(f"data.text: every transcript of the split {name} is empty")
+    _check_transcripts(chain.from_iterable(known), spell, tokenizer)
     return _Preprocessing(Collator(extractor, spell), Metrics(tokenizer), processor)
 
 
@@ -306,7 +352,7 @@ class Run:
         args, model = self.trainer.args, self.trainer.model
         count = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        sizes = {name: self.splits[name] for name in ("train", "validation", "test")}
+        sizes = {name: self.splits[name] for name in SPLITS}
         steps = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         lines = [
@@ -316,10 +362,32 @@ class Run:
             ("training", f"{steps} of {batch}, learning rate {args.learning_rate:g}, seed {args.seed}"),
             ("output", str(self.output)),
         ]
+        if (labels := self.splits.labels) is not None:
+            shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+            lines.insert(3, ("classes", f"{len(labels)}: {shown}"))
         if self.trainer.teacher is not None:
             weights = f"alpha_ce {args.alpha_ce:g}, alpha_kd {args.alpha_kd:g}, alpha_ld {args.alpha_ld:g}"
             lines.insert(2, ("guide", f"{self.trainer.mode}, {weights}"))
         return lines
+
+    def check(self, resume: bool = False) -> None:
+        """Looks for what would end the run later: a checkpoint in its way, and clips that cannot be read.
+
+        Of each clip the header is read, of a few all. Streams are not looked through.
+
+        Raises:
+            UserError: something was found.
+        """
+        self._checkpoint(resume)
+        clips = [split for split in map(self.splits.__getitem__, SPLITS) if hasattr(split, "sounds")]
+        if clips:
+            extractor = self.trainer.data_collator.feature_extractor
+            durations(
+                chain.from_iterable(split.sounds() for split in clips),
+                sum(map(len, clips)),
+                shortest=_shortest_clip(self.trainer.model, extractor),
+            )
+        self._probe()
 
     def execute(self, resume: bool = False) -> dict[str, float]:
         """Trains, saves the model and its preprocessing in ``output``, and scores it on the test split.
@@ -330,13 +398,9 @@ class Run:
         Returns:
             The scores, which are also in ``results.json`` in ``output``.
         """
-        checkpoint = last_checkpoint(self.output)
-        if resume:
-            if checkpoint is None:
-                raise UserError(f"--resume: no complete checkpoint in {self.output}")
-            self._check_checkpoint(checkpoint)
-        elif checkpoint is not None:
-            raise UserError(f"output: {checkpoint} is of an earlier run; want --resume, or another folder")
+        checkpoint = self._checkpoint(resume)
+        if (probe := self._probe()) is not None:
+            self.trainer.add_callback(probe)
         if resume and self._is_at_its_end(checkpoint):
             weights = load_model(checkpoint, "--resume", dtype=TRAINED_IN).state_dict()
             self.trainer.model.load_state_dict(weights)
@@ -361,6 +425,30 @@ class Run:
             }
             (self.output / RESULTS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         return scores
+
+    def _checkpoint(self, resume: bool) -> str | None:
+        """The checkpoint to go on from, or None where the run starts.
+
+        Raises:
+            UserError: there is none to go on from, or one that would be written over.
+        """
+        checkpoint = last_checkpoint(self.output)
+        if resume:
+            if checkpoint is None:
+                raise UserError(f"--resume: no complete checkpoint in {self.output}")
+            self._check_checkpoint(checkpoint)
+        elif checkpoint is not None:
+            raise UserError(f"output: {checkpoint} is of an earlier run; want --resume, or another folder")
+        return checkpoint
+
+    def _probe(self) -> Probe | None:
+        """Follows a few clips of the test split; None where there is none, or a stream."""
+        test = self.splits.test
+        if test is None or test.targets is None:
+            return None
+        count = min(PROBE_CLIPS, len(test))
+        clips = [test[i * len(test) // count] for i in range(count)]
+        return Probe(self.trainer, self.trainer.data_collator(clips))
 
     def _check_checkpoint(self, checkpoint: str) -> None:
         """Raises UserError where a checkpoint is of another run, or cannot be gone on from."""
@@ -422,13 +510,13 @@ def finetune(recipe: Recipe, folder: str | None = None) -> Run:
     _need_train(splits)
     transformers.set_seed(recipe.seed)
     tokenizer = None if recipe.task == "classification" else _tokenizer(recipe.model.source)
-    if recipe.task == "text_classification" and tokenizer is None:
-        raise UserError("model.source: want a checkpoint with a tokenizer")
     if recipe.task == "ctc" and tokenizer is None:
         if splits.train.targets is None:
             raise UserError("data.streaming: a vocabulary cannot be built from a stream")
         tokenizer = build_tokenizer(splits.train.targets)
     config = _task_config(recipe, splits, tokenizer)
+    if recipe.task == "text_classification" and tokenizer is None:
+        raise UserError("model.source: want a checkpoint with a tokenizer")
     model = _any_length(_base_model(recipe, config))
     if recipe.model.freeze_feature_encoder:
         if not hasattr(model, "freeze_feature_encoder"):
@@ -459,7 +547,9 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
         mode = make_mode(recipe.guide.name, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"guide.{error}") from error
-    teacher = _any_length(load_model(path, "model.teacher", dtype=TRAINED_IN))
+    config = load_config(path, "model.teacher")
+    _check_head(config, "model.teacher", path, recipe.task)
+    teacher = _any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
     extractor = _feature_extractor(path, teacher.config, recipe)
     tokenizer = None if recipe.task == "classification" else _tokenizer(path)
     if recipe.task != "classification" and tokenizer is None:
@@ -476,8 +566,7 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
         base = _base_model(recipe, _task_config(recipe, splits, tokenizer))
     elif recipe.model.overrides:
         config = load_config(path, "model.teacher")
-        _check_entries(config, recipe.model.overrides, "model.overrides")
-        config.update(recipe.model.overrides)
+        _override(config, recipe.model.overrides)
         base = _any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
     student = make_student(base, recipe)
     if isinstance(mode.guide, TrajectoryGuided):
@@ -497,14 +586,17 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
 
 def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, float]:
     """The scores of a checkpoint on one split: accuracy, or word and character error rate for CTC."""
-    model = _any_length(load_model(checkpoint, "checkpoint", dtype=TRAINED_IN))
+    config = load_config(checkpoint, "checkpoint")
+    _check_head(config, "checkpoint", checkpoint, recipe.task)
+    model = _any_length(load_model(checkpoint, "checkpoint", config=config, dtype=TRAINED_IN))
     extractor = _feature_extractor(checkpoint, model.config, recipe)
     tokenizer = None if recipe.task == "classification" else _tokenizer(checkpoint)
     if recipe.task != "classification" and tokenizer is None:
         raise UserError(f"checkpoint: no tokenizer in {checkpoint}")
     splits = load_splits(recipe.data, recipe.task)
     if splits[split] is None:
-        raise UserError(f"split: the data has nothing for {split}")
+        raise UserError(f"--split: the data has nothing for {split}")
+    splits = replace(splits, **{other: None for other in SPLITS if other != split})
     preprocessing = _preprocessing(recipe, splits, model.config, extractor, tokenizer)
     options = {k: v for k, v in recipe.distill.items() if k == "per_device_eval_batch_size"}
     with TemporaryDirectory() as folder:
@@ -534,6 +626,13 @@ def _trainer(
     wants_evaluation = options.get("eval_strategy", "no") != "no"
     if wants_evaluation and splits.validation is None:
         raise UserError("eval_strategy: the data has no validation split")
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if options.get(key, 1) < 1:
+            raise UserError(f"{key}: got {options[key]}; want a whole number above 0")
+    if (steps := options.get("max_steps", -1)) < -1 or steps == 0:
+        raise UserError(f"max_steps: got {steps}; want a whole number above 0, or -1 for num_train_epochs")
+    if options.get("learning_rate", 0) < 0:
+        raise UserError(f"learning_rate: got {options['learning_rate']:g}; want no number below 0")
     try:
         args = DistillationArguments(**{**defaults, **options, **fixed})
         trainer = DistillationTrainer(
@@ -553,10 +652,6 @@ def _trainer(
     trainer.add_callback(KeepRecipe(recipe))
     # One of the two is there, by disable_tqdm.
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    if splits.test is not None and splits.test.targets is not None and splits.train is not None:
-        count = min(PROBE_CLIPS, len(splits.test))
-        clips = [splits.test[i * len(splits.test) // count] for i in range(count)]
-        trainer.add_callback(Probe(trainer, preprocessing.collator(clips)))
     if trainer.pop_callback(transformers.trainer_callback.ProgressCallback) is not None:
         trainer.add_callback(Progress())
     return trainer

@@ -132,6 +132,8 @@ def load_recipe(path: str | Path | None, overrides: typing.Iterable[tuple[str, A
     for key, value in overrides:
         _set(tree, key.split("."), value, key)
     recipe = _build(Recipe, tree, "")
+    if not 0 <= recipe.seed < 2**32:  # NumPy's generator takes 32 bits
+        raise UserError(f"seed: got {recipe.seed}; want a whole number from 0 to {2**32 - 1}")
     for block in ("finetune", "distill"):
         setattr(recipe, block, _training_arguments(getattr(recipe, block), block))
     return recipe

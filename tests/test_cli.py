@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -70,11 +71,13 @@ def linconv(*argv, status=0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data):
-    """A teacher and its student, through the command line."""
+    """A teacher and its student, through the command line, and two sentences beside them."""
     folder = tmp_path_factory.mktemp("run")
     path = recipe(folder, data)
     linconv("finetune", path)
     linconv("distill", path)
+    (folder / "text").mkdir()
+    (folder / "text" / "train.tsv").write_text("sentence\tlabel\ngood film\tyes\nbad film\tno\n")
     return folder, path
 
 
@@ -138,6 +141,81 @@ def test_dry_run_says_what_would_be_done_and_leaves_nothing(trained, tmp_path, c
     said = capsys.readouterr().out
     assert "hydra (1 layers)" in said and "drop_layer_loss_at=1" in said and "7 steps" in said and "9 train" in said
     assert not output.exists()
+
+
+@pytest.fixture
+def broken(data, tmp_path):
+    """A copy of the data to damage, and a recipe for it."""
+    import shutil
+
+    shutil.copytree(data, tmp_path / "words")
+    return tmp_path / "words", recipe(tmp_path, tmp_path / "words")
+
+
+def test_dry_run_looks_at_every_clip(broken, capsys):
+    import numpy as np
+    import soundfile
+
+    folder, path = broken
+    (folder / "two_2.flac").write_bytes(b"not sound")
+    whole = (folder / "one_0.flac").read_bytes()
+    (folder / "one_0.flac").write_bytes(whole[: len(whole) // 2])
+    soundfile.write(folder / "three_3.flac", np.zeros(20), 16000)
+    soundfile.write(folder / "three_5.flac", np.zeros(0), 16000)
+    linconv("finetune", path, "--dry-run", status=2)
+    said = capsys.readouterr().err
+    assert "data: 4 of 18 clips cannot be used: " in said and said.strip().endswith("; and 1 more")
+    assert f"{folder / 'one_0.flac'}: not a sound file" in said and f"{folder / 'two_2.flac'}: not a sound file" in said
+    assert "three_3.flac: 0.00125 s; want 0.01025 s at least" in said  # conv_kernel and conv_stride above
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_clip_that_cannot_be_read_is_told_in_one_line(broken, workers, capfd):
+    folder, path = broken
+    (folder / "two_0.flac").write_bytes(b"not sound")
+    linconv("finetune", path, "--set", f"finetune.dataloader_num_workers={workers}", status=2)
+    said = capfd.readouterr().err.strip().splitlines()
+    assert said[-1].startswith(f"linconv: error: {folder / 'two_0.flac'}: not a sound file") and "Traceback" not in said
+
+
+def test_transcripts_of_a_split_may_not_all_be_empty(broken, capsys):
+    folder, path = broken
+    table = folder / "metadata.csv"
+    table.write_text(re.sub('"Say .*"(,.*,test)', r"?!\1", table.read_text()))
+    linconv("finetune", path, "--task", "ctc", status=2)
+    assert "data.text: every transcript of the split test is empty" in capsys.readouterr().err
+
+
+def test_a_clip_of_the_shortest_length_has_a_frame(data, tmp_path):
+    run = pipeline.finetune(load_recipe(recipe(tmp_path, data)))
+    seconds = pipeline._shortest_clip(run.trainer.model, run.trainer.data_collator.feature_extractor)
+    shortest = round(16000 * seconds)
+    for samples, frames in ((shortest - 1, 0), (shortest, 1)):
+        assert pipeline._family("wav2vec2", "").frame_lengths(run.trainer.model, torch.tensor(samples)) == frames
+
+
+def test_dry_run_names_the_classes_and_what_is_in_the_way(trained, tmp_path, capsys):
+    _, path = trained
+    flags = ["--output", tmp_path / "out", "--set", "distill.save_strategy=steps", "--set", "distill.save_steps=1"]
+    linconv("distill", path, *flags, "--dry-run", "--resume", status=2)
+    assert "--resume: no complete checkpoint" in capsys.readouterr().err
+    linconv("distill", path, *flags)
+    linconv("distill", path, *flags, "--dry-run", status=2)
+    assert "is of an earlier run; want --resume" in capsys.readouterr().err
+    linconv("distill", path, *flags, "--dry-run", "--resume")
+    assert "3: one, three, two" in capsys.readouterr().out
+
+
+def test_a_text_model_is_not_evaluated_on_speech(trained, tmp_path, capsys):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    _, path = trained
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50)
+    BertForSequenceClassification(BertConfig(**size)).save_pretrained(tmp_path / "bert")
+    linconv("eval", tmp_path / "bert", path, status=2)
+    said = capsys.readouterr().err
+    assert f"task: got classification, but checkpoint {tmp_path / 'bert'} is a BertForSequenceClassification" in said
+    assert said.strip().endswith("want text_classification")
 
 
 def test_resume_goes_on_from_the_last_checkpoint(trained, tmp_path, capsys):
@@ -364,6 +442,32 @@ def test_inspect_and_convert(trained, tmp_path, capsys):
     assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").sampling_rate == 16000
 
 
+def test_inspect_says_where_a_model_has_no_positions(trained, tmp_path, capsys):
+    from transformers import RobertaConfig, RobertaModel, WhisperConfig, WhisperForAudioClassification
+
+    folder, _ = trained
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50)
+    RobertaModel(RobertaConfig(**size, max_position_embeddings=514)).save_pretrained(tmp_path / "roberta")
+    size = dict(
+        d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, decoder_layers=1, vocab_size=50
+    )
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    WhisperForAudioClassification(WhisperConfig(**size, **special)).save_pretrained(tmp_path / "whisper")
+    for path, limit in ((tmp_path / "roberta", "512"), (tmp_path / "whisper", "1,500"), (folder / "teacher", None)):
+        linconv("inspect", path, "--set", "headdim=8")
+        said = capsys.readouterr().out
+        assert ("positions" in said) == (limit is not None)
+        assert limit is None or f"beyond {limit} frames these are operations only" in said
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
+    from linconv import errors
+
+    monkeypatch.setattr(errors.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(errors.UserError, match=f"--output: {tmp_path} may not be written to; want another folder"):
+        errors.check_output(str(tmp_path / "new" / "student"), "--output")
+
+
 def test_help_version_and_env(capsys):
     linconv()
     assert "distill" in capsys.readouterr().out
@@ -386,9 +490,13 @@ MISTAKES = {
     "command": (["distil"], "command: no 'distil'; did you mean 'distill'?"),
     "flag": (["distill", "RECIPE", "--mixr", "x"], "no argument '--mixr'; did you mean '--mixer'?"),
     "shortened flag": (["distill", "RECIPE", "--mix", "x"], "no argument '--mix'; did you mean '--mixer'?"),
-    "flag's value": (["distill", "RECIPE", "--steps", "many"], "argument --steps: invalid int above 0 value: 'many'"),
-    "steps": (["distill", "RECIPE", "--steps", "0"], "argument --steps: invalid int above 0 value: '0'"),
-    "rate": (["distill", "RECIPE", "--lr", "-1"], "argument --lr: invalid float above 0 value: '-1'"),
+    "flag's value": (["distill", "RECIPE", "--steps", "many"], "--steps: got 'many'; want a whole number above 0"),
+    "steps": (["distill", "RECIPE", "--steps", "0"], "argument --steps: got '0'; want a whole number above 0"),
+    "rate": (["distill", "RECIPE", "--lr", "-1"], "argument --lr: got '-1'; want a number above 0"),
+    "rate that is no number": (["distill", "RECIPE", "--lr", "nan"], "argument --lr: got 'nan'; want a number above 0"),
+    "seed": (["distill", "RECIPE", "--seed", "-1"], "seed: got -1; want a whole number from 0 to 4294967295"),
+    "seed of mixers": (["convert", "FOLDER/teacher", "--output", "FOLDER/x", "--seed", "-1"],
+                       "argument --seed: got '-1'; want a whole number from 0 to 4294967295"),
     "recipe": (["distill", "FOLDER/recip.yaml"], "did you mean 'FOLDER/recipe.yaml'?"),
     "recipe key": (["distill", "RECIPE", "--set", "distill.alpha_dl=1"], "did you mean 'alpha_ld'?"),
     "set": (["distill", "RECIPE", "--set", "seed"], "--set: got 'seed'; want KEY=VALUE"),
@@ -399,6 +507,13 @@ MISTAKES = {
     ),
     "layer": (["distill", "RECIPE", "--layers", "0,9"], "layers has 9"),
     "layers": (["distill", "RECIPE", "--layers", "first"], "--layers: got 'first'"),
+    "layers from the end": (["convert", "FOLDER/teacher", "--output", "FOLDER/x", "--layers", "1-0"],
+                            "--layers: got '1-0'; want such as 0,1,5 or 0-5"),
+    "batch": (["distill", "RECIPE", "--set", "distill.per_device_train_batch_size=0"],
+              "per_device_train_batch_size: got 0; want a whole number above 0"),
+    "no steps": (["distill", "RECIPE", "--set", "distill.max_steps=0"],
+                 "max_steps: got 0; want a whole number above 0, or -1 for num_train_epochs"),
+    "negative rate": (["distill", "RECIPE", "--set", "distill.learning_rate=-1"], "learning_rate: got -1; want"),
     "mode": (["distill", "RECIPE", "--mode", "hibrid"], "guide.name: no 'hibrid'; did you mean 'hybrid'?"),
     "mode option": (["distill", "RECIPE", "--set", "guide.drop_kd_at=3"], "drop_kd_at: not an option of the mode"),
     "teacher": (["distill", "RECIPE", "--teacher", "FOLDER/teachr"], "did you mean 'FOLDER/teacher'?"),
@@ -413,7 +528,41 @@ MISTAKES = {
         ["finetune", "RECIPE", "--set", "model.config.hiden_size=8"],
         "model.config.hiden_size: no 'hiden_size'; did you mean 'hidden_size'?",
     ),
+    "config that fits no model": (
+        ["finetune", "RECIPE", "--set", "model.config.num_attention_heads=3"], "model.config: embed_dim must"
+    ),
+    "config entry of another type": (
+        ["finetune", "RECIPE", "--set", "model.config.conv_dim=3"], "model.config: "
+    ),
+    "overrides of another type": (
+        ["distill", "RECIPE", "--set", "model.overrides.conv_dim=3"], "model.overrides: "
+    ),
+    "no output": (["convert", "FOLDER/teacher", "--output", ""], "--output: got ''; want a folder"),
+    "report": (["report", "FOLDER/student", "--output", "RECIPE"], "--output: RECIPE is a file; want a folder"),
     "checkpoint": (["eval", "FOLDER/studnt", "RECIPE"], "no folder 'FOLDER/studnt'; did you mean 'FOLDER/student'?"),
+    "task of a text": (
+        ["eval", "FOLDER/teacher", "RECIPE", "--task", "text_classification"],
+        "task: got text_classification, but checkpoint FOLDER/teacher is a Wav2Vec2ForSequenceClassification; "
+        "want classification",
+    ),
+    "task of speech": (
+        ["eval", "FOLDER/student", "RECIPE", "--task", "ctc"], "task: got ctc, but checkpoint FOLDER/student is a"
+    ),
+    "task of the teacher": (
+        ["distill", "RECIPE", "--task", "ctc"], "task: got ctc, but model.teacher FOLDER/teacher is a Wav2Vec2For"
+    ),
+    "task of text without a head": (
+        ["finetune", "--task", "text_classification", "--data", "FOLDER/text", "--sentence", "sentence",
+         "--label", "label", "--source", "FOLDER/teacher", "--teacher", "FOLDER/x"],
+        "task: got text_classification, for which wav2vec2 has no head; want classification or ctc",
+    ),
+    "task without a head": (
+        ["finetune", "RECIPE", "--set", "model.config={model_type: bert}"],
+        "task: got classification, for which bert has no head; want text_classification",
+    ),
+    "labels of other data": (
+        ["eval", "FOLDER/teacher", "RECIPE", "--label", "speaker"], "data: label: no 's0'; there is one, three, two"
+    ),
     "split": (["eval", "FOLDER/student", "RECIPE", "--split", "tset"], "invalid choice: 'tset'"),
     "inspected model": (["inspect", "FOLDER/teachers"], "no folder 'FOLDER/teachers'; did you mean 'FOLDER/teacher'?"),
     "inspect mixer": (["inspect", "FOLDER/teacher", "--mixer", "hidra"], "--mixer: no 'hidra'; did you mean 'hydra'?"),

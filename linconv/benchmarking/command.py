@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from linconv.errors import UserError, unknown
+from linconv.errors import UserError, check_output, unknown
+from linconv.flags import above_zero, seed
 
 __all__ = ["add_arguments", "main"]
 
@@ -18,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="say what the suites would run, and stop")
     run = parser.add_argument_group("what is measured")
     run.add_argument("--out", metavar="PATH", help="folder for SUITE.json (default bench), or what is made")
-    run.add_argument("--resume", action="store_true", help="keep what the results have, measure what they lack")
+    earlier = run.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="keep what the results have, measure what they lack")
+    earlier.add_argument("--overwrite", action="store_true", help="measure all anew, in place of what the results have")
     run.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases with one of these in their name")
     run.add_argument("--work", nargs="+", choices=("forward", "training", "step"), help="only these passes")
     run.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="only these dtypes")
@@ -28,31 +31,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sequences at once, in place of each case's own number; or largest: as many as the limits take",
     )
-    run.add_argument("--lengths", nargs="+", type=int, metavar="L", help="measure at these lengths, predict the others")
+    run.add_argument(
+        "--lengths", nargs="+", type=above_zero(int), metavar="L", help="measure at these lengths, predict the others"
+    )
     run.add_argument(
         "--without", nargs="+", metavar="TEXT", default=[], help="leave out implementations with this name"
     )
     run.add_argument("--measure", nargs="+", choices=("latency", "memory"), default=["latency", "memory"])
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    run.add_argument("--seed", type=int, default=0, help="of inputs and weights (default 0)")
+    run.add_argument("--seed", type=seed, default=0, help="of inputs and weights (default 0)")
     run.add_argument(
         "--default-malloc", action="store_true", help="leave the C library as it comes: it returns freed memory at once"
     )
     limits = parser.add_argument_group("limits; what goes beyond is predicted from shorter lengths and marked")
-    limits.add_argument("--budget", type=float, default=600, metavar="S", help="seconds for all (default 600)")
-    limits.add_argument("--longest-call", type=float, default=10, metavar="S", help="seconds of one call (default 10)")
+    number = above_zero(float)
+    limits.add_argument("--budget", type=number, default=600, metavar="S", help="seconds for all (default 600)")
+    limits.add_argument("--longest-call", type=number, default=10, metavar="S", help="seconds of one call (default 10)")
     limits.add_argument(
-        "--memory-limit", type=float, metavar="GIB", help="of one call (default: 80 %% of what is free)"
+        "--memory-limit", type=number, metavar="GIB", help="of one call (default: 80 %% of what is free)"
     )
     after = parser.add_argument_group("what is done with results")
+    one = after.add_mutually_exclusive_group()
+    one.add_argument("--report", nargs="+", metavar="FILE", help="Markdown, PNG and HTML from these results, in --out")
+    one.add_argument("--plot", nargs="+", metavar="FILE", help="the plot of the README, from these results, as --out")
+    one.add_argument("--fits", nargs="+", metavar="FILE", help="the fits `linconv inspect` predicts by, as --out")
+    one.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="what became slower or faster")
     after.add_argument(
-        "--report", nargs="+", metavar="FILE", help="Markdown, PNG and HTML from these results, in --out"
-    )
-    after.add_argument("--plot", nargs="+", metavar="FILE", help="the plot of the README, from these results, as --out")
-    after.add_argument("--fits", nargs="+", metavar="FILE", help="the fits `linconv inspect` predicts by, as --out")
-    after.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="what became slower or faster")
-    after.add_argument(
-        "--check", type=float, metavar="RATIO", help="with --compare: status 1 if anything became slower by more"
+        "--check", type=number, metavar="RATIO", help="with --compare: status 1 if anything became slower by more"
     )
 
 
@@ -74,13 +79,16 @@ def main(arguments: argparse.Namespace) -> int:
     """
     if arguments.check is not None and not arguments.compare:
         raise UserError("--check: wants --compare BEFORE AFTER beside it")
+    of_results = next((key for key in ("report", "plot", "fits", "compare") if getattr(arguments, key)), None)
+    if arguments.suites and of_results:
+        raise UserError(f"bench: got the suite {arguments.suites[0]!r} and --{of_results}; want one after the other")
     if arguments.compare:
         from linconv.benchmarking.comparison import compare_files
 
         text, slower = compare_files(*arguments.compare, limit=arguments.check)
         print(text)
         return int(slower and arguments.check is not None)
-    if arguments.report or arguments.plot or arguments.fits:
+    if of_results:
         return _write(arguments)
     if not arguments.suites:
         raise UserError("bench: got no suite; want one of " + ", ".join(_names()) + ", or all")
@@ -94,18 +102,23 @@ def main(arguments: argparse.Namespace) -> int:
 def _write(arguments) -> int:
     from linconv.benchmarking.results import Results
 
-    if arguments.report:
-        from linconv.benchmarking.report import write
+    given = arguments.report or arguments.plot or arguments.fits
+    found = [Results.read(path) for path in given]
+    try:
+        if arguments.report:
+            from linconv.benchmarking.report import write
 
-        written = write([Results.read(path) for path in arguments.report], Path(arguments.out or "bench"))
-    elif arguments.plot:
-        from linconv.benchmarking.plots import overview
+            written = write(found, Path(arguments.out or "bench"))
+        elif arguments.plot:
+            from linconv.benchmarking.plots import overview
 
-        written = [overview([Results.read(path) for path in arguments.plot], Path(arguments.out or "benchmark.png"))]
-    else:
-        from linconv.benchmarking.fits import write
+            written = [overview(found, Path(arguments.out or "benchmark.png"))]
+        else:
+            from linconv.benchmarking.fits import write
 
-        written = [write([Results.read(path) for path in arguments.fits], Path(arguments.out or "layer_fits.json"))]
+            written = [write(found, Path(arguments.out or "layer_fits.json"))]
+    except OSError as error:
+        raise UserError(f"--out: {error.filename}: {error.strerror}") from error
     for path in written:
         print(f"written to {path}")
     return 0
@@ -143,6 +156,7 @@ def _cases(suite: str, arguments) -> list:
             (not arguments.work or setting.work in arguments.work)
             and (not arguments.dtype or setting.dtype in arguments.dtype)
             and (not arguments.cases or any(text in case.key for text in arguments.cases))
+            and case.implementations
         )
         if wanted:
             found.append(case)
@@ -166,20 +180,15 @@ def _run(suites: dict, arguments) -> int:
     import torch
 
     from linconv.benchmarking.memory import keep_freed_memory
-    from linconv.benchmarking.results import Results
     from linconv.benchmarking.runner import Limits, run
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: got 'cuda', and torch sees no CUDA device")
+    found = _results(suites, arguments)
     kept = not arguments.default_malloc and keep_freed_memory()
     end = time.monotonic() + arguments.budget
-    folder = Path(arguments.out or "bench")
     failed = False
-    for name, cases in suites.items():
-        if not cases:
-            raise UserError(f"bench: no case of {name} fits --cases, --work and --dtype; see --list")
-        path = folder / f"{name}.json"
-        results = Results.read(path) if arguments.resume and path.exists() else Results(name)
+    for (name, cases), (path, results) in zip(suites.items(), found.items()):
         gib = arguments.memory_limit
         limits = Limits(end - time.monotonic(), arguments.longest_call, gib * 2**30 if gib else None)
         known = len(results.runs)
@@ -201,6 +210,38 @@ def _run(suites: dict, arguments) -> int:
             print(f"absent: {implementation}: {reason}")
         failed = failed or bool(results.failed)
     return int(failed)
+
+
+def _results(suites: dict, arguments) -> dict:
+    """What is added to for each suite, by its file. Measurements are not lost by accident: they may be those of hours.
+
+    Raises:
+        UserError: a suite without cases, a folder that is none, a file that is there already and nothing said of it, or
+            one that cannot be gone on with; before anything is measured.
+    """
+    from linconv.benchmarking.machine import provenance
+    from linconv.benchmarking.results import Results, measured_on
+
+    folder = Path(arguments.out or "bench")
+    check_output(str(folder), "--out")
+    found = {}
+    for name, cases in suites.items():
+        path = folder / f"{name}.json"
+        if not cases:
+            raise UserError(f"bench: no case of {name} fits --cases, --work, --dtype and --without; see --list")
+        if path.exists() and not (arguments.resume or arguments.overwrite):
+            raise UserError(
+                f"--out: {path} holds the results of an earlier run; want --resume to go on with them, --overwrite to "
+                "measure anew in their place, or another folder"
+            )
+        found[path] = results = Results.read(path) if path.exists() and arguments.resume else Results(name)
+        if results.suite != name:
+            raise UserError(f"--resume: {path} holds results of the suite {results.suite}; want those of {name}")
+        if results.runs:
+            then, now = map(measured_on, (results.runs[-1], {**provenance(), "device": arguments.device}))
+            if then != now:
+                raise UserError(f"--resume: {path} was measured on {then}, this is {now}; want another folder for it")
+    return found
 
 
 class _progress:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from linconv.benchmarking.analysis import crossovers, over_floor, speedup
-from linconv.benchmarking.results import Results, Series
+from linconv.benchmarking.results import Results, Series, measured_on
 from linconv.errors import UserError
 
 __all__ = ["case_png", "case_svg", "duration", "overview"]
@@ -126,8 +126,7 @@ def _pair(results: Results, case: str, name: str) -> tuple[Series, Series]:
 
 def _machine(results: Results) -> str:
     last = results.runs[-1]
-    device = last["gpu"] if last["device"] == "cuda" else f"{last['cpu']}, {last['threads']} threads"
-    return f"{device}, torch {last['torch']}, {last['date'][:10]}"
+    return f"{measured_on(last)}, torch {last['torch']}, {last['date'][:10]}"
 
 
 # ---- The panels of a case

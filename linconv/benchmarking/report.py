@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from linconv.benchmarking import analysis, plots
-from linconv.benchmarking.results import Results
+from linconv.benchmarking.results import Results, measured_on
 
 __all__ = ["write"]
 
@@ -95,8 +95,7 @@ def _blocks(all_results: Sequence[Results]):
 
 def _measured_on(results: Results) -> str:
     last = results.runs[-1]
-    device = last["gpu"] if last["device"] == "cuda" else f"{last['cpu']}, {last['threads']} threads"
-    return f"{device}, {last['date'][:10]}, torch {last['torch']}, linconv {last['linconv']}"
+    return f"{measured_on(last)}, {last['date'][:10]}, torch {last['torch']}, linconv {last['linconv']}"
 
 
 def _run(run: dict) -> str:

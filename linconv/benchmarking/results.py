@@ -10,7 +10,7 @@ from pathlib import Path
 from linconv.benchmarking.scaling import fit, predict
 from linconv.errors import UserError
 
-__all__ = ["Results", "Series"]
+__all__ = ["Results", "Series", "measured_on"]
 
 FORMAT = 1
 
@@ -143,6 +143,11 @@ class Results:
         for row in data["rows"]:
             results.rows[row["case"], row["implementation"], row["length"]] = row
         return results
+
+
+def measured_on(run: dict) -> str:
+    """What decides how fast anything is, of a run's provenance."""
+    return run["gpu"] if run["device"] == "cuda" else f"{run['cpu']}, {run['threads']} threads"
 
 
 def _rounded(row: dict) -> dict:

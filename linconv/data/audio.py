@@ -1,32 +1,61 @@
 """Reading of sound files."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["read_audio"]
+from linconv.errors import UserError
+
+__all__ = ["duration", "read_audio"]
 
 
 def read_audio(file: str | Path | bytes, sampling_rate: int) -> np.ndarray:
     """The sound in a file (or in the bytes of one) as mono float32 at ``sampling_rate``.
 
     Raises:
-        ValueError: it holds no samples, or is not a sound file; the message names it.
+        UserError: it holds no samples, or is not a sound file; the message names it.
     """
-    import soundfile
-
-    name = "a clip" if isinstance(file, bytes) else str(file)
-    try:
-        samples, rate = soundfile.read(io.BytesIO(file) if isinstance(file, bytes) else name, dtype="float32")
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{name}: not a sound file that can be read: {error}") from error
+    with _opened(file) as sound:
+        samples, rate = sound.read(dtype="float32"), sound.samplerate
+    if not len(samples):
+        raise UserError(f"{_name(file)}: no samples in it")
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
-    if not len(samples):
-        raise ValueError(f"{name}: no samples in it")
     if rate == sampling_rate:
         return samples
     from scipy.signal import resample_poly
 
     return resample_poly(samples, sampling_rate, rate).astype(np.float32)
+
+
+def duration(file: str | Path | bytes) -> float:
+    """Seconds of sound in a file, by its header. The last sample is looked up too: a file that was cut off has none.
+
+    Raises:
+        UserError: as :func:`read_audio`.
+    """
+    with _opened(file) as sound:
+        if not sound.frames:
+            raise UserError(f"{_name(file)}: no samples in it")
+        if sound.seekable():
+            sound.seek(sound.frames - 1)
+            sound.read(1)
+        return sound.frames / sound.samplerate
+
+
+@contextmanager
+def _opened(file: str | Path | bytes) -> Iterator:
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(file) if isinstance(file, bytes) else str(file)) as sound:
+            yield sound
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{_name(file)}: not a sound file that can be read: {error}") from error
+
+
+def _name(file: str | Path | bytes) -> str:
+    return "a clip" if isinstance(file, bytes) else str(file)

@@ -2,20 +2,20 @@
 
 import csv
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from linconv.data.audio import read_audio
+from linconv.data.audio import duration, read_audio
 from linconv.data.holdout import hold_out
 from linconv.data.hub import class_name, load_from_hub
 from linconv.data.sentences import Sentences, load_sentences
-from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
+from linconv.errors import UserError, first_of, may_be_on_hub, no_folder, unknown
 from linconv.recipe import Data
 
-__all__ = ["AudioClips", "AudioStream", "Splits", "load_splits"]
+__all__ = ["AudioClips", "AudioStream", "HubClips", "Splits", "durations", "load_splits"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -32,6 +32,10 @@ class AudioClips(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict:
         return {"audio": read_audio(self.files[i], self.sampling_rate), "target": self.targets[i]}
 
+    def sounds(self) -> Iterator[Path]:
+        """What each clip is read from, unread."""
+        return iter(self.files)
+
 
 class HubClips(torch.utils.data.Dataset):
     """Clips by index from a data set of the hub."""
@@ -44,7 +48,12 @@ class HubClips(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict:
-        return {"audio": _hub_audio(self.dataset[i], self.data), "target": self.targets[i]}
+        audio = read_audio(_hub_sound(self.dataset[i], self.data), self.data.sampling_rate)
+        return {"audio": audio, "target": self.targets[i]}
+
+    def sounds(self) -> Iterator[bytes | str]:
+        """What each clip is read from, unread."""
+        return (_hub_sound(row, self.data) for row in self.dataset)
 
 
 class AudioStream(torch.utils.data.IterableDataset):
@@ -61,7 +70,8 @@ class AudioStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         feature = self.dataset.features[self.target]
         for row in self.dataset:
-            yield {"audio": _hub_audio(row, self.data), "target": class_name(feature, row[self.target])}
+            audio = read_audio(_hub_sound(row, self.data), self.data.sampling_rate)
+            yield {"audio": audio, "target": class_name(feature, row[self.target])}
 
 
 @dataclass
@@ -92,6 +102,8 @@ def load_splits(data: Data, task: str) -> Splits:
             f"data.{column}: not given; want the column of the {'transcripts' if task == 'ctc' else 'classes'}"
         )
     folder = Path(data.path)
+    if task != "text_classification" and (data.limit or data.max_length):
+        raise UserError("data.limit and data.max_length are for sentences, not for clips")
     if task == "text_classification":
         splits = load_sentences(data)
     elif folder.is_dir():
@@ -110,6 +122,28 @@ def load_splits(data: Data, task: str) -> Splits:
     return Splits(**splits, labels=labels)
 
 
+def durations(sounds: Iterable[Path | bytes | str], total: int, shortest: float = 0.0) -> list[float]:
+    """Seconds of each sound by its header, with a bar: next to nothing is decoded.
+
+    Raises:
+        UserError: some are no sound files, hold no samples, or are shorter than ``shortest``; the message has how many.
+    """
+    from tqdm import tqdm
+
+    seconds, wrong = [], []
+    for number, sound in enumerate(tqdm(sounds, "headers", total, unit="clip", leave=False, disable=None), 1):
+        try:
+            seconds.append(duration(sound))
+            if seconds[-1] < shortest:
+                name = "a clip" if isinstance(sound, bytes) else sound
+                raise UserError(f"{name}: {seconds[-1]:g} s; want {shortest:g} s at least, a frame of the model")
+        except UserError as error:
+            wrong.append(f"number {number}, {error}" if isinstance(sound, bytes) else str(error))
+    if wrong:
+        raise UserError(f"data: {len(wrong):,} of {total:,} clips cannot be used: {first_of(wrong)}")
+    return seconds
+
+
 def _labels(splits: dict) -> list[str] | None:
     train = splits["train"]
     if train is None:
@@ -123,7 +157,8 @@ def _labels(splits: dict) -> list[str] | None:
     for name, split in splits.items():
         strange = sorted(set(split.targets) - set(labels)) if split is not None and split.targets is not None else []
         if strange:
-            raise UserError(f"data: {strange[0]!r} is among the labels of the split {name} but not of train")
+            what = f"{first_of([repr(label) for label in strange])} is among the labels of the split {name}"
+            raise UserError(f"data: {what} but not of train")
     return labels
 
 
@@ -142,6 +177,10 @@ def _from_folder(folder: Path, data: Data, column: str) -> dict:
     for what, name in wanted.items():
         if name not in rows[0]:
             raise unknown(what, name, rows[0])
+    columns = set(wanted.values())
+    short = [f"line {number}" for number, row in enumerate(rows, 2) if any(row[name] is None for name in columns)]
+    if short:
+        raise UserError(f"{table}: fewer columns than the first line names: {first_of(short)}")
     for key, value in data.where.items():
         values = value if isinstance(value, list) else [value]
         if any(isinstance(v, bool) for v in values):
@@ -151,31 +190,29 @@ def _from_folder(folder: Path, data: Data, column: str) -> dict:
         if missing:
             raise unknown(f"data.where.{key}", min(missing), {row[key] for row in rows})
         rows = [row for row in rows if row[key] in allowed]
+    names = {split: getattr(data, split) for split in SPLITS}
+    if not data.holdout:
+        found = {row[data.split_column] for row in rows}
+        if data.train not in found:
+            raise unknown("data.train", data.train, found)
+        rows = [row for row in rows if row[data.split_column] in names.values()]
+    missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
+    if missing:
+        raise UserError(f"{table}: no file {first_of([repr(name) for name in missing])} in {folder}")
     if data.max_seconds is not None:
-        import soundfile
-
-        rows = [row for row in rows if soundfile.info(_file(folder, row)).duration <= data.max_seconds]
+        seconds = durations([folder / row["file_name"] for row in rows], len(rows))
+        rows = [row for row, length in zip(rows, seconds) if length <= data.max_seconds]
     if data.holdout:
         assigned = _hold_out(rows, target, data)
         names = dict(zip(SPLITS, SPLITS))
     else:
         assigned = [row[data.split_column] for row in rows]
-        names = {split: getattr(data, split) for split in SPLITS}
-        if names["train"] not in assigned:
-            raise unknown("data.train", names["train"], set(assigned))
     splits = {}
     for split, name in names.items():
         part = [row for row, where in zip(rows, assigned) if where == name]
-        files, targets = [_file(folder, row) for row in part], [row[target] for row in part]
+        files, targets = [folder / row["file_name"] for row in part], [row[target] for row in part]
         splits[split] = AudioClips(files, targets, data.sampling_rate) if part else None
     return splits
-
-
-def _file(folder: Path, row: dict) -> Path:
-    file = folder / row["file_name"]
-    if not file.is_file():
-        raise UserError(f"{folder / 'metadata.csv'}: no file {row['file_name']!r} in {folder}")
-    return file
 
 
 def _hold_out(rows: list[dict], target: str, data: Data) -> list[str]:
@@ -207,6 +244,6 @@ def _from_hub(data: Data, column: str) -> dict:
     return splits
 
 
-def _hub_audio(row: dict, data: Data):
+def _hub_sound(row: dict, data: Data) -> bytes | str:
     clip = row[data.audio]
-    return read_audio(clip["bytes"] if clip.get("bytes") else clip["path"], data.sampling_rate)
+    return clip["bytes"] if clip.get("bytes") else clip["path"]

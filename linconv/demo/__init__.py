@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
+from linconv.flags import Parser, above_zero, seed
+
 __all__ = ["main"]
+
+SHORTEST = 0.1  # seconds that the demo's model gives a few frames for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="linconv demo",
         description="Trains a small Wav2Vec2 on recorded speech, converts it to bidirectional Mamba-2, distils it in "
         "three modes, and measures both against the length of the audio.",
@@ -38,20 +43,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, metavar="DIR", help="an audio folder with metadata.csv, in their place")
     parser.add_argument("--label", default="language", help="column of metadata.csv to learn (default: language)")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for report and models (default: demo)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, machine and versions: same scores (default: 0)")
-    parser.add_argument("--steps", type=int, help="training steps of the teacher and of each student")
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="same seed, machine and versions: same scores (default: 0)"
+    )
+    parser.add_argument("--steps", type=above_zero(int), help="training steps of the teacher and of each student")
     parser.add_argument(
         "--lengths",
-        type=lambda text: [float(part) for part in text.split(",")],
+        type=_lengths,
         default=[5, 10, 30, 60, 120, 300, 600],
         metavar="SECONDS,...",
         help="lengths of audio to measure (default: 5,10,30,60,120,300,600)",
     )
     parser.add_argument(
         "--budget",
-        type=float,
+        type=above_zero(float),
         default=60,
         metavar="SECONDS",
         help="time to spend on timing, and again on memory; longer audio is predicted (default: 60)",
     )
     return parser
+
+
+def _lengths(text: str) -> list[float]:
+    """Seconds, the shortest first and each once, as curves want them."""
+    try:
+        lengths = sorted({float(part) for part in text.split(",")})
+        if all(SHORTEST <= length < math.inf for length in lengths):
+            return lengths
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"got {text!r}; want seconds from {SHORTEST} up, as 5,10,30")

@@ -19,7 +19,7 @@ from linconv.benchmarking import Curve, crossover, latency_curves, memory_curve
 from linconv.data.audio import read_audio
 from linconv.demo import report
 from linconv.demo.fetch import SAMPLE_RATE, Source, fetch, source_of
-from linconv.errors import UserError
+from linconv.errors import UserError, check_output, no_folder
 from linconv.recipe import load_recipe
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -70,11 +70,14 @@ def run(options: Namespace) -> Results:
     """The whole demo; ``options`` are those of ``linconv demo``. Writes ``report.md`` and ``report.png``."""
     start = time.perf_counter()
     console = Console()
+    check_output(str(options.out), "--out")
     if options.data is None:
         with console.status("fetching recorded speech"):
             data = fetch()
-    else:
+    elif options.data.is_dir():
         data = options.data
+    else:
+        raise no_folder("--data", str(options.data))
     options.out.mkdir(parents=True, exist_ok=True)
 
     console.rule("1. Recorded speech")
@@ -143,7 +146,7 @@ def _train(name: str, made: pipeline.Run) -> Row:
 
 def _reloads_bit_exactly(made: pipeline.Run, scratch: Path) -> bool:
     """Whether the saved student gives a new process the logits it gives this one."""
-    clips = [made.splits.test[index] for index in range(4)]
+    clips = [made.splits.test[index] for index in range(min(4, len(made.splits.test)))]
     inputs = made.trainer.data_collator(clips)
     inputs.pop("labels")
     model = made.trainer.model.eval()
@@ -156,7 +159,7 @@ def _reloads_bit_exactly(made: pipeline.Run, scratch: Path) -> bool:
 
 def _long_audio(data: Path, seconds: float) -> np.ndarray:
     """The clips of a folder one after the other, from the start again when they end: (samples,) float32."""
-    with open(data / "metadata.csv", newline="", encoding="utf-8") as file:
+    with open(data / "metadata.csv", newline="", encoding="utf-8-sig") as file:
         names = [row["file_name"] for row in csv.DictReader(file)]
     wanted, parts, total = round(seconds * SAMPLE_RATE), [], 0
     while total < wanted:

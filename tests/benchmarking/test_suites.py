@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from linconv.benchmarking import analysis, command, report, runner, suites
@@ -111,9 +111,7 @@ def test_a_run_that_goes_on_measures_what_is_missing_only(clock, monkeypatch):
 
 def test_what_is_measured_is_kept_as_it_comes(clock, tmp_path, capsys):
     """A run that is killed has a file of the lengths before, to go on from."""
-    arguments = argparse.ArgumentParser()
-    command.add_arguments(arguments)
-    arguments = arguments.parse_args(["layer", "--out", str(tmp_path), "--measure", "latency"])
+    arguments = parsed("layer", "--out", tmp_path, "--measure", "latency")
     kept = {}
 
     def make(setting, length):
@@ -127,6 +125,73 @@ def test_what_is_measured_is_kept_as_it_comes(clock, tmp_path, capsys):
     assert [kept[length] for length in LENGTHS[1:]] == [[10], [10, 20], [10, 20, 40], [10, 20, 40, 80]]
     assert Results.read(tmp_path / "toy.json").runs[-1]["freed_memory_kept"] in (True, False)
     assert [path.name for path in tmp_path.iterdir()] == ["toy.json"]
+
+
+def parsed(*argv):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(list(map(str, argv)))
+
+
+def test_an_earlier_run_is_not_written_over_by_accident(clock, tmp_path, capsys):
+    toys, file = {"layer": [case()], "scan": [case()]}, tmp_path / "scan.json"
+    argv = ["layer", "scan", "--out", tmp_path, "--longest-call", "3"]
+    assert command._run({"scan": [case()]}, parsed(*argv)) == 0
+    before = file.read_text()
+    with pytest.raises(
+        UserError, match=r"scan\.json holds the results of an earlier run; want --resume .* --overwrite"
+    ):
+        command._run(toys, parsed(*argv))
+    assert file.read_text() == before and [path.name for path in tmp_path.iterdir()] == ["scan.json"]
+    assert command._run(toys, parsed(*argv, "--resume")) == 0
+    assert len(Results.read(file).runs) == 2
+    assert command._run(toys, parsed(*argv, "--overwrite")) == 0
+    assert len(Results.read(file).runs) == 1
+    with pytest.raises(SystemExit, match="2"):
+        parsed(*argv, "--overwrite", "--resume")
+
+
+def test_a_run_goes_on_with_its_own_results_only(clock, tmp_path):
+    results = measured()
+    machine = {"device": "cpu", "cpu": "another", "threads": 64}
+    elsewhere = changed(results, tmp_path / "layer.json", 1, **machine)
+    with pytest.raises(UserError, match=f"--resume: {elsewhere} was measured on another, 64 threads, this is "):
+        command._run({"layer": [case()]}, parsed("layer", "--out", tmp_path, "--resume"))
+    results.write(tmp_path / "scan.json")
+    with pytest.raises(UserError, match="scan.json holds results of the suite layer; want those of scan"):
+        command._run({"scan": [case()]}, parsed("scan", "--out", tmp_path, "--resume"))
+    with pytest.raises(UserError, match="--out: .*scan.json is a file; want a folder"):
+        command._run({"scan": [case()]}, parsed("scan", "--out", tmp_path / "scan.json"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["scan", "--lengths", "0"], "argument --lengths: got '0'; want a whole number above 0"),
+        (["scan", "--lengths", "512", "-1"], "argument --lengths: got '-1'; want a whole number above 0"),
+        (["scan", "--lengths", "many"], "argument --lengths: got 'many'; want a whole number above 0"),
+        (["scan", "--budget", "nan"], "argument --budget: got 'nan'; want a number above 0"),
+        (["scan", "--memory-limit", "0"], "argument --memory-limit: got '0'; want a number above 0"),
+        (["scan", "--seed", "-1"], "argument --seed: got '-1'; want a whole number from 0 to"),
+        (["scan", "--report", "x.json"], "got the suite 'scan' and --report; want one after the other"),
+        (["--report", "x.json", "--plot", "x.json"], "argument --plot: not allowed with argument --report"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(argv, message, capsys):
+    try:
+        status = main(["bench", *argv])
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr().err.strip()
+    assert status == 2 and len(said.splitlines()) == 1 and message in said
+
+
+def test_a_report_that_cannot_be_written_is_a_mistake(clock, tmp_path, capsys):
+    file = tmp_path / "layer.json"
+    measured().write(file)
+    for out in (file, file / "report"):
+        assert main(["bench", "--report", str(file), "--out", str(out)]) == 2
+        assert f"error: --out: {file}" in capsys.readouterr().err
 
 
 def greedy(setting, length):
@@ -435,11 +500,14 @@ def test_wrong_names_end_in_one_line(capsys):
     assert main(["bench", "layr"]) == 2
     assert "did you mean 'layer'" in capsys.readouterr().err
     assert main(["bench"]) == 2
-    assert main(["bench", "scan", "--cases", "no such case"]) == 2
+    for flag in ("--cases", "no such case"), ("--without", "i", "a", "e"):
+        assert main(["bench", "scan", *flag]) == 2
+        assert "no case of scan fits" in capsys.readouterr().err
     assert main(["bench", "scan", "--list"]) == 0
     assert "scan of 16 heads" in capsys.readouterr().out
 
 
+@example(1.0, -2e-311, 0.0)  # a length beyond every float
 @given(*(st.floats(-50, 50) for _ in range(2)), st.floats(-2, 2).filter(lambda c: c == 0 or abs(c) > 1e-2))
 def test_least_length_from_which_a_fit_stays_below_another(a, b, c):
     found = _faster_from(a, b, c)

@@ -7,7 +7,8 @@ import torch
 from audio_folder import WORDS, make_folder
 
 from linconv.data import load_splits
-from linconv.data.audio import read_audio
+from linconv.data.audio import duration, read_audio
+from linconv.data.sources import durations
 from linconv.errors import UserError
 from linconv.recipe import Data
 
@@ -83,13 +84,32 @@ def test_reading_mixes_channels_and_resamples(tmp_path):
     assert np.array_equal(read_audio((tmp_path / "a.wav").read_bytes(), 8000), mono)
 
 
-def test_files_that_are_not_clips_are_named(tmp_path):
+@pytest.mark.parametrize("read", [duration, lambda file: read_audio(file, 16000)])
+def test_files_that_are_not_clips_are_named(tmp_path, read):
     (tmp_path / "a.wav").write_bytes(b"not sound")
-    with pytest.raises(ValueError, match="a.wav: not a sound file"):
-        read_audio(tmp_path / "a.wav", 16000)
+    with pytest.raises(UserError, match="a.wav: not a sound file"):
+        read(tmp_path / "a.wav")
     soundfile.write(tmp_path / "b.wav", np.zeros(0), 16000)
-    with pytest.raises(ValueError, match="b.wav: no samples"):
-        read_audio(tmp_path / "b.wav", 16000)
+    with pytest.raises(UserError, match="b.wav: no samples"):
+        read(tmp_path / "b.wav")
+    soundfile.write(tmp_path / "c.flac", np.random.default_rng(0).standard_normal(16000) / 8, 16000)
+    whole = (tmp_path / "c.flac").read_bytes()
+    assert duration(whole) == duration(tmp_path / "c.flac") == 1
+    (tmp_path / "c.flac").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="c.flac: not a sound file"):
+        read(tmp_path / "c.flac")
+
+
+def test_all_that_is_wrong_with_clips_is_counted(folder):
+    good = (folder / "one_0.flac").read_bytes()
+    seconds = duration(good)
+    assert durations([good, folder / "one_0.flac"], 2, shortest=seconds) == [seconds] * 2
+    with pytest.raises(
+        UserError, match="data: 5 of 6 clips cannot be used: number 2, a clip: not a sound.*and 2 more$"
+    ):
+        durations([good, *[b"bad"] * 5], 6)
+    with pytest.raises(UserError, match=f"a clip: {seconds:g} s; want 1 s at least"):
+        durations([good], 1, shortest=1.0)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +123,7 @@ def test_files_that_are_not_clips_are_named(tmp_path):
         ({"where": {"speeker": "s0"}}, "data.where.speeker: no 'speeker'; did you mean 'speaker'"),
         ({"where": {"word": "onne"}}, "data.where.word: no 'onne'; did you mean 'one'"),
         ({"where": {"word": [True]}}, "put yes and no, true and false into quotes"),
+        ({"limit": {"train": 3}}, "data.limit and data.max_length are for sentences, not for clips"),
         ({"holdout": {"tset": 0.5}}, "data.holdout: no 'tset'; did you mean 'test'"),
         ({"holdout": {"test": 1.5}}, "data.holdout.test: got 1.5"),
         ({"holdout": {"test": 0.5, "validation": 0.5}}, "leave nothing to train on"),
@@ -125,8 +146,24 @@ def test_wrong_folders_are_named(folder, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / "two_4.flac").unlink()
-    with pytest.raises(UserError, match="no file 'two_4.flac'"):
+    with pytest.raises(UserError, match="no file 'two_4.flac' in"):
         splits(broken)
+    for name in ("one_0", "one_1", "three_0"):
+        (broken / f"{name}.flac").unlink()
+    with pytest.raises(UserError, match="no file 'one_0.flac'; 'one_1.flac'; 'two_4.flac'; and 1 more in"):
+        splits(broken)
+    assert len(splits(broken, where={"word": ["one", "two"]}, train="validation", test="none").train) == 2
+    (broken / "two_3.flac").write_bytes(b"not sound")
+    with pytest.raises(UserError, match="1 of 2 clips cannot be used: .*two_3.flac: not a sound file"):
+        splits(broken, where={"word": ["one", "two"]}, train="validation", test="none", max_seconds=1.0)
+
+
+def test_rows_that_lack_columns_are_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "short")
+    table = tmp_path / "short" / "metadata.csv"
+    table.write_text(table.read_text() + "one_0.flac,one\n")
+    with pytest.raises(UserError, match="metadata.csv: fewer columns than the first line names: line 20"):
+        splits(tmp_path / "short")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -155,3 +192,6 @@ def test_hub_data_sets(folder, tmp_path, streaming):
     assert [clip["target"] for clip in clips] == files.train.targets
     assert all(np.array_equal(clip["audio"], files.train[i]["audio"]) for i, clip in enumerate(clips))
     assert isinstance(got["train"], torch.utils.data.IterableDataset) == streaming
+    if not streaming:
+        sounds = got["train"].sounds()
+        assert durations(sounds, len(clips)) == pytest.approx([len(clip["audio"]) / 16000 for clip in clips])

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from linconv import pipeline
-from linconv.demo import main
+from linconv.demo import _parser, main
 from linconv.demo.fetch import write_audio_folder
 from linconv.demo.run import RECIPE
 from linconv.recipe import load_recipe
@@ -57,3 +57,29 @@ def test_same_seed_same_weights(demo, tmp_path):
         command(load_recipe(RECIPE, settings)).execute()
         first, second = ((out / name / "model.safetensors").read_bytes() for out in (demo, tmp_path))
         assert first == second, name
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lengths", "0"], "argument --lengths: got '0'; want seconds from 0.1 up, as 5,10,30"),
+        (["--lengths", "5,nan,10"], "argument --lengths: got '5,nan,10'; want"),
+        (["--lengths", "5;10"], "argument --lengths: got '5;10'; want"),
+        (["--steps", "0"], "argument --steps: got '0'; want a whole number above 0"),
+        (["--budget", "-1"], "argument --budget: got '-1'; want a number above 0"),
+        (["--lenghts", "5"], "no argument '--lenghts'; did you mean '--lengths'?"),
+        (["--data", "no/such/folder"], "--data: no folder 'no/such/folder'"),
+        (["--data", "tests", "--out", __file__], f"--out: {__file__} is a file; want a folder"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(argv, message, capsys):
+    try:
+        status = main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr().err.strip()
+    assert status == 2 and len(said.splitlines()) == 1 and said.startswith("linconv demo: error: ") and message in said
+
+
+def test_lengths_are_taken_in_their_order():
+    assert _parser().parse_args(["--lengths", "10,5,10,0.5"]).lengths == [0.5, 5, 10]

@@ -488,6 +488,24 @@ def test_linear_bad_arguments(change, error, message):
         linear_kd_loss(**{**given, **change})
 
 
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        (torch.ones(2, 4, dtype=torch.bool), ValueError, r"mask: got bool of shape \(2, 4\); want \(2, 5\)"),
+        (torch.ones(2, 5), TypeError, "mask: got torch.float32; want bool"),
+        (torch.tensor([5, 1, 1]), ValueError, r"mask: got integers of shape \(3,\); want lengths of shape \(2,\)"),
+        ([True, False], TypeError, "mask: got list; want a bool or integer tensor"),
+    ],
+)
+def test_a_wrong_mask_has_the_name_it_was_given_by(mask, error, message):
+    mask = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(torch.get_default_device()), mask)
+    logits = torch.zeros(2, 5, 3)
+    with pytest.raises(error, match=f"^{message}"):
+        kd_loss(logits, logits, mask=mask)
+    with pytest.raises(error, match=f"^logits_{message}"):
+        distillation_terms(student_logits=logits, teacher_logits=logits, logits_mask=mask)
+
+
 LOGITS = torch.zeros(2, 5, 3)
 
 

@@ -173,9 +173,8 @@ def kd_loss(
     Raises:
         TypeError, ValueError: an argument is not what is described here; the message names it.
     """
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if logits is None:
-            raise TypeError(f"{name}: got NoneType; want a tensor")
+    check_pair("student_logits", student_logits, "teacher_logits", teacher_logits)
+    mask = checked_mask("mask", mask, student_logits)  # here, under the name it has here
     kd = distillation_terms(
         student_logits=student_logits,
         teacher_logits=teacher_logits,
