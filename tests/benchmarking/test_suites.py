@@ -555,3 +555,29 @@ def test_models_are_checked_as_they_are_timed(mixed, monkeypatch):
     sizes = model._sizes(128, 2, 128, **model.LARGE)
     monkeypatch.setitem(model.MODELS, "small", (model._wav2vec2, 1, sizes, ("hydra",)))
     model.check("small", "hydra", Setting(batch=3, mixed=mixed))
+
+
+def test_generation_is_timed_as_it_is_checked(monkeypatch):
+    from linconv.benchmarking.suites import generation
+
+    sizes = dict(hidden_size=64, num_attention_heads=2, intermediate_size=64)
+    monkeypatch.setitem(generation.MODELS, "small", (2, sizes))
+    (mixer,) = generation.MIXERS
+    generation.check("small", mixer, Setting())
+    seen = []
+    real = generation._cached
+
+    def watched(model, given, cache):
+        seen.append(cache.get_seq_length())
+        return real(model, given, cache)
+
+    monkeypatch.setattr(generation, "_cached", watched)
+    for name in (mixer, None):
+        function, _ = generation.next_token(Setting(), 20, "small", name, 2)
+        seen.clear()
+        with torch.no_grad():
+            assert [function().shape for _ in range(3)] == [(1, 1, 50_304)] * 3
+        if name is None:
+            assert seen == [20] * 3  # each call finds what the first one found
+        assert generation.prompt(Setting(), 20, "small", name, 2)[0]().shape == (1, 1, 50_304)
+        assert generation.block(Setting(), 20, "small", name)[0]().shape == (1, 20, 64)
