@@ -135,7 +135,7 @@ def cases(device):
         return Case(
             f"{name}, {work.__name__.replace('_', ' ')}", setting,
             (*(implementation(m, m) for m in MIXERS), implementation("original (SDPA)", None)),
-            baseline="original (SDPA)", lengths=lengths, unit="tokens",
+            baseline="original (SDPA)", lengths=lengths, unit="tokens", units_per_second=None,
             facts={"layers": layers, "width": sizes["hidden_size"]},
         )  # fmt: skip
 
