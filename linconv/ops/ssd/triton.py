@@ -255,7 +255,9 @@ def _sweeps(scan: Scan, y):
         )  # fmt: skip
 
     if scan.summed:
-        backward = scan.empty(*y.shape)
+        # Half the bytes; float16's range is too small for a result that the other direction's may cancel out.
+        kept = torch.bfloat16 if y.dtype == torch.bfloat16 else scan.math
+        backward = scan.empty(*y.shape, dtype=kept)
         own_skip = scan.D is not None and scan.D.dim() == 2
         sweep(1, 1, scan.D if own_skip else None, None, backward)
         sweep(0, 1, scan.D, backward, y)

@@ -117,7 +117,7 @@ def sweep(
         stored = valid if KIND == "cu_seqlens" else i < frames
         kept = stored[:, None] & (p < headdim)[None, :]
         if summand is not None:
-            result += tl.load(summand + offset, mask=kept, other=0)
+            result += tl.load(summand + offset, mask=kept, other=0).to(MATH)
         tl.store(out + offset, tl.where(valid[:, None], result, 0).to(out.dtype.element_ty), mask=kept)
         scale = tl.exp(total - v) * step
         state = added_by(
