@@ -199,6 +199,14 @@ FAMILIES = {
             **_TOKENS,
         ),
         Family(
+            model_type="xlm-roberta",
+            modeling="transformers.models.xlm_roberta.modeling_xlm_roberta",
+            config="XLMRobertaConfig",
+            heads=_text_heads("XLMRoberta", *_BERT_HEADS),
+            **_BERT_BLOCK,
+            **_TOKENS,
+        ),
+        Family(
             model_type="distilbert",
             modeling="transformers.models.distilbert.modeling_distilbert",
             config="DistilBertConfig",

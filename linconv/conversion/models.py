@@ -6,7 +6,7 @@ import importlib
 from typing import ClassVar
 
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, conversion_mapping
 from transformers.models.auto import feature_extraction_auto, processing_auto, tokenization_auto
 from transformers.utils import output_capturing
 
@@ -190,6 +190,10 @@ def converted_classes(family: Family) -> dict[str, type]:
         # an inner model becomes an instance of this class after that.
         dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), stock._can_record_outputs)
         classes[PREFIX + name] = converted
+        # By class name, too, it keeps which weights have other names in checkpoints.
+        renamed = conversion_mapping.get_checkpoint_conversion_mapping(name)
+        if renamed is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(PREFIX + name, renamed, overwrite=True)
     _register(family, config_class, classes)
     return classes
 

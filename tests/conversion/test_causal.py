@@ -57,6 +57,18 @@ def output_of(model, inputs):
 
 
 @pytest.mark.parametrize("auto", HEADS)
+def test_what_is_made_of_a_loaded_teacher_loads(auto, tmp_path):
+    """The head of a language model has one name in checkpoints and another in the model."""
+    make(auto).save_pretrained(tmp_path / "teacher")
+    teacher = getattr(transformers, auto).from_pretrained(tmp_path / "teacher")
+    student = linconv.convert(teacher, **MIXER).eval()
+    student.save_pretrained(tmp_path / "student")
+    loaded, info = getattr(transformers, auto).from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(output_of(loaded.eval(), tokens("left")), output_of(student, tokens("left")))
+
+
+@pytest.mark.parametrize("auto", HEADS)
 def test_every_head_converts_and_loads(auto, tmp_path):
     teacher, inputs = make(auto), tokens("right")
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}

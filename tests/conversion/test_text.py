@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import BertConfig, DistilBertConfig, RobertaConfig
+from transformers import BertConfig, DistilBertConfig, RobertaConfig, XLMRobertaConfig
 
 import linconv
 from linconv.conversion import encoder_layers, frame_lengths
@@ -22,6 +22,9 @@ SIZES = dict(num_hidden_layers=3, num_attention_heads=2, vocab_size=60, max_posi
 CONFIGS = {
     "bert": lambda **changes: BertConfig(**{"hidden_size": 32, "intermediate_size": 48, **SIZES, **changes}),
     "roberta": lambda **changes: RobertaConfig(**{"hidden_size": 32, "intermediate_size": 48, **SIZES, **changes}),
+    "xlm-roberta": lambda **changes: XLMRobertaConfig(
+        **{"hidden_size": 32, "intermediate_size": 48, **SIZES, **changes}
+    ),
     "distilbert": lambda **changes: DistilBertConfig(**{"dim": 32, "hidden_dim": 48, **SIZES, **changes}),
 }
 HEADS = [(family, auto) for family in CONFIGS for auto in FAMILIES[family].heads]
