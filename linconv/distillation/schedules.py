@@ -168,7 +168,7 @@ class Hybrid(Mode):
             if step is not None and (not isinstance(step, int) or step < 0):
                 raise ValueError(f"{name}: got {step!r}; want a step, an integer from 0 up, or None")
         if self.drop_layer_loss_at is None and self.drop_kd_at is None:
-            raise ValueError("Hybrid drops no loss: give drop_layer_loss_at or drop_kd_at")
+            raise ValueError("drop_layer_loss_at: got None, and drop_kd_at too; want a step for one of them at least")
 
     @property
     def origin(self) -> str:

@@ -57,7 +57,7 @@ def test_modes_by_name():
     ("make", "error", "message"),
     [
         (lambda: TargetGuided("teacher"), ValueError, "init: got 'teacher'; want one of target, source"),
-        (lambda: Hybrid(), ValueError, "drops no loss"),
+        (lambda: Hybrid(), ValueError, "drop_layer_loss_at: got None, and drop_kd_at too"),
         (lambda: Hybrid(drop_kd_at=-1), ValueError, "drop_kd_at: got -1"),
         (lambda: Hybrid(drop_layer_loss_at=0.5), ValueError, "drop_layer_loss_at: got 0.5"),
         (lambda: Hybrid("target_guided", 3), TypeError, "mode: got str"),
