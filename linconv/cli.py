@@ -10,10 +10,10 @@ __all__ = ["main"]
 
 # flag, recipe key, type, help
 _RECIPE_FLAGS = (
-    ("--task", "task", str, "classification, ctc or text_classification"),
-    ("--data", "data.path", str, "folder with tables, or a data set on the hub"),
+    ("--task", "task", str, "classification, ctc, text_classification or language_modeling"),
+    ("--data", "data.path", str, "folder with tables or text, or a data set on the hub"),
     ("--label", "data.label", str, "column of the classes"),
-    ("--text", "data.text", str, "column of the transcripts"),
+    ("--text", "data.text", str, "column of the transcripts, or of the documents"),
     ("--sentence", "data.sentence", str, "column of the sentences"),
     ("--source", "model.source", str, "pretrained checkpoint"),
     ("--teacher", "model.teacher", str, "fine-tuned checkpoint: written by finetune, read by distill"),
@@ -67,18 +67,18 @@ def _build_parser() -> Parser:
     sub.add_argument("--seed", type=seed, default=0, help="seed of the mixers' weights (default 0)")
 
     for name, run, text in (
-        ("finetune", _finetune, "Fine-tune a teacher on a task: classification of clips or of sentences, or CTC."),
+        ("finetune", _finetune, "Fine-tune a teacher: classes of clips or sentences, CTC, or language modelling."),
         ("distill", _distill, "Convert a fine-tuned teacher and distil it into the result."),
     ):
         sub = command(name, run, text)
         _add_recipe_flags(sub)
         sub.add_argument("--steps", type=above_zero(int), help="optimizer steps")
         sub.add_argument("--lr", type=above_zero(float), help="learning rate")
-        sub.add_argument("--batch", type=above_zero(int), help="clips a batch, on each device")
+        sub.add_argument("--batch", type=above_zero(int), help="clips, sentences or blocks a batch, on each device")
         sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
         sub.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
 
-    sub = command("eval", _eval, "Score a checkpoint: accuracy, or word and character error rate.")
+    sub = command("eval", _eval, "Score a checkpoint: accuracy, word and character error rate, or perplexity.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a teacher or a student")
     _add_recipe_flags(sub)
     sub.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default test)")

@@ -21,8 +21,18 @@ from linconv import mixers
 from linconv.benchmarking.machine import provenance
 from linconv.conversion import ConvertedModel, convert
 from linconv.conversion.families import FAMILIES, Family
-from linconv.data import Collator, SentenceCollator, Splits, build_tokenizer, load_splits
-from linconv.data.metrics import Metrics
+from linconv.data import (
+    BlockCollator,
+    Blocks,
+    Collator,
+    SentenceCollator,
+    Splits,
+    build_bpe_tokenizer,
+    build_tokenizer,
+    in_blocks,
+    load_splits,
+)
+from linconv.data.metrics import Metrics, Perplexity
 from linconv.data.sources import durations
 from linconv.distillation import (
     DistillationArguments,
@@ -63,7 +73,10 @@ _AUTO_CLASS = {
     "classification": "AutoModelForAudioClassification",
     "ctc": "AutoModelForCTC",
     "text_classification": "AutoModelForSequenceClassification",
+    "language_modeling": "AutoModelForCausalLM",
 }
+_OF_TEXT = ("text_classification", "language_modeling")
+BLOCK = 1024  # tokens, unless a recipe or the model's positions say otherwise
 
 
 # ---- Models
@@ -180,15 +193,22 @@ def _task_config(recipe: Recipe, splits: Splits | None, tokenizer):
     if _AUTO_CLASS[recipe.task] not in family.heads:
         fit = [task for task, auto_class in _AUTO_CLASS.items() if auto_class in family.heads]
         raise UserError(f"task: got {recipe.task}, for which {family.model_type} has no head; want {' or '.join(fit)}")
-    if recipe.task != "ctc":
+    if recipe.task == "language_modeling" and model.source is not None:  # its head is the pretrained one
+        _check_head(config, "model.source", model.source, recipe.task)
+    if splits.labels is not None:
         config.id2label = dict(enumerate(splits.labels))
         config.label2id = {label: i for i, label in enumerate(splits.labels)}
-    else:
+    elif recipe.task == "ctc":
         config.vocab_size = len(tokenizer)
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = config.eos_token_id = None
         # A transcript that does not fit into its clip is to teach nothing rather than to end the run.
         config.ctc_zero_infinity = True
+    elif model.source is None:  # a language model, whose tokenizer was built for it
+        config.vocab_size = len(tokenizer)
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    if recipe.task in _OF_TEXT and tokenizer is not None:
+        _fill_in_padding(config, tokenizer)
     return config
 
 
@@ -236,7 +256,7 @@ def save_preprocessing(source: str, folder: str) -> None:
 
 
 def _feature_extractor(path: str | None, config, recipe: Recipe):
-    if recipe.task == "text_classification":
+    if recipe.task in _OF_TEXT:
         return None
     sampling_rate = recipe.data.sampling_rate
     if path is not None:
@@ -265,6 +285,51 @@ def _tokenizer(path: str | None):
         return None
     # Of some model types transformers makes one of special tokens alone where there are no files.
     return None if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids) else tokenizer
+
+
+def _trained(path: str, what: str, task: str) -> tuple:
+    """The config and the tokenizer of a checkpoint that was trained on the task; classes of clips need no tokenizer.
+
+    Raises:
+        UserError: it was trained on another task, or has no tokenizer.
+    """
+    config = load_config(path, what)
+    _check_head(config, what, path, task)
+    if task == "classification":
+        return config, None
+    tokenizer = _tokenizer(path)
+    if tokenizer is None:
+        raise UserError(f"{what}: no tokenizer in {path}")
+    if task in _OF_TEXT:
+        _fill_in_padding(config, tokenizer)
+    return config, tokenizer
+
+
+def _fill_in_padding(config, tokenizer) -> None:
+    """Where a decoder comes without a token that pads, the end of text does; masks and labels tell it from the text."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError("model: its tokenizer has no token that pads, and no end of text; want one with either")
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _in_blocks(recipe: Recipe, splits: Splits, config, tokenizer) -> Splits:
+    """The documents of a language model as blocks of tokens. The splits of other tasks stay as they are."""
+    if recipe.task != "language_modeling":
+        return splits
+    most = positions(config)
+    length = min(BLOCK, most or BLOCK) if recipe.data.max_length is None else recipe.data.max_length
+    if length < 2 or (most and length > most):
+        upper = f"to {most:,}, which the model has positions for" if most else "tokens or more"
+        raise UserError(f"data.max_length: got {length}; want 2 {upper}")
+    if tokenizer.eos_token is None:
+        raise UserError("model: its tokenizer has no end of text, which stands between documents; want one that has")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"model: its tokenizer has {len(tokenizer):,} tokens; want {config.vocab_size:,}, as the model")
+    there = [name for name in SPLITS if splits[name] is not None]
+    return replace(splits, **{name: in_blocks(splits[name], tokenizer, length, name) for name in there})
 
 
 def _spelling(tokenizer, data):
@@ -301,14 +366,16 @@ def _shortest_clip(model: PreTrainedModel, extractor) -> float:
 
 @dataclass
 class _Preprocessing:
-    """From clips or sentences to batches and from outputs to scores."""
+    """From clips, sentences or blocks to batches and from outputs to scores."""
 
-    collator: Collator | SentenceCollator
-    metrics: Metrics
+    collator: Collator | SentenceCollator | BlockCollator
+    metrics: Metrics | Perplexity
     saved: Any  # what goes into the checkpoint folder
 
 
 def _preprocessing(recipe: Recipe, splits: Splits, config, extractor, tokenizer) -> _Preprocessing:
+    if recipe.task == "language_modeling":
+        return _Preprocessing(BlockCollator(tokenizer.pad_token_id), Perplexity(), tokenizer)
     known = [splits[name].targets for name in SPLITS if splits[name] is not None and splits[name].targets is not None]
     if recipe.task != "ctc":
         label2id = dict(config.label2id)
@@ -352,16 +419,20 @@ class Run:
         args, model = self.trainer.args, self.trainer.model
         count = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        sizes = {name: self.splits[name] for name in SPLITS}
+        splits = {name: self.splits[name] for name in SPLITS if self.splits[name] is not None}
+        blocks = {name: split for name, split in splits.items() if isinstance(split, Blocks)}
         steps = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         lines = [
             ("run", self.title),
             ("model", f"{type(model).__name__}, {count:,} parameters, {trained:,} trained"),
-            ("data", ", ".join(f"{_size(split)} {name}" for name, split in sizes.items() if split is not None)),
+            ("blocks" if blocks else "data", ", ".join(f"{_size(split)} {name}" for name, split in splits.items())),
             ("training", f"{steps} of {batch}, learning rate {args.learning_rate:g}, seed {args.seed}"),
             ("output", str(self.output)),
         ]
+        if blocks:
+            tokens = [f"{split.tokens:,} {name} of {split.documents:,} documents" for name, split in blocks.items()]
+            lines.insert(3, ("tokens", f"{', '.join(tokens)}; {self.splits.train.length:,} a block"))
         if (labels := self.splits.labels) is not None:
             shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
             lines.insert(3, ("classes", f"{len(labels)}: {shown}"))
@@ -444,7 +515,7 @@ class Run:
     def _probe(self) -> Probe | None:
         """Follows a few clips of the test split; None where there is none, or a stream."""
         test = self.splits.test
-        if test is None or test.targets is None:
+        if test is None or _streamed(test):
             return None
         count = min(PROBE_CLIPS, len(test))
         clips = [test[i * len(test) // count] for i in range(count)]
@@ -511,12 +582,16 @@ def finetune(recipe: Recipe, folder: str | None = None) -> Run:
     transformers.set_seed(recipe.seed)
     tokenizer = None if recipe.task == "classification" else _tokenizer(recipe.model.source)
     if recipe.task == "ctc" and tokenizer is None:
-        if splits.train.targets is None:
+        if _streamed(splits.train):
             raise UserError("data.streaming: a vocabulary cannot be built from a stream")
         tokenizer = build_tokenizer(splits.train.targets)
+    if recipe.task == "language_modeling" and recipe.model.source is None and recipe.model.config:
+        texts = (text for (text,) in splits.train.texts)
+        tokenizer = build_bpe_tokenizer(texts, recipe.model.config.get("vocab_size"))
     config = _task_config(recipe, splits, tokenizer)
-    if recipe.task == "text_classification" and tokenizer is None:
+    if recipe.task in _OF_TEXT and tokenizer is None:
         raise UserError("model.source: want a checkpoint with a tokenizer")
+    splits = _in_blocks(recipe, splits, config, tokenizer)
     model = _any_length(_base_model(recipe, config))
     if recipe.model.freeze_feature_encoder:
         if not hasattr(model, "freeze_feature_encoder"):
@@ -547,15 +622,12 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
         mode = make_mode(recipe.guide.name, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"guide.{error}") from error
-    config = load_config(path, "model.teacher")
-    _check_head(config, "model.teacher", path, recipe.task)
+    config, tokenizer = _trained(path, "model.teacher", recipe.task)
     teacher = _any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
     extractor = _feature_extractor(path, teacher.config, recipe)
-    tokenizer = None if recipe.task == "classification" else _tokenizer(path)
-    if recipe.task != "classification" and tokenizer is None:
-        raise UserError(f"model.teacher: no tokenizer in {path}")
     splits = load_splits(recipe.data, recipe.task)
     _need_train(splits)
+    splits = _in_blocks(recipe, splits, config, tokenizer)
     transformers.set_seed(recipe.seed)
     base = teacher
     if mode.origin == "source":
@@ -565,7 +637,7 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
             )
         base = _base_model(recipe, _task_config(recipe, splits, tokenizer))
     elif recipe.model.overrides:
-        config = load_config(path, "model.teacher")
+        config, _ = _trained(path, "model.teacher", recipe.task)
         _override(config, recipe.model.overrides)
         base = _any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
     student = make_student(base, recipe)
@@ -585,25 +657,22 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
 
 
 def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, float]:
-    """The scores of a checkpoint on one split: accuracy, or word and character error rate for CTC."""
-    config = load_config(checkpoint, "checkpoint")
-    _check_head(config, "checkpoint", checkpoint, recipe.task)
+    """The scores of a checkpoint on one split: accuracy, word and character error rate for CTC, or perplexity."""
+    config, tokenizer = _trained(checkpoint, "checkpoint", recipe.task)
     model = _any_length(load_model(checkpoint, "checkpoint", config=config, dtype=TRAINED_IN))
     extractor = _feature_extractor(checkpoint, model.config, recipe)
-    tokenizer = None if recipe.task == "classification" else _tokenizer(checkpoint)
-    if recipe.task != "classification" and tokenizer is None:
-        raise UserError(f"checkpoint: no tokenizer in {checkpoint}")
     splits = load_splits(recipe.data, recipe.task)
     if splits[split] is None:
         raise UserError(f"--split: the data has nothing for {split}")
     splits = replace(splits, **{other: None for other in SPLITS if other != split})
+    splits = _in_blocks(recipe, splits, config, tokenizer)
     preprocessing = _preprocessing(recipe, splits, model.config, extractor, tokenizer)
     options = {k: v for k, v in recipe.distill.items() if k == "per_device_eval_batch_size"}
     with TemporaryDirectory() as folder:
         trainer = _trainer(recipe, options, folder, model, splits, preprocessing, mode=Unguided())
         scores = trainer.evaluate(splits[split], metric_key_prefix=split)
     return {
-        "rows" if recipe.task == "text_classification" else "clips": _size(splits[split]),
+        {"text_classification": "rows", "language_modeling": "blocks"}.get(recipe.task, "clips"): _size(splits[split]),
         **{k: v for k, v in scores.items() if _is_score(k)},
     }
 
@@ -678,8 +747,12 @@ def _need_train(splits: Splits) -> None:
 
 
 def _size(split) -> int | str:
-    return "streamed" if split.targets is None else len(split)
+    return "streamed" if _streamed(split) else len(split)
+
+
+def _streamed(split) -> bool:
+    return isinstance(split, torch.utils.data.IterableDataset)
 
 
 def _is_score(name: str) -> bool:
-    return name.endswith(("_loss", "_accuracy", "_wer", "_cer"))
+    return name.endswith(("_loss", "_accuracy", "_wer", "_cer", "_perplexity", "_nats_per_token"))

@@ -15,14 +15,15 @@ __all__ = ["Conversion", "Data", "Guide", "Model", "Recipe", "load_recipe"]
 
 @dataclass
 class Data:
-    """Where the clips or sentences are and which column says what.
+    """Where the clips, sentences or documents are and which column says what.
 
-    ``path`` is a folder with a ``metadata.csv``, for sentences with a table (.tsv or .csv) for each split, or the name
-    of a data set on the hub. ``label`` names the column of the classes, ``text`` that of the transcripts, ``sentence``
-    that of the sentences, or both of a task about pairs. Splits come from ``split_column`` of the table (or from the
-    hub), or, where ``holdout`` says so, from shares of the clips (or of the training sentences) drawn by
-    ``holdout_seed`` within each label. ``limit`` keeps so many sentences of a split, drawn by the same seed, and
-    ``max_length`` cuts each to so many tokens.
+    ``path`` is a folder with a ``metadata.csv``, for sentences with a table (.tsv or .csv) for each split, for
+    documents with a table, a .txt file or a folder of them for each split, or the name of a data set on the hub.
+    ``label`` names the column of the classes, ``text`` that of the transcripts or documents, ``sentence`` that of the
+    sentences, or both of a task about pairs. Splits come from ``split_column`` of the table (or from the
+    hub), or, where ``holdout`` says so, from shares of the clips (or of the training text) drawn by ``holdout_seed``
+    within each label. ``limit`` keeps so many sentences or documents of a split, drawn by the same seed. ``max_length``
+    cuts each sentence to so many tokens, and all documents into blocks of so many.
     """
 
     path: str | None = None
@@ -94,7 +95,7 @@ class Guide:
 class Recipe:
     """A run. ``finetune`` and ``distill`` hold arguments of :class:`linconv.distillation.DistillationArguments`."""
 
-    task: Literal["classification", "ctc", "text_classification"] = "classification"
+    task: Literal["classification", "ctc", "text_classification", "language_modeling"] = "classification"
     seed: int = 0
     output: str | None = None
     data: Data = field(default_factory=Data)

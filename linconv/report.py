@@ -7,6 +7,7 @@ import json
 import os
 import textwrap
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +34,24 @@ _BLOCKS = ("guide", "conversion", "distill", "finetune", "model", "data", "task"
 
 
 @dataclass(frozen=True)
+class Measure:
+    """A kind of score. What it is taken of is the rate: mistakes a clip or word, or nats a token."""
+
+    of_rate: Callable[[np.ndarray], np.ndarray]
+    share_right: Callable[[np.ndarray], np.ndarray]  # of the score: so much is right, of which a student retains some
+    lower_is_better: bool
+    percent: bool = True  # how it is written
+
+
+MEASURES = {
+    "accuracy": Measure(lambda rate: 1 - rate, lambda score: score, lower_is_better=False),
+    "wer": Measure(lambda rate: rate, lambda score: 1 - score, lower_is_better=True),
+    # Its inverse is the geometric mean of the probabilities that were given to the right tokens.
+    "perplexity": Measure(np.exp, lambda score: 1 / score, lower_is_better=True, percent=False),
+}
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """One run as its folder tells it."""
 
@@ -43,7 +62,7 @@ class RunFolder:
     teacher: str  # the folder of its teacher, as its recipe has it: its own, for one
     score: str  # such as test_accuracy
     value: float
-    clips: np.ndarray  # (clips, 2): mistakes, and of how many
+    clips: np.ndarray  # (clips, 2): mistakes, and of how many; or nats, and of how many tokens
     parameters: int
     records: list[dict]  # the training's log
     recipe: dict
@@ -51,8 +70,12 @@ class RunFolder:
     probe: dict[str, np.ndarray]  # "student/STEP", "teacher/STEP": (clips, layers, d); empty where there is none
 
     @property
-    def lower_is_better(self) -> bool:
-        return self.score.endswith(("_wer", "_cer"))
+    def measure(self) -> Measure:
+        return _measure(self.score)
+
+
+def _measure(score: str) -> Measure:
+    return MEASURES[score.rpartition("_")[2]]
 
 
 def read_run(folder: str | Path) -> RunFolder:
@@ -65,7 +88,7 @@ def read_run(folder: str | Path) -> RunFolder:
     if not (path / RESULTS_FILE).is_file():
         raise UserError(f"RUN: no {RESULTS_FILE} in {path}; want the output folder of a finished finetune or distill")
     results = json.loads((path / RESULTS_FILE).read_text())
-    scores = {k: v for k, v in results["scores"].items() if k.endswith(("_accuracy", "_wer"))}
+    scores = {k: v for k, v in results["scores"].items() if k.rpartition("_")[2] in MEASURES}
     if not scores or not results.get("clips"):
         raise UserError(
             f"RUN: {path} was not scored clip by clip; want data with a test split, and this version's runs"
@@ -282,12 +305,12 @@ def build(folders: list[str | Path], title: str = "Distillation runs") -> dict:
     rows = []
     for is_student in (False, True):  # teachers first, and the best of each
         found = [_row(group, teachers) for (kind, _), group in groups.items() if kind == is_student]
-        rows += sorted(found, key=lambda row: row["score"], reverse=not runs[0].lower_is_better)
+        rows += sorted(found, key=lambda row: row["score"], reverse=not runs[0].measure.lower_is_better)
     return {
         "title": title,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "score": runs[0].score,
-        "lower_is_better": runs[0].lower_is_better,
+        "lower_is_better": runs[0].measure.lower_is_better,
         "level": LEVEL,
         "rows": rows,
         "curves": [_curve(run) for run in runs if any("layer_mse" in record for record in run.records)],
@@ -332,27 +355,26 @@ def _common(found: list[dict]) -> dict:
     return merged
 
 
-def _score(clips: np.ndarray, lower: bool) -> np.ndarray:
-    """Of (..., clips, 2): the error rate, or the share that is right."""
-    rate = clips[..., 0].sum(-1) / np.maximum(clips[..., 1].sum(-1), 1)
-    return rate if lower else 1 - rate
+def _score(clips: np.ndarray, measure: Measure) -> np.ndarray:
+    """Of (..., clips, 2), over all clips."""
+    return measure.of_rate(clips[..., 0].sum(-1) / np.maximum(clips[..., 1].sum(-1), 1))
 
 
 def _row(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -> dict:
     _check_apart(runs, teachers)
-    lower = runs[0].lower_is_better
+    measure = runs[0].measure
     scores, differences, retained = [], [], []  # each run's, (RESAMPLES,)
     paired = all(teachers.get(run.path) is not None for run in runs)
     for run in runs:
         chosen = np.random.default_rng(0).integers(0, len(run.clips), (RESAMPLES, len(run.clips)))
-        mine = _score(run.clips[chosen], lower)
+        mine = _score(run.clips[chosen], measure)
         scores.append(mine)
         if paired:
             other = teachers[run.path]
             _check_clips(run, other)
-            theirs = _score(other.clips[chosen], lower)
+            theirs = _score(other.clips[chosen], measure)
             differences.append(mine - theirs)
-            retained.append(_retained(mine, theirs, lower))
+            retained.append(_retained(mine, theirs, measure))
     row = {
         "mode": runs[0].mode,
         "seeds": sorted(run.seed for run in runs),
@@ -365,15 +387,14 @@ def _row(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -> dict:
         pairs = [(run.value, teachers[run.path].value) for run in runs]
         row["difference"] = float(np.mean([a - b for a, b in pairs]))
         row["difference_interval"] = _interval(differences)
-        row["retained"] = float(np.mean([_retained(np.float64(a), np.float64(b), lower) for a, b in pairs]))
+        row["retained"] = float(np.mean([_retained(np.float64(a), np.float64(b), measure) for a, b in pairs]))
         row["retained_interval"] = _interval(retained)
     return row
 
 
-def _retained(mine, theirs, lower: bool):
-    """The student's share of what the teacher gets right, words or clips."""
-    mine, theirs = (1 - mine, 1 - theirs) if lower else (mine, theirs)
-    return mine / np.maximum(theirs, 1e-9)
+def _retained(mine, theirs, measure: Measure):
+    """The student's share of what the teacher gets right, of two scores."""
+    return measure.share_right(mine) / np.maximum(measure.share_right(theirs), 1e-9)
 
 
 def _interval(draws: list[np.ndarray]) -> list[float]:
@@ -460,6 +481,7 @@ def _model_card(rows: list[dict], runs: list[RunFolder]) -> dict:
         "classification": "audio-classification",
         "ctc": "automatic-speech-recognition",
         "text_classification": "text-classification",
+        "language_modeling": "text-generation",
     }[runs[0].recipe["task"]]
     metric = runs[0].score.rpartition("_")[2]
     data = runs[0].recipe["data"]["path"] or ""
@@ -499,13 +521,16 @@ def write(report: dict, folder: str | Path) -> Path:
 
 def table(report: dict) -> tuple[list[str], list[list[str]]]:
     header = ["mode", "seeds", f"{report['score']} [{report['level']:.0%}]", "to its teacher", "retained", "parameters"]
+    percent = _measure(report["score"]).percent
+    score, scale, difference = (".1%", 100, "+.1f") if percent else (".2f", 1, "+.2f")
     cells = []
     for row in report["rows"]:
         low, high = row["interval"]
-        line = [row["mode"], str(len(row["seeds"])), f"{row['score']:.1%} [{low:.1%}, {high:.1%}]"]
+        line = [row["mode"], str(len(row["seeds"])), f"{row['score']:{score}} [{low:{score}}, {high:{score}}]"]
         if "difference" in row:
             (low, high), (least, most) = row["difference_interval"], row["retained_interval"]
-            line.append(f"{100 * row['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] points")
+            middle, low, high = (format(scale * x, difference) for x in (row["difference"], low, high))
+            line.append(f"{middle} [{low}, {high}]" + (" points" if percent else ""))
             line.append(f"{row['retained']:.1%} [{least:.1%}, {most:.1%}]")
         else:
             line += ["", ""]
@@ -514,7 +539,7 @@ def table(report: dict) -> tuple[list[str], list[list[str]]]:
 
 
 NOTE = (
-    "Means over seeds. Intervals: paired bootstrap over seeds and over the clips or sentences of the split "
+    "Means over seeds. Intervals: paired bootstrap over seeds and over the clips, sentences or blocks of the split "
     "({resamples:,} draws), student and teacher on the same draws."
 )
 

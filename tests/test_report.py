@@ -76,6 +76,30 @@ def test_error_rates_count_words_and_the_lowest_is_best(tmp_path):
     assert rows[2]["retained"] == pytest.approx(0.5 / 0.75)
 
 
+def test_perplexity_is_the_exponential_of_the_mean_and_the_lowest_is_best(tmp_path):
+    folders = []
+    for name, nats in (("guided", [4.0, 2.0, 3.0]), ("teacher", [2.0, 1.0, 3.0])):
+        folders.append(run_folder(tmp_path, name, 0, clips=3))
+        results = json.loads((folders[-1] / "results.json").read_text())
+        results["clips"] = [[n, tokens] for n, tokens in zip(nats, (2, 2, 1))]
+        results["scores"] = {"test_loss": 1.0, "test_perplexity": float(np.exp(sum(nats) / 5))}
+        results["recipe"]["task"] = "language_modeling"
+        (folders[-1] / "results.json").write_text(json.dumps(results))
+    made = report.build(folders)
+    teacher, student = made["rows"]
+    assert (teacher["mode"], student["mode"], made["lower_is_better"]) == ("teacher", "target-guided", True)
+    assert teacher["score"] == pytest.approx(np.exp(6 / 5)) and student["score"] == pytest.approx(np.exp(9 / 5))
+    # What it gives to a right token, in the geometric mean, of what its teacher does.
+    assert student["retained"] == pytest.approx(np.exp(-3 / 5))
+    low, high = student["interval"]
+    assert low == pytest.approx(np.exp(1)) and high == pytest.approx(np.exp(3))  # all draws of one block or another
+    assert made["model_card"]["pipeline_tag"] == "text-generation"
+    assert made["model_card"]["model-index"][0]["results"][0]["metrics"][0]["type"] == "perplexity"
+    line = report.table(made)[1][1]
+    assert line[2] == "6.05 [2.72, 20.09]" and line[3].startswith("+2.73 [") and "points" not in line[3]
+    assert report.write(made, tmp_path / "out").is_file()
+
+
 def test_trajectories_share_one_projection_and_the_shift_is_a_cosine_distance(tmp_path):
     teacher, student = run_folder(tmp_path, "teacher", 4), run_folder(tmp_path, "guided", 8)
     # Two clips, one layer, in a plane of a space of five dimensions.

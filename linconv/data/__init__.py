@@ -1,7 +1,19 @@
-"""Recorded speech, or sentences, as training data: a folder with tables, or a data set of the hub."""
+"""Recorded speech, sentences or documents as training data: a folder, or a data set of the hub."""
 
-from linconv.data.collate import Collator, SentenceCollator
+from linconv.data.collate import BlockCollator, Collator, SentenceCollator
+from linconv.data.documents import Blocks, in_blocks
 from linconv.data.sources import Splits, load_splits
-from linconv.data.text import build_tokenizer, normalize
+from linconv.data.text import build_bpe_tokenizer, build_tokenizer, normalize
 
-__all__ = ["Collator", "SentenceCollator", "Splits", "build_tokenizer", "load_splits", "normalize"]
+__all__ = [
+    "BlockCollator",
+    "Blocks",
+    "Collator",
+    "SentenceCollator",
+    "Splits",
+    "build_bpe_tokenizer",
+    "build_tokenizer",
+    "in_blocks",
+    "load_splits",
+    "normalize",
+]

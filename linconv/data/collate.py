@@ -1,11 +1,11 @@
-"""Clips, or sentences, to a batch."""
+"""Clips, sentences, or blocks of tokens, to a batch."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-__all__ = ["Collator", "SentenceCollator"]
+__all__ = ["BlockCollator", "Collator", "SentenceCollator"]
 
 
 class Collator:
@@ -74,3 +74,24 @@ class SentenceCollator:
             *texts, padding=True, padding_side="right", truncation=True, max_length=self.max_length, return_tensors="pt"
         )
         return {**batch, "labels": torch.tensor([self.encode(row["target"]) for row in rows])}
+
+
+class BlockCollator:
+    """Makes a padded batch of blocks: token ids, attention mask, and as labels the same ids, -100 at the padding.
+
+    Args:
+        padding: the token that pads. It may be one that the text has, too, such as its end: there it is learned.
+    """
+
+    def __init__(self, padding: int):
+        self.padding = padding
+
+    def __call__(self, blocks: list[dict]) -> dict[str, torch.Tensor]:
+        ids = [torch.from_numpy(block["input_ids"]).long() for block in blocks]
+        input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.padding)  # (batch, L)
+        valid = torch.arange(input_ids.shape[1]) < torch.tensor([len(block) for block in ids])[:, None]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": valid.long(),
+            "labels": input_ids.masked_fill(~valid, -100),
+        }

@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-__all__ = ["Metrics"]
+__all__ = ["Metrics", "Perplexity"]
 
 
 class Metrics:
@@ -39,6 +40,29 @@ class Metrics:
         said, heard = map(list, zip(*pairs))
         self.clips = [_word_errors(s, h) for s, h in pairs]
         return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)}
+
+
+class Perplexity:
+    """Of next tokens: nats a token, and their exponential, over all tokens of the split that are predicted."""
+
+    def __init__(self):
+        # Of each block scored last, in order: [nats, of how many tokens].
+        self.clips: list[list[float]] = []
+
+    @staticmethod
+    def answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """float32 (batch, 2), nats and tokens of each row, of logits (batch, L, vocabulary) and labels (batch, L)."""
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        # Row by row: float32 copies of a whole batch would be the largest tensors of the run.
+        nats = [F.cross_entropy(row[:-1].float(), ids[1:], reduction="sum") for row, ids in zip(logits, labels)]
+        return torch.stack([torch.stack(nats), (labels[:, 1:] != -100).sum(-1)], -1)
+
+    def __call__(self, prediction) -> dict[str, float]:
+        rows = prediction.predictions.astype(np.float64)  # (blocks, 2)
+        self.clips = [[nats, int(tokens)] for nats, tokens in rows.tolist()]
+        nats, tokens = rows.sum(0)
+        with np.errstate(over="ignore"):  # of a model that knows nothing
+            return {"perplexity": float(np.exp(nats / tokens)), "nats_per_token": float(nats / tokens)}
 
 
 def _word_errors(said: str, heard: str) -> list[int]:

@@ -2,6 +2,10 @@
 
 import csv
 import hashlib
+import io
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,14 +15,20 @@ from linconv.data.hub import class_name, load_from_hub
 from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
 from linconv.recipe import Data
 
-__all__ = ["Sentences", "load_sentences"]
+__all__ = ["FOLDER", "Sentences", "decoded", "load_rows", "load_sentences"]
 
 SPLITS = ("train", "validation", "test")
 SEPARATORS = {".tsv": "\t", ".csv": ","}
+FOLDER = "/"  # among the suffixes of files
+
+Reader = Callable[[Path], "Sentences"]
 
 
 class Sentences(torch.utils.data.Dataset):
-    """Rows by index: ``texts`` are tuples of one string, or of two for tasks about pairs."""
+    """Rows by index: ``texts`` are tuples of one string, or of two for tasks about pairs.
+
+    ``targets`` are all empty where a task has no classes.
+    """
 
     def __init__(self, texts: list[tuple[str, ...]], targets: list[str]):
         self.texts, self.targets = texts, targets
@@ -41,13 +51,35 @@ def load_sentences(data: Data) -> dict[str, Sentences | None]:
     """
     if data.sentence is None:
         raise UserError("data.sentence: not given; want the column of the text, or a list of two for pairs")
+    columns = [data.sentence] if isinstance(data.sentence, str) else data.sentence
+    if len(columns) not in (1, 2):
+        raise UserError(f"data.sentence: got {len(columns)} columns; want one, or two for pairs")
+    return load_rows(data, "data.sentence", columns, label=data.label)
+
+
+def load_rows(
+    data: Data, key: str, columns: list[str], label: str | None = None, readers: dict[str, Reader] | None = None
+) -> dict[str, Sentences | None]:
+    """The splits, with the shares held out and the limits kept that ``data`` names.
+
+    Args:
+        key: what ``columns``, those of the text, are called in a recipe.
+        label: the column of the classes; None where there are none.
+        readers: of files by their suffix, or ``FOLDER``, beside those of tables.
+
+    Raises:
+        UserError: as :func:`load_sentences`.
+    """
     if data.where or data.max_seconds or data.streaming:
-        raise UserError("data.where, data.max_seconds and data.streaming are for clips, not for sentences")
+        raise UserError("data.where, data.max_seconds and data.streaming are for clips, not for text")
     folder = Path(data.path)
     if folder.is_dir():
-        splits = _from_folder(folder, data)
+        read = partial(_read_table, key=key, columns=columns, label=label)
+        splits = _from_folder(folder, data, {**dict.fromkeys(SEPARATORS, read), **(readers or {})})
+    elif folder.is_file():
+        raise UserError(f"data.path: {folder} is a file; want its folder, and data.train={folder.stem}")
     elif may_be_on_hub(data.path):
-        splits = _from_hub(data)
+        splits = _from_hub(data, key, columns, label)
     else:
         raise no_folder("data.path", data.path)
     _hold_out(splits, data)
@@ -62,55 +94,73 @@ def load_sentences(data: Data) -> dict[str, Sentences | None]:
     return splits
 
 
-def _columns(data: Data) -> list[str]:
-    columns = [data.sentence] if isinstance(data.sentence, str) else data.sentence
-    if len(columns) not in (1, 2):
-        raise UserError(f"data.sentence: got {len(columns)} columns; want one, or two for pairs")
-    return columns
+def decoded(path: Path) -> str:
+    """A file's text, its line ends as they are."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error}") from error
 
 
-def _from_folder(folder: Path, data: Data) -> dict[str, Sentences | None]:
-    tables = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in SEPARATORS}
+def _from_folder(folder: Path, data: Data, readers: dict[str, Reader]) -> dict[str, Sentences | None]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        name, kind = (path.name, FOLDER) if path.is_dir() else (path.stem, path.suffix)
+        if kind not in readers:
+            continue
+        if name in found and name in (data.train, data.validation, data.test):
+            raise UserError(f"data.path: {found[name]} and {path} are both {name}; want one of them")
+        found[name] = path
     splits = {}
     for split in SPLITS:
         name = getattr(data, split)
-        if name in tables:
-            splits[split] = _read(tables[name], data)
+        if name in found:
+            path = found[name]
+            splits[split] = readers[FOLDER if path.is_dir() else path.suffix](path)
         elif split == "train":
-            raise unknown(f"data.train: tables in {folder}", name, tables)
+            kinds = ", ".join("folder" if kind == FOLDER else kind for kind in readers)
+            raise unknown(f"data.train: in {folder} ({kinds})", name, found)
         else:
             splits[split] = None
     return splits
 
 
-def _read(table: Path, data: Data) -> Sentences:
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        tabs = table.suffix == ".tsv"  # GLUE's have quotation marks in their text, unpaired ones too
-        rows = list(csv.DictReader(file, delimiter=SEPARATORS[table.suffix], quoting=csv.QUOTE_NONE if tabs else 0))
+def _read_table(table: Path, key: str, columns: list[str], label: str | None) -> Sentences:
+    if not columns:
+        raise UserError(f"{key}: not given; want the column of the text in {table}")
+    tabs = table.suffix == ".tsv"  # GLUE's have quotation marks in their text, unpaired ones too
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than its 128 KB
+    lines = io.StringIO(decoded(table), newline="")
+    rows = list(csv.DictReader(lines, delimiter=SEPARATORS[table.suffix], quoting=csv.QUOTE_NONE if tabs else 0))
     if not rows:
         raise UserError(f"{table}: no rows in it")
-    columns = _columns(data)
-    for what, name in [("data.label", data.label), *(("data.sentence", column) for column in columns)]:
+    named = [(key, column) for column in columns] + ([] if label is None else [("data.label", label)])
+    for what, name in named:
         if name not in rows[0]:
             raise unknown(f"{what}: columns of {table}", name, rows[0])
     for number, row in enumerate(rows, 2):
-        if any(row[column] is None for column in [*columns, data.label]):
+        if any(row[column] is None for _, column in named):
             raise UserError(f"{table}, line {number}: fewer columns than the first line names")
-    return Sentences([tuple(row[c].strip() for c in columns) for row in rows], [row[data.label] for row in rows])
+    texts = [tuple(row[column].strip() for column in columns) for row in rows]
+    return Sentences(texts, ["" if label is None else row[label] for row in rows])
 
 
-def _from_hub(data: Data) -> dict[str, Sentences | None]:
-    columns, splits = _columns(data), {}
-    named = {"data.label": data.label, **{f"data.sentence: {column}": column for column in columns}}
+def _from_hub(data: Data, key: str, columns: list[str], label: str | None) -> dict[str, Sentences | None]:
+    if not columns:
+        raise UserError(f"{key}: not given; want the column of the text")
+    splits = {}
+    named = {f"{key}: {column}": column for column in columns} | ({} if label is None else {"data.label": label})
     for split, dataset in load_from_hub(data, named):
         splits[split] = None
         if dataset is None:
             continue
-        feature, labels = dataset.features[data.label], list(dataset[data.label])
-        if min(labels, default=0) == -1:  # GLUE keeps the answers of its tests to itself
-            continue
-        texts = list(zip(*(dataset[column] for column in columns)))
-        splits[split] = Sentences(texts, [class_name(feature, label) for label in labels])
+        labels = [""] * len(dataset)
+        if label is not None:
+            feature, classes = dataset.features[label], list(dataset[label])
+            if min(classes, default=0) == -1:  # GLUE keeps the answers of its tests to itself
+                continue
+            labels = [class_name(feature, value) for value in classes]
+        splits[split] = Sentences(list(zip(*(dataset[column] for column in columns))), labels)
     return splits
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from linconv.data.audio import duration, read_audio
+from linconv.data.documents import Blocks, load_documents
 from linconv.data.holdout import hold_out
 from linconv.data.hub import class_name, load_from_hub
 from linconv.data.sentences import Sentences, load_sentences
@@ -76,11 +77,13 @@ class AudioStream(torch.utils.data.IterableDataset):
 
 @dataclass
 class Splits:
-    """The clips or sentences of a task; ``labels`` are the sorted classes to train on, None for transcripts."""
+    """The clips, sentences or documents of a task; ``labels`` are the sorted classes to train on, None where a task has
+    none. Documents are sentences until there is a tokenizer, and then blocks.
+    """
 
-    train: AudioClips | HubClips | AudioStream | Sentences | None
-    validation: AudioClips | HubClips | AudioStream | Sentences | None
-    test: AudioClips | HubClips | AudioStream | Sentences | None
+    train: AudioClips | HubClips | AudioStream | Sentences | Blocks | None
+    validation: AudioClips | HubClips | AudioStream | Sentences | Blocks | None
+    test: AudioClips | HubClips | AudioStream | Sentences | Blocks | None
     labels: list[str] | None
 
     def __getitem__(self, split: str):
@@ -94,8 +97,11 @@ def load_splits(data: Data, task: str) -> Splits:
         UserError: something that ``data`` names is not there; the message says what and what comes nearest.
     """
     if data.path is None:
-        table = "one table for each split" if task == "text_classification" else "a metadata.csv"
-        raise UserError(f"data.path: not given; want a folder with {table}, or a data set on the hub")
+        files = {"text_classification": "one table for each split", "language_modeling": "text for each split"}
+        wanted = files.get(task, "a metadata.csv")
+        raise UserError(f"data.path: not given; want a folder with {wanted}, or a data set on the hub")
+    if task == "language_modeling":
+        return Splits(**load_documents(data), labels=None)
     column = "text" if task == "ctc" else "label"
     if getattr(data, column) is None:
         raise UserError(
@@ -103,7 +109,7 @@ def load_splits(data: Data, task: str) -> Splits:
         )
     folder = Path(data.path)
     if task != "text_classification" and (data.limit or data.max_length):
-        raise UserError("data.limit and data.max_length are for sentences, not for clips")
+        raise UserError("data.limit and data.max_length are for text, not for clips")
     if task == "text_classification":
         splits = load_sentences(data)
     elif folder.is_dir():

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linconv.distillation.augmentation import SharedSpecAugment
+from linconv.distillation.checkpoint_names import accept_checkpoint_names
 from linconv.distillation.learning_rate import teacher_scheduler
 from linconv.distillation.schedules import Mode, TrajectoryGuided, WaypointGuided
 
@@ -142,6 +143,7 @@ class TrajectoryTeacher(FixedTeacher):
 
 def make_teacher(model: PreTrainedModel, mode: Mode, trainer) -> FixedTeacher:
     """The teacher that ``mode`` wants, made of ``model``."""
+    accept_checkpoint_names(model)
     guide = mode.guide
     if isinstance(guide, TrajectoryGuided):
         return TrajectoryTeacher(model, guide, trainer)

@@ -13,6 +13,7 @@ from linconv.conversion import encoder_layers, frame_lengths
 from linconv.distillation.activation_cache import ActivationCache, check_cacheable
 from linconv.distillation.arguments import DistillationArguments
 from linconv.distillation.augmentation import SharedSpecAugment
+from linconv.distillation.checkpoint_names import accept_checkpoint_names
 from linconv.distillation.heads import Head
 from linconv.distillation.hooks import LayerStates
 from linconv.distillation.learning_rate import exponential_decay
@@ -73,6 +74,7 @@ class DistillationTrainer(Trainer):
             mode = Unguided() if teacher is None else TargetGuided()
         if teacher is None and not isinstance(mode, Unguided):
             raise ValueError(f"teacher: got None; want a model, for the mode is {mode}")
+        accept_checkpoint_names(model)
         super().__init__(model, args, **kwargs)
         # Both say that compute_loss has divided by what is in the whole accumulated batch.
         self.loss_is_scaled_for_ga = True

@@ -71,7 +71,7 @@ def test_limit_is_a_fixed_part_and_holdout_is_stratified(folder):
         ({"sentence": ["a", "b", "c"]}, "got 3 columns; want one, or two"),
         ({"limit": {"tset": 3}}, "data.limit: no 'tset'; did you mean 'test'"),
         ({"limit": {"train": 0}}, "data.limit.train: got 0"),
-        ({"where": {"label": "1"}}, "are for clips, not for sentences"),
+        ({"where": {"label": "1"}}, "are for clips, not for text"),
         ({"holdout": {"test": 1.0}}, "want a share between 0 and 1"),
     ],
 )
@@ -131,12 +131,15 @@ def test_a_data_set_of_the_hub_as_glue_is(tmp_path):
         (tmp_path / "qnli").mkdir(exist_ok=True)
         table = pyarrow.Table.from_pydict(rows, schema=features.arrow_schema)
         pyarrow.parquet.write_table(table, tmp_path / "qnli" / f"{split}-00000-of-00001.parquet")
-    data = Data(path=str(tmp_path / "qnli"), sentence=["question", "sentence"], label="label")
-    got = sentences._from_hub(data)
+
+    def load(columns, **changes):
+        return sentences._from_hub(Data(path=str(tmp_path / "qnli"), **changes), "data.sentence", columns, "label")
+
+    got = load(["question", "sentence"])
     assert got["test"] is None
     assert got["train"].texts == [(f"train {i}?", f"Answer {i}.") for i in range(4)]
     assert got["train"].targets == ["entailment", "not_entailment"] * 2 and got["validation"].targets == names[::-1]
     with pytest.raises(UserError, match=r"data\.train: no 'trian'; did you mean 'train'"):
-        sentences._from_hub(Data(path=data.path, train="trian", sentence="sentence", label="label"))
+        load(["sentence"], train="trian")
     with pytest.raises(UserError, match=r"data\.sentence: sentance: no 'sentance'; did you mean 'sentence'"):
-        sentences._from_hub(Data(path=data.path, sentence="sentance", label="label"))
+        load(["sentance"])

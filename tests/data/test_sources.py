@@ -123,7 +123,7 @@ def test_all_that_is_wrong_with_clips_is_counted(folder):
         ({"where": {"speeker": "s0"}}, "data.where.speeker: no 'speeker'; did you mean 'speaker'"),
         ({"where": {"word": "onne"}}, "data.where.word: no 'onne'; did you mean 'one'"),
         ({"where": {"word": [True]}}, "put yes and no, true and false into quotes"),
-        ({"limit": {"train": 3}}, "data.limit and data.max_length are for sentences, not for clips"),
+        ({"limit": {"train": 3}}, "data.limit and data.max_length are for text, not for clips"),
         ({"holdout": {"tset": 0.5}}, "data.holdout: no 'tset'; did you mean 'test'"),
         ({"holdout": {"test": 1.5}}, "data.holdout.test: got 1.5"),
         ({"holdout": {"test": 0.5, "validation": 0.5}}, "leave nothing to train on"),
