@@ -130,6 +130,8 @@ def positions(config) -> int | None:
     """How many frames or tokens a model has positions for; None where it is not bound to any."""
     if "whisper" in config.model_type:
         return config.max_source_positions
+    if config.model_type == "linconv-gpt_neox" and len(config.linconv["layers"]) == config.num_hidden_layers:
+        return None  # only attention turned by its positions
     limit = getattr(config, "max_position_embeddings", None)
     # RoBERTa's start behind the index of padding.
     return limit - config.pad_token_id - 1 if limit and "roberta" in config.model_type else limit

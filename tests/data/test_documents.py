@@ -330,6 +330,15 @@ def test_blocks_are_as_long_as_the_model_has_positions_for(tmp_path, corpus, che
     assert pipeline.finetune(load_recipe(path), str(tmp_path / "unused")).splits.train.length == 1024
 
 
+def test_a_student_without_attention_is_scored_beyond_the_positions_of_its_teacher(trained, capsys):
+    folder, path = trained
+    found = scored(capsys, folder / "student", path, "--set", "data.max_length=100")
+    longer, shorter = found["blocks"], scored(capsys, folder / "student", path)["blocks"]
+    assert longer < shorter and found["test_perplexity"] > 1
+    assert linconv("eval", folder / "teacher", path, "--set", "data.max_length=100") == 2
+    assert "data.max_length: got 100; want 2 to 32, which the model has positions for" in capsys.readouterr().err
+
+
 # ---- A decoder's classes
 
 
