@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A teacher and a student of every guiding mode for each seed, and a report of them all.
+"""A teacher and a student of every guiding mode, or of some, for each seed, and a report of them all.
 
     run.py --out runs/spoken_language --seeds 0 1 2
     run.py --out runs/minilm_sst2 --seeds 0 1 2 --recipe minilm_sst2.yaml --source MINILM --data SST2
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, help="the pretrained checkpoint, where the recipe has no model")
     parser.add_argument("--data", type=Path, help="its data (default: the demo's recordings, fetched)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a teacher and its students for each")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="students (default: of all)")
     parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: the recipe's)")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()  # every load reports the new head
@@ -53,7 +54,8 @@ def main() -> None:
         of_seed = [*shared, ("seed", seed), ("model.teacher", str(folder / "teacher"))]
         teacher = load_recipe(options.recipe, [*of_seed, ("model.waypoints", WAYPOINTS)])
         folders.append(_execute(pipeline.finetune, teacher, folder / "teacher"))
-        for name, guide in MODES.items():
+        for name in options.modes:
+            guide = MODES[name]
             given = [(f"guide.{key}", value) for key, value in guide.items()]
             if name == "hybrid":
                 given.append(("guide.drop_layer_loss_at", round(HYBRID_SHARE * teacher.distill["max_steps"])))
