@@ -145,8 +145,7 @@ def valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
         ValueError: a mask of another form, or one with padding between valid tokens; its values are read on the CPU
             only, for elsewhere that would stall the device.
     """
-    # A single token on from a state is never padding: rows that are done are given tokens too.
-    if attention_mask is None or length == 1:
+    if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
         got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__

@@ -129,7 +129,8 @@ def test_generation_from_states_is_generation_from_all_tokens(layers, beams):
     alone = student.generate(inputs["input_ids"][1:, own("left")], **options)
     assert torch.equal(found[1, LENGTH:], alone[0, SHORT:])
     assert torch.equal(found, student.generate(**inputs, **options, **{CACHE: DynamicCache()}))
-    assert torch.equal(found, student.generate(**inputs, **options, prefill_chunk_size=8))
+    for size in (8, 1):  # a chunk may be padding alone
+        assert torch.equal(found, student.generate(**inputs, **options, prefill_chunk_size=size))
 
 
 def test_the_cache_of_a_converted_layer_does_not_grow():
