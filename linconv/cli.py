@@ -19,9 +19,16 @@ _RECIPE_FLAGS = (
     ("--teacher", "model.teacher", str, "fine-tuned checkpoint: written by finetune, read by distill"),
     ("--output", "output", str, "folder for the student"),
     ("--mixer", "conversion.mixer", str, "what takes attention's place"),
+    ("--layers", "conversion.layers", str, "which layers, as 0,1,5 or 0-5; all or none"),
     ("--mode", "guide.name", str, "unguided, target_guided, trajectory_guided, waypoint_guided or hybrid"),
     ("--seed", "seed", int, "seed of every random draw"),
 )
+# What of these is without effect on a command, which does not take it. A recipe may say it, for it serves all of them.
+_WITHOUT_EFFECT = {
+    "finetune": {"--output", "--mixer", "--layers", "--mode"},
+    "distill": set(),
+    "eval": {"--source", "--teacher", "--output", "--mixer", "--layers", "--mode", "--seed"},
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +78,7 @@ def _build_parser() -> Parser:
         ("distill", _distill, "Convert a fine-tuned teacher and distil it into the result."),
     ):
         sub = command(name, run, text)
-        _add_recipe_flags(sub)
+        _add_recipe_flags(sub, name)
         sub.add_argument("--steps", type=above_zero(int), help="optimizer steps")
         sub.add_argument("--lr", type=above_zero(float), help="learning rate")
         sub.add_argument("--batch", type=above_zero(int), help="clips, sentences or blocks a batch, on each device")
@@ -80,7 +87,7 @@ def _build_parser() -> Parser:
 
     sub = command("eval", _eval, "Score a checkpoint: accuracy, word and character error rate, or perplexity.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a teacher or a student")
-    _add_recipe_flags(sub)
+    _add_recipe_flags(sub, "eval")
     sub.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default test)")
     sub.add_argument("--json", action="store_true", help="print the scores as JSON")
 
@@ -107,11 +114,11 @@ def _add_model_flags(sub: Parser) -> None:
     _add_set(sub, "an option of the mixer, such as d_state=64")
 
 
-def _add_recipe_flags(sub: Parser) -> None:
+def _add_recipe_flags(sub: Parser, command: str) -> None:
     sub.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file; the flags below go over what it says")
     for flag, key, kind, text in _RECIPE_FLAGS:
-        sub.add_argument(flag, type=kind, help=f"{text} [{key}]")
-    sub.add_argument("--layers", help="which layers, as 0,1,5 or 0-5; all or none [conversion.layers]")
+        if flag not in _WITHOUT_EFFECT[command]:
+            sub.add_argument(flag, type=kind, help=f"{text} [{key}]")
     _add_set(sub, "any key of the recipe, such as distill.alpha_ld=15")
 
 
@@ -247,10 +254,8 @@ def _env(arguments) -> None:
 def _recipe(arguments, overrides=()):
     from linconv.recipe import load_recipe
 
-    given = [(key, getattr(arguments, flag[2:])) for flag, key, *_ in _RECIPE_FLAGS]
-    given = [(key, value) for key, value in given if value is not None]
-    if arguments.layers is not None:
-        given.append(("conversion.layers", _layers(arguments.layers)))
+    given = [(key, getattr(arguments, flag[2:], None)) for flag, key, *_ in _RECIPE_FLAGS]
+    given = [(k, _layers(v) if k == "conversion.layers" else v) for k, v in given if v is not None]
     return load_recipe(arguments.recipe, [*given, *overrides, *map(_key_value, arguments.set)])
 
 

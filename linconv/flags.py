@@ -23,7 +23,9 @@ class Parser(argparse.ArgumentParser):
             parser = self.command_parsers.get(getattr(parsed, "command", None), self)
             flag = rest[0].split("=")[0]
             near = get_close_matches(flag, parser._option_string_actions, 1)
-            parser.error(f"no argument {flag!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            others = [name for name, other in self.command_parsers.items() if flag in other._option_string_actions]
+            hint = f"; it is taken by {', '.join(others)}" if others else f"; did you mean {near[0]!r}?" if near else ""
+            parser.error(f"no argument {flag!r}{hint}")
         return parsed
 
     command_parsers: dict = {}

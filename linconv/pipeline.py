@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import json
+import math
 import warnings
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,7 +45,7 @@ from linconv.distillation import (
     make_mode,
 )
 from linconv.distillation.probe import Probe
-from linconv.errors import UserError, check_output, may_be_on_hub, no_folder, unknown
+from linconv.errors import UserError, check_output, first_of, may_be_on_hub, no_folder, unknown
 from linconv.progress import Progress
 from linconv.recipe import Recipe
 
@@ -317,7 +319,28 @@ def _fill_in_padding(config, tokenizer) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def _in_blocks(recipe: Recipe, splits: Splits, config, tokenizer) -> Splits:
+def _name_classes(config, splits: Splits, what: str) -> None:
+    """Gives a checkpoint whose classes are only counted (LABEL_0, ...) the names that they have in the data.
+
+    They have some where the data set of the hub counts them too, or where they are numbers: other orders are unknown.
+    """
+    count = config.num_labels
+    if splits.labels is None or config.label2id != {f"LABEL_{i}": i for i in range(count)}:
+        return
+    numbers = [str(i) for i in range(count)]
+    names = numbers if set(splits.labels) <= set(numbers) else splits.train.classes
+    if names is None or len(names) != count:
+        return
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+    warnings.warn(
+        f"{what}: its classes have no names; taken in the order of the data, LABEL_0 for {names[0]!r} and so on: "
+        "if its accuracy is low, write their names into its config, as id2label and label2id",
+        stacklevel=2,
+    )
+
+
+def _in_blocks(recipe: Recipe, splits: Splits, config, tokenizer, args: DistillationArguments) -> Splits:
     """The documents of a language model as blocks of tokens. The splits of other tasks stay as they are."""
     if recipe.task != "language_modeling":
         return splits
@@ -331,7 +354,8 @@ def _in_blocks(recipe: Recipe, splits: Splits, config, tokenizer) -> Splits:
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"model: its tokenizer has {len(tokenizer):,} tokens; want {config.vocab_size:,}, as the model")
     there = [name for name in SPLITS if splits[name] is not None]
-    return replace(splits, **{name: in_blocks(splits[name], tokenizer, length, name) for name in there})
+    blocks = _by_main_process(args, lambda: {name: in_blocks(splits[name], tokenizer, length, name) for name in there})
+    return replace(splits, **blocks)
 
 
 def _spelling(tokenizer, data):
@@ -406,6 +430,22 @@ def _preprocessing(recipe: Recipe, splits: Splits, config, extractor, tokenizer)
 # ---- Runs
 
 
+def _by_main_process(args: DistillationArguments, function: Callable[[], Any]) -> Any:
+    """What ``function`` returns in the main process, or the UserError that it raises there; the others are given it."""
+    if args.world_size == 1:
+        return function()
+    outcome: list = [None]
+    if args.process_index == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[0] = error
+    torch.distributed.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
 @dataclass
 class Run:
     """A run made ready: ``describe`` says what it will do, ``execute`` does it."""
@@ -444,7 +484,7 @@ class Run:
         return lines
 
     def check(self, resume: bool = False) -> None:
-        """Looks for what would end the run later: a checkpoint in its way, and clips that cannot be read.
+        """Looks for what would end the run later: a checkpoint in its way, and clips that cannot be read or learned.
 
         Of each clip the header is read, of a few all. Streams are not looked through.
 
@@ -452,15 +492,54 @@ class Run:
             UserError: something was found.
         """
         self._checkpoint(resume)
-        clips = [split for split in map(self.splits.__getitem__, SPLITS) if hasattr(split, "sounds")]
-        if clips:
-            extractor = self.trainer.data_collator.feature_extractor
-            durations(
-                chain.from_iterable(split.sounds() for split in clips),
-                sum(map(len, clips)),
-                shortest=_shortest_clip(self.trainer.model, extractor),
-            )
+        self._check_transcripts_fit(self._seconds(*SPLITS))
         self._probe()
+
+    def _seconds(self, *names: str) -> list[float]:
+        """How long each clip of these splits is, by its header; nothing of text and streams.
+
+        Raises:
+            UserError: some clips cannot be used.
+        """
+        clips = [split for split in map(self.splits.__getitem__, names) if hasattr(split, "sounds")]
+        if not clips:
+            return []
+        extractor = self.trainer.data_collator.feature_extractor
+        return durations(
+            chain.from_iterable(split.sounds() for split in clips),
+            sum(map(len, clips)),
+            shortest=_shortest_clip(self.trainer.model, extractor),
+        )
+
+    def _check_transcripts_fit(self, seconds: list[float]) -> None:
+        """Looks for clips to train on whose CTC loss is infinite: all alignments have more frames than they do.
+
+        Args:
+            seconds: of each clip, those to train on first.
+
+        Raises:
+            UserError: there are some, and the model's config has no ``ctc_zero_infinity``, with which it is a warning.
+        """
+        if self.recipe.task != "ctc" or not seconds:
+            return
+        train, collator, model = self.splits.train, self.trainer.data_collator, self.trainer.model
+        rate = collator.feature_extractor.sampling_rate
+        samples = torch.tensor([math.ceil(s * rate - 1e-4) for s in seconds[: len(train)]])  # resampling rounds up
+        frames = _family(model.config.model_type, "model type").frame_lengths(model, samples).tolist()
+        short = []
+        for i, labels in enumerate(map(collator.encode, train.targets)):
+            least = len(labels) + sum(a == b for a, b in pairwise(labels))  # a blank parts two that are the same
+            if frames[i] < least:
+                short.append(f"{train.name(i)}: {frames[i]} frames, {least} wanted")
+        if not short:
+            return
+        found = (
+            f"data.text: {len(short):,} of {len(train):,} clips to train on are too short for their transcripts: "
+            f"{first_of(short)}; want them left out, or shorter transcripts"
+        )
+        if not model.config.ctc_zero_infinity:
+            raise UserError(f"{found}, or model.overrides.ctc_zero_infinity=true: else their loss is infinite")
+        warnings.warn(f"{found}: their loss is infinite, which counts as zero, so they teach nothing", stacklevel=2)
 
     def execute(self, resume: bool = False) -> dict[str, float]:
         """Trains, saves the model and its preprocessing in ``output``, and scores it on the test split.
@@ -480,6 +559,8 @@ class Run:
             state = Path(checkpoint) / "trainer_state.json"
             self.trainer.state = transformers.TrainerState.load_from_json(str(state))
         else:
+            if self.recipe.task == "ctc":
+                _by_main_process(self.trainer.args, lambda: self._check_transcripts_fit(self._seconds("train")))
             self.trainer.train(resume_from_checkpoint=checkpoint)
         self.trainer.save_model()
         split = "test" if self.splits.test is not None else "validation"
@@ -581,6 +662,7 @@ def finetune(recipe: Recipe, folder: str | None = None) -> Run:
     check_output(output, "model.teacher", model__source=recipe.model.source)
     splits = load_splits(recipe.data, recipe.task)
     _need_train(splits)
+    args = _arguments(recipe, recipe.finetune, folder or output, splits)
     transformers.set_seed(recipe.seed)
     tokenizer = None if recipe.task == "classification" else _tokenizer(recipe.model.source)
     if recipe.task == "ctc" and tokenizer is None:
@@ -588,12 +670,12 @@ def finetune(recipe: Recipe, folder: str | None = None) -> Run:
             raise UserError("data.streaming: a vocabulary cannot be built from a stream")
         tokenizer = build_tokenizer(splits.train.targets)
     if recipe.task == "language_modeling" and recipe.model.source is None and recipe.model.config:
-        texts = (text for (text,) in splits.train.texts)
-        tokenizer = build_bpe_tokenizer(texts, recipe.model.config.get("vocab_size"))
+        texts, size = (text for (text,) in splits.train.texts), recipe.model.config.get("vocab_size")
+        tokenizer = _by_main_process(args, lambda: build_bpe_tokenizer(texts, size))
     config = _task_config(recipe, splits, tokenizer)
     if recipe.task in _OF_TEXT and tokenizer is None:
         raise UserError("model.source: want a checkpoint with a tokenizer")
-    splits = _in_blocks(recipe, splits, config, tokenizer)
+    splits = _in_blocks(recipe, splits, config, tokenizer, args)
     model = _any_length(_base_model(recipe, config))
     if recipe.model.freeze_feature_encoder:
         if not hasattr(model, "freeze_feature_encoder"):
@@ -601,7 +683,7 @@ def finetune(recipe: Recipe, folder: str | None = None) -> Run:
         model.freeze_feature_encoder()
     extractor = _feature_extractor(recipe.model.source, config, recipe)
     preprocessing = _preprocessing(recipe, splits, config, extractor, tokenizer)
-    trainer = _trainer(recipe, recipe.finetune, folder or output, model, splits, preprocessing, mode=Unguided())
+    trainer = _trainer(recipe, args, model, splits, preprocessing, mode=Unguided())
     if recipe.model.waypoints < 0:
         raise UserError(f"model.waypoints: got {recipe.model.waypoints}; want a number from 0 up")
     if recipe.model.waypoints:
@@ -625,11 +707,15 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
     except (TypeError, ValueError) as error:
         raise UserError(f"guide.{error}") from error
     config, tokenizer = _trained(path, "model.teacher", recipe.task)
-    teacher = _any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
-    extractor = _feature_extractor(path, teacher.config, recipe)
     splits = load_splits(recipe.data, recipe.task)
     _need_train(splits)
-    splits = _in_blocks(recipe, splits, config, tokenizer)
+    _name_classes(config, splits, "model.teacher")
+    if splits.labels is not None:  # the student's classes are in the teacher's order
+        splits = replace(splits, labels=[config.id2label[i] for i in sorted(config.id2label)])
+    teacher = _any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
+    extractor = _feature_extractor(path, teacher.config, recipe)
+    args = _arguments(recipe, recipe.distill, folder or output, splits)
+    splits = _in_blocks(recipe, splits, config, tokenizer, args)
     transformers.set_seed(recipe.seed)
     base = teacher
     if mode.origin == "source":
@@ -639,7 +725,7 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
             )
         base = _base_model(recipe, _task_config(recipe, splits, tokenizer))
     elif recipe.model.overrides:
-        config, _ = _trained(path, "model.teacher", recipe.task)
+        config = copy.deepcopy(config)
         _override(config, recipe.model.overrides)
         base = _any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
     student = make_student(base, recipe)
@@ -650,9 +736,7 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
     if recipe.model.freeze_feature_encoder:
         student.freeze_feature_encoder()
     preprocessing = _preprocessing(recipe, splits, teacher.config, extractor, tokenizer)
-    trainer = _trainer(
-        recipe, recipe.distill, folder or output, student, splits, preprocessing, mode=mode, teacher=teacher
-    )
+    trainer = _trainer(recipe, args, student, splits, preprocessing, mode=mode, teacher=teacher)
     where = "all" if recipe.conversion.layers is None else len(recipe.conversion.layers)
     title = f"distil {path} into {recipe.conversion.mixer} ({where} layers)"
     return Run(recipe, trainer, splits, Path(output), title, "distill")
@@ -661,17 +745,19 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
 def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, float]:
     """The scores of a checkpoint on one split: accuracy, word and character error rate for CTC, or perplexity."""
     config, tokenizer = _trained(checkpoint, "checkpoint", recipe.task)
+    splits = load_splits(recipe.data, recipe.task)
+    _name_classes(config, splits, "checkpoint")
     model = _any_length(load_model(checkpoint, "checkpoint", config=config, dtype=TRAINED_IN))
     extractor = _feature_extractor(checkpoint, model.config, recipe)
-    splits = load_splits(recipe.data, recipe.task)
     if splits[split] is None:
         raise UserError(f"--split: the data has nothing for {split}")
     splits = replace(splits, **{other: None for other in SPLITS if other != split})
-    splits = _in_blocks(recipe, splits, config, tokenizer)
-    preprocessing = _preprocessing(recipe, splits, model.config, extractor, tokenizer)
     options = {k: v for k, v in recipe.distill.items() if k == "per_device_eval_batch_size"}
     with TemporaryDirectory() as folder:
-        trainer = _trainer(recipe, options, folder, model, splits, preprocessing, mode=Unguided())
+        args = _arguments(recipe, options, folder, splits)
+        splits = _in_blocks(recipe, splits, config, tokenizer, args)
+        preprocessing = _preprocessing(recipe, splits, model.config, extractor, tokenizer)
+        trainer = _trainer(recipe, args, model, splits, preprocessing, mode=Unguided())
         scores = trainer.evaluate(splits[split], metric_key_prefix=split)
     return {
         {"text_classification": "rows", "language_modeling": "blocks"}.get(recipe.task, "clips"): _size(splits[split]),
@@ -685,9 +771,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
 
 
-def _trainer(
-    recipe: Recipe, options: dict, output: str, model, splits: Splits, preprocessing, **kwargs
-) -> DistillationTrainer:
+def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> DistillationArguments:
+    """Those of a training, or of an evaluation. Where there are several processes, they find each other here."""
     defaults = {
         "report_to": "none", "log_level": "warning", "dataloader_pin_memory": torch.cuda.is_available(),
         # Where there is nothing else, the processes of torchrun find each other and bf16 is taken only if told so.
@@ -705,7 +790,13 @@ def _trainer(
     if options.get("learning_rate", 0) < 0:
         raise UserError(f"learning_rate: got {options['learning_rate']:g}; want no number below 0")
     try:
-        args = DistillationArguments(**{**defaults, **options, **fixed})
+        return DistillationArguments(**{**defaults, **options, **fixed})
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwargs) -> DistillationTrainer:
+    try:
         trainer = DistillationTrainer(
             model,
             args,

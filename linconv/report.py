@@ -25,6 +25,7 @@ CONFIG_FILE = "config.json"
 # A rule of thumb, not a measured threshold: from this mean cosine distance on, the fine-tuned model is called far away.
 FAR = 0.3
 RESAMPLES, LEVEL = 10_000, 0.95
+DRAWN_AT_ONCE = 1 << 20  # clips, which bounds what the resamples take of memory
 # Training arguments that leave the model as it is, by how their names begin: what is written, and where to.
 _WRITING = ("log_", "logging_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "push_to_hub", "hub_")
 _WRITING += ("resume_from_checkpoint",)
@@ -360,19 +361,27 @@ def _score(clips: np.ndarray, measure: Measure) -> np.ndarray:
     return measure.of_rate(clips[..., 0].sum(-1) / np.maximum(clips[..., 1].sum(-1), 1))
 
 
+def _resampled(run: RunFolder) -> np.ndarray:
+    """A run's score on each draw of its clips, (RESAMPLES,): the same draws for all runs of as many clips."""
+    count, generator = len(run.clips), np.random.default_rng(0)
+    most = max(1, DRAWN_AT_ONCE // count)
+    draws = (min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most))
+    pieces = [_score(run.clips[generator.integers(0, count, (some, count))], run.measure) for some in draws]
+    return np.concatenate(pieces)
+
+
 def _row(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -> dict:
     _check_apart(runs, teachers)
     measure = runs[0].measure
     scores, differences, retained = [], [], []  # each run's, (RESAMPLES,)
     paired = all(teachers.get(run.path) is not None for run in runs)
     for run in runs:
-        chosen = np.random.default_rng(0).integers(0, len(run.clips), (RESAMPLES, len(run.clips)))
-        mine = _score(run.clips[chosen], measure)
+        mine = _resampled(run)
         scores.append(mine)
         if paired:
             other = teachers[run.path]
             _check_clips(run, other)
-            theirs = _score(other.clips[chosen], measure)
+            theirs = _resampled(other)
             differences.append(mine - theirs)
             retained.append(_retained(mine, theirs, measure))
     row = {

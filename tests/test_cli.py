@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import subprocess
 import sys
@@ -385,6 +386,25 @@ def test_transcripts_are_spelled_as_the_tokenizer_does(tmp_path, data, capsys):
     assert "has no token for any character of the transcripts: " in capsys.readouterr().err
 
 
+def test_clips_too_short_for_their_transcripts_are_told_before_training(tmp_path, data, capsys):
+    """Where the loss of such a clip is infinite, as it is with checkpoints of the hub, it would end the run."""
+    import string
+
+    path = recipe(tmp_path, data, task="ctc")
+    flags = ["distill", path, "--teacher", ctc_model(tmp_path / "small", string.ascii_lowercase)]
+    for more in ([], ["--dry-run"]):
+        linconv(*flags, *more, status=2)
+        said = capsys.readouterr().err
+        assert "data.text: 2 of 9 clips to train on are too short for their transcripts: " in said
+        # say three twice: 15 tokens, and a blank between two of them
+        assert f"{data / 'three_1.flac'}: 13 frames, 16 wanted; " in said
+        assert "or model.overrides.ctc_zero_infinity=true: else their loss is infinite" in said
+    with pytest.warns(UserWarning, match="2 of 9 clips to train on .* so they teach nothing"):
+        linconv(*flags, "--set", "model.overrides.ctc_zero_infinity=true")
+    records = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(record["task_loss"]) for record in records if "task_loss" in record)
+
+
 def test_a_checkpoint_without_a_tokenizer_has_none(tmp_path, capsys):
     """Of BERT and RoBERTa transformers makes a tokenizer of special tokens alone."""
     from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
@@ -484,6 +504,14 @@ MISTAKES = {
     "command": (["distil"], "command: no 'distil'; did you mean 'distill'?"),
     "flag": (["distill", "RECIPE", "--mixr", "x"], "no argument '--mixr'; did you mean '--mixer'?"),
     "shortened flag": (["distill", "RECIPE", "--mix", "x"], "no argument '--mix'; did you mean '--mixer'?"),
+    "flag of other commands": (
+        ["finetune", "RECIPE", "--mixer", "hydra"], "no argument '--mixer'; it is taken by inspect, convert, distill"
+    ),
+    "flag of distill": (["finetune", "RECIPE", "--mode=hybrid"], "no argument '--mode'; it is taken by distill"),
+    "flag of training": (
+        ["eval", "FOLDER/teacher", "RECIPE", "--teacher", "x"],
+        "no argument '--teacher'; it is taken by finetune, distill",
+    ),
     "flag's value": (["distill", "RECIPE", "--steps", "many"], "--steps: got 'many'; want a whole number above 0"),
     "steps": (["distill", "RECIPE", "--steps", "0"], "argument --steps: got '0'; want a whole number above 0"),
     "rate": (["distill", "RECIPE", "--lr", "-1"], "argument --lr: got '-1'; want a number above 0"),

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -66,6 +67,22 @@ def test_the_interval_covers_what_resampling_would_give(tmp_path):
     deviation = np.sqrt(0.75 * 0.25 / 400)
     assert low == pytest.approx(0.75 - 1.96 * deviation, abs=0.004)
     assert high == pytest.approx(0.75 + 1.96 * deviation, abs=0.004)
+
+
+def test_resampling_takes_bounded_memory_and_gives_what_all_at_once_does(tmp_path, monkeypatch):
+    folder = run_folder(tmp_path, "teacher", 0)
+    clips, results = np.random.default_rng(3).random((2500, 2)), json.loads((folder / "results.json").read_text())
+    results.update(clips=clips.tolist(), scores={"test_perplexity": 1.0})
+    (folder / "results.json").write_text(json.dumps(results))
+    monkeypatch.setattr(report, "RESAMPLES", 2001)
+    tracemalloc.start()
+    interval = report.build([folder])["rows"][0]["interval"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6  # the draws alone are 40 MB, what they draw is 80 MB
+    drawn = clips[np.random.default_rng(0).integers(0, 2500, (2001, 2500))]
+    scores = report._score(drawn, report.MEASURES["perplexity"])
+    assert interval == [float(q) for q in np.quantile(scores, [0.025, 0.975])]
 
 
 def test_error_rates_count_words_and_the_lowest_is_best(tmp_path):

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from linconv.errors import UserError, no_folder, unknown
+from linconv.errors import UserError, first_of, no_folder, unknown
 from linconv.recipe import Data
 
-__all__ = ["class_name", "load_from_hub"]
+__all__ = ["class_name", "class_names", "load_from_hub"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -14,11 +14,12 @@ def load_from_hub(data: Data, columns: dict[str, str], **options) -> Iterator[tu
     """Each of the three splits that ``data`` names, with its data set, or None where the hub has none of that name.
 
     Args:
-        columns: what each column that must be there is called in the recipe, and its name.
+        columns: those that must be there, and what each is called in the recipe.
         options: further ones of ``datasets.load_dataset``.
 
     Raises:
-        UserError: something that ``data`` names is not there; the message says what and what comes nearest.
+        UserError: something that ``data`` names is not there; the message says what and what comes nearest. Or a row
+            of a data set that is not streamed has nothing in one of the columns.
     """
     absent = no_folder("data.path", data.path)
     try:
@@ -35,12 +36,26 @@ def load_from_hub(data: Data, columns: dict[str, str], **options) -> Iterator[tu
         name, dataset = getattr(data, split), None
         if name in available:
             dataset = datasets.load_dataset(data.path, data.name, split=name, **options)
-            for what, column in columns.items():
+            for column, what in columns.items():
                 if column not in dataset.features:
                     raise unknown(what, column, dataset.features)
+                if isinstance(dataset, datasets.Dataset):
+                    _check_filled(dataset.data.column(column), f"{what}: column {column!r} of the split {name}")
         yield split, dataset
+
+
+def _check_filled(cells, what: str) -> None:
+    if cells.null_count:  # kept beside the cells: none is read
+        empty = [f"row {row}" for row, null in enumerate(cells.is_null().to_pylist()) if null]
+        counted = f"{len(empty):,} of {len(cells):,} rows"
+        raise UserError(f"{what}: null in {counted}, {first_of(empty)} (from 0 on); want a value in every row")
 
 
 def class_name(feature, value) -> str:
     """What a class that the hub counts is called."""
     return feature.int2str(value) if hasattr(feature, "int2str") else str(value)
+
+
+def class_names(feature) -> list[str] | None:
+    """All classes in the order in which the hub counts them, or None where it does not."""
+    return list(feature.names) if hasattr(feature, "int2str") else None

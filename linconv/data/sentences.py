@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from linconv.data.holdout import hold_out
-from linconv.data.hub import class_name, load_from_hub
+from linconv.data.hub import class_name, class_names, load_from_hub
 from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
 from linconv.recipe import Data
 
@@ -27,11 +27,11 @@ Reader = Callable[[Path], "Sentences"]
 class Sentences(torch.utils.data.Dataset):
     """Rows by index: ``texts`` are tuples of one string, or of two for tasks about pairs.
 
-    ``targets`` are all empty where a task has no classes.
+    ``targets`` are all empty where a task has no classes. ``classes`` are those that a data set counts, in its order.
     """
 
-    def __init__(self, texts: list[tuple[str, ...]], targets: list[str]):
-        self.texts, self.targets = texts, targets
+    def __init__(self, texts: list[tuple[str, ...]], targets: list[str], classes: list[str] | None = None):
+        self.texts, self.targets, self.classes = texts, targets, classes
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -40,7 +40,7 @@ class Sentences(torch.utils.data.Dataset):
         return {"text": self.texts[i], "target": self.targets[i]}
 
     def subset(self, rows: list[int]) -> "Sentences":
-        return Sentences([self.texts[i] for i in rows], [self.targets[i] for i in rows])
+        return Sentences([self.texts[i] for i in rows], [self.targets[i] for i in rows], self.classes)
 
 
 def load_sentences(data: Data) -> dict[str, Sentences | None]:
@@ -149,18 +149,18 @@ def _from_hub(data: Data, key: str, columns: list[str], label: str | None) -> di
     if not columns:
         raise UserError(f"{key}: not given; want the column of the text")
     splits = {}
-    named = {f"{key}: {column}": column for column in columns} | ({} if label is None else {"data.label": label})
+    named = {**dict.fromkeys(columns, key), **({} if label is None else {label: "data.label"})}
     for split, dataset in load_from_hub(data, named):
         splits[split] = None
         if dataset is None:
             continue
-        labels = [""] * len(dataset)
+        labels, names = [""] * len(dataset), None
         if label is not None:
             feature, classes = dataset.features[label], list(dataset[label])
             if min(classes, default=0) == -1:  # GLUE keeps the answers of its tests to itself
                 continue
-            labels = [class_name(feature, value) for value in classes]
-        splits[split] = Sentences(list(zip(*(dataset[column] for column in columns))), labels)
+            labels, names = [class_name(feature, value) for value in classes], class_names(feature)
+        splits[split] = Sentences(list(zip(*(dataset[column] for column in columns))), labels, names)
     return splits
 
 

@@ -11,7 +11,7 @@ import torch
 from linconv.data.audio import duration, read_audio
 from linconv.data.documents import Blocks, load_documents
 from linconv.data.holdout import hold_out
-from linconv.data.hub import class_name, load_from_hub
+from linconv.data.hub import class_name, class_names, load_from_hub
 from linconv.data.sentences import Sentences, load_sentences
 from linconv.errors import UserError, first_of, may_be_on_hub, no_folder, unknown
 from linconv.recipe import Data
@@ -23,6 +23,8 @@ SPLITS = ("train", "validation", "test")
 
 class AudioClips(torch.utils.data.Dataset):
     """Clips by index: ``files`` are paths, read when asked for."""
+
+    classes = None  # a table does not count them
 
     def __init__(self, files: list[Path], targets: list[str], sampling_rate: int):
         self.files, self.targets, self.sampling_rate = files, targets, sampling_rate
@@ -37,6 +39,9 @@ class AudioClips(torch.utils.data.Dataset):
         """What each clip is read from, unread."""
         return iter(self.files)
 
+    def name(self, i: int) -> str:
+        return str(self.files[i])
+
 
 class HubClips(torch.utils.data.Dataset):
     """Clips by index from a data set of the hub."""
@@ -44,6 +49,7 @@ class HubClips(torch.utils.data.Dataset):
     def __init__(self, dataset, data: Data, target: str):
         self.dataset, self.data = dataset, data
         self.targets = [class_name(dataset.features[target], value) for value in dataset[target]]
+        self.classes = class_names(dataset.features[target])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -56,6 +62,9 @@ class HubClips(torch.utils.data.Dataset):
         """What each clip is read from, unread."""
         return (_hub_sound(row, self.data) for row in self.dataset)
 
+    def name(self, i: int) -> str:
+        return f"number {i + 1:,}"
+
 
 class AudioStream(torch.utils.data.IterableDataset):
     """Clips one after the other from a streamed data set of the hub; its targets are not known beforehand."""
@@ -64,6 +73,7 @@ class AudioStream(torch.utils.data.IterableDataset):
 
     def __init__(self, dataset, data: Data, target: str):
         self.dataset, self.data, self.target = dataset, data, target
+        self.classes = class_names(dataset.features[target])
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)
@@ -71,14 +81,18 @@ class AudioStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         feature = self.dataset.features[self.target]
         for row in self.dataset:
+            for column in (self.data.audio, self.target):
+                if row[column] is None:
+                    raise UserError(f"data: column {column!r}: null in a row of the stream; want a value in every row")
             audio = read_audio(_hub_sound(row, self.data), self.data.sampling_rate)
             yield {"audio": audio, "target": class_name(feature, row[self.target])}
 
 
 @dataclass
 class Splits:
-    """The clips, sentences or documents of a task; ``labels`` are the sorted classes to train on, None where a task has
-    none. Documents are sentences until there is a tokenizer, and then blocks.
+    """The clips, sentences or documents of a task; ``labels`` are the classes to train on, in the order of the data set
+    if it counts them, else sorted; None where a task has none. Documents are sentences until there is a tokenizer, and
+    then blocks.
     """
 
     train: AudioClips | HubClips | AudioStream | Sentences | Blocks | None
@@ -154,12 +168,9 @@ def _labels(splits: dict) -> list[str] | None:
     train = splits["train"]
     if train is None:
         return None
-    if train.targets is None:
-        feature = train.dataset.features[train.target]
-        if not hasattr(feature, "names"):
-            raise UserError(f"data.label: the stream's column {train.target!r} does not list its classes")
-        return list(feature.names)
-    labels = sorted(set(train.targets))
+    if train.targets is None and train.classes is None:
+        raise UserError(f"data.label: the stream's column {train.target!r} does not list its classes")
+    labels = train.classes or sorted(set(train.targets))
     for name, split in splits.items():
         strange = sorted(set(split.targets) - set(labels)) if split is not None and split.targets is not None else []
         if strange:
@@ -240,7 +251,7 @@ def _from_hub(data: Data, column: str) -> dict:
     if data.where or data.holdout or data.max_seconds:
         raise UserError("data.where, data.holdout and data.max_seconds are for folders, not for data sets on the hub")
     target, splits = getattr(data, column), {}
-    columns = {"data.audio": data.audio, f"data.{column}": target}
+    columns = {data.audio: "data.audio", target: f"data.{column}"}
     for split, dataset in load_from_hub(data, columns, streaming=data.streaming):
         if dataset is not None:
             if type(dataset.features[data.audio]).__name__ == "Audio":  # its bytes, which we decode

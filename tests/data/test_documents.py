@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -304,6 +307,39 @@ def test_from_scratch_with_a_tokenizer_of_its_own(tmp_path, corpus, capsys):
     assert saved["vocab_size"] == len(AutoTokenizer.from_pretrained(tmp_path / "student")) <= 300
     got = scored(capsys, tmp_path / "student", path)["test_perplexity"]
     assert got == pytest.approx(results(tmp_path / "student")["scores"]["test_perplexity"], rel=1e-6)
+
+
+TOLD = """
+import os, sys
+from linconv import cli, pipeline
+in_blocks = pipeline.in_blocks
+def told(*arguments):
+    print(f"tokenised {arguments[-1]} in process {os.environ['RANK']}", flush=True)
+    return in_blocks(*arguments)
+pipeline.in_blocks = told
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_one_process_of_several_tokenises(trained, tmp_path):
+    folder, path = trained
+    (tmp_path / "told.py").write_text(TOLD)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [
+        str(tmp_path / "told.py"),
+        "finetune",
+        str(path),
+        "--teacher",
+        str(tmp_path / "teacher"),
+        "--batch",
+        "2",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert [ran.stdout.count(f"in process {rank}") for rank in (0, 1)] == [3, 0]
+    got, want = (results(where / "teacher")["scores"]["test_perplexity"] for where in (tmp_path, folder))
+    assert got == pytest.approx(want, rel=1e-3)  # batches of 2 in both are those of 4 in one
 
 
 def test_dry_run_tells_documents_tokens_and_blocks(trained, corpus, tmp_path, capsys):

@@ -1,15 +1,18 @@
 """Tables of sentences, and the way from them to a distilled student."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
+from linconv import pipeline
 from linconv.cli import main
-from linconv.data import SentenceCollator, load_splits
+from linconv.data import SentenceCollator, Splits, load_splits
+from linconv.data.sentences import Sentences
 from linconv.errors import UserError
-from linconv.recipe import Data
+from linconv.recipe import Conversion, Data, Model, Recipe
 
 WORDS = ["good", "fine", "bad", "poor", "film", '"quote', "it", "was"]
 
@@ -107,6 +110,27 @@ def test_finetune_distill_and_eval(folder, checkpoint, tmp_path, capsys):
     assert scores["rows"] == 8 and 0 <= scores["test_accuracy"] <= 1
 
 
+def test_classes_that_a_checkpoint_only_counts_are_named_by_the_data(folder, checkpoint, tmp_path):
+    data = {"path": str(folder), "sentence": "sentence", "label": "label", "validation": "none", "test": "dev"}
+    distill = {"max_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    recipe = Recipe("text_classification", data=Data(**data), model=Model(teacher=str(checkpoint)), distill=distill)
+    recipe = replace(recipe, output=str(tmp_path), conversion=Conversion("linformer", options={"r": 4}))
+    with pytest.warns(UserWarning, match="model.teacher: its classes have no names; .* LABEL_0 for '0' and so on"):
+        run = pipeline.distill(recipe)
+    assert run.trainer.model.config.id2label == {0: "0", 1: "1"} and run.splits.labels == ["0", "1"]
+
+    def named(classes, **changes):
+        train = Sentences([("a",), ("b",)], ["no", "yes"], classes)
+        config = BertConfig(**changes)
+        pipeline._name_classes(config, Splits(train, None, None, classes or ["no", "yes"]), "checkpoint")
+        return list(config.label2id)
+
+    with pytest.warns(UserWarning, match="checkpoint: its classes have no names"):
+        assert named(["yes", "no"]) == ["yes", "no"]
+    assert named(None) == named(["yes", "no", "maybe"]) == ["LABEL_0", "LABEL_1"]  # in what order, nobody knows
+    assert named(["yes", "no"], id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1}) == ["bad", "good"]
+
+
 def test_a_data_set_of_the_hub_as_glue_is(tmp_path):
     """Classes by number, the test's answers kept back as -1, pairs, and a configuration with its own name."""
     datasets = pytest.importorskip("datasets")
@@ -139,7 +163,27 @@ def test_a_data_set_of_the_hub_as_glue_is(tmp_path):
     assert got["test"] is None
     assert got["train"].texts == [(f"train {i}?", f"Answer {i}.") for i in range(4)]
     assert got["train"].targets == ["entailment", "not_entailment"] * 2 and got["validation"].targets == names[::-1]
+    assert got["train"].classes == got["train"].subset([0]).classes == names
     with pytest.raises(UserError, match=r"data\.train: no 'trian'; did you mean 'train'"):
         load(["sentence"], train="trian")
-    with pytest.raises(UserError, match=r"data\.sentence: sentance: no 'sentance'; did you mean 'sentence'"):
+    with pytest.raises(UserError, match=r"data\.sentence: no 'sentance'; did you mean 'sentence'"):
         load(["sentance"])
+
+
+def test_rows_of_the_hub_without_a_value_are_named(tmp_path):
+    pytest.importorskip("datasets")
+    import pyarrow
+    import pyarrow.parquet
+
+    from linconv.data import sentences
+
+    rows = {"text": ["a", None, "c", None], "label": ["x", "y", "x", "y"], "answer": ["x", "y", "x", None]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "train-00000-of-00001.parquet")
+    data = Data(path=str(tmp_path))
+    with pytest.raises(UserError, match="data.text: column 'text' of the split train: null in 2 of 4 rows, row 1; "):
+        sentences._from_hub(data, "data.text", ["text"], None)
+    with pytest.raises(
+        UserError, match="data.label: column 'answer' of .* null in 1 of 4 rows, row 3 .from 0 on.; want"
+    ):
+        sentences._from_hub(data, "data.sentence", ["label"], "answer")
+    assert len(sentences._from_hub(data, "data.sentence", ["label"], "label")["train"]) == 4

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from audio_folder import WORDS, make_folder
 
 from linconv.data import load_splits
 from linconv.data.audio import duration, read_audio
-from linconv.data.sources import durations
+from linconv.data.sentences import Sentences
+from linconv.data.sources import _labels, durations
 from linconv.errors import UserError
 from linconv.recipe import Data
 
@@ -187,7 +189,7 @@ def test_hub_data_sets(folder, tmp_path, streaming):
     got = sources._from_hub(data, "label")
     with pytest.raises(UserError, match=r"data\.label: no 'wrod'; did you mean 'word'"):
         sources._from_hub(Data(path=data.path, label="wrod"), "label")
-    assert got["validation"] is None
+    assert got["validation"] is None and got["train"].classes == sorted(WORDS)
     clips = list(got["train"]) if streaming else [got["train"][i] for i in range(len(got["train"]))]
     assert [clip["target"] for clip in clips] == files.train.targets
     assert all(np.array_equal(clip["audio"], files.train[i]["audio"]) for i, clip in enumerate(clips))
@@ -195,3 +197,32 @@ def test_hub_data_sets(folder, tmp_path, streaming):
     if not streaming:
         sounds = got["train"].sounds()
         assert durations(sounds, len(clips)) == pytest.approx([len(clip["audio"]) / 16000 for clip in clips])
+
+
+@pytest.mark.parametrize("column", ["audio", "said"])
+def test_clips_of_the_hub_without_sound_or_transcript_are_named(folder, tmp_path, column):
+    datasets = pytest.importorskip("datasets")
+    import pyarrow.parquet
+
+    from linconv.data import sources
+
+    sound = (folder / "one_0.flac").read_bytes()
+    rows = {"audio": [{"bytes": sound, "path": f"{i}.flac"} for i in range(3)], "said": ["a", "b", "c"]}
+    rows[column][1] = None
+    features = datasets.Features({"audio": datasets.Audio(16000), "said": datasets.Value("string")})
+    table = pyarrow.Table.from_pydict(rows, schema=features.arrow_schema)
+    pyarrow.parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+    data = Data(path=str(tmp_path), text="said")
+    with pytest.raises(UserError, match=f"column '{column}' of the split train: null in 1 of 3 rows, row 1 "):
+        sources._from_hub(data, "text")
+    clips = iter(sources._from_hub(replace(data, streaming=True), "text")["train"])
+    assert next(clips)["target"] == "a"
+    with pytest.raises(UserError, match=f"data: column '{column}': null in a row of the stream"):
+        next(clips)
+
+
+def test_classes_are_in_the_order_of_a_data_set_that_counts_them():
+    def labels(classes):
+        return _labels({"train": Sentences([("x",), ("y",)], ["a", "b"], classes)})
+
+    assert labels(None) == ["a", "b"] and labels(["b", "a", "c"]) == ["b", "a", "c"]
