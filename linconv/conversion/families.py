@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,12 +27,15 @@ class Family:
     attention_outputs: what its forward returns after the hidden state: "weights", of which a mixer has none, or the
         name of an argument that it hands on.
     first_attention_only: modules that the first block's attention has for all of them.
+    attention_only: paths from ``model.base_model`` to modules that nothing but attention has a use for.
+    position_flops: (config, length) to the operations that a layer's attention takes for positions alone.
     input_name: the forward argument that holds the signal or tokens, time last.
     frame_lengths: (model, valid lengths of the input) to the valid frames the blocks see.
     frames_per_second: of the blocks, at the usual sampling rate; for display. None where frames are tokens.
     layer_drop: config entry of LayerDrop, or None.
-    inner: classes within a head that are converted too, other than the bare model.
+    inner: classes within a head that are converted too, models or modules of one, other than the bare model.
     overrides: module with a class of the same name for every stock class whose forward conversion changes, or None.
+        Where there is one, masks keep padding out of what the stock model lets it into.
     """
 
     model_type: str
@@ -45,6 +49,8 @@ class Family:
     frames_per_second: float | None
     attention_outputs: tuple[str, ...] = ("weights",)
     first_attention_only: tuple[str, ...] = ()
+    attention_only: tuple[str, ...] = ()
+    position_flops: Callable[[PretrainedConfig, int], int] = lambda config, length: 0
     projections: dict[str, str] | None = None
     cache: str | None = None
     layer_drop: str | None = None
@@ -75,6 +81,11 @@ class Family:
                 module = blocks[0].get_submodule(self.attention).get_submodule(name)
                 setattr(left[0].get_submodule(self.attention), name, module)
 
+    def drop_attention_only(self, model: nn.Module) -> None:
+        """Drops what only attention has a use for, which is then left in no block."""
+        for path in self.attention_only:
+            _replace(model.base_model, path, None)
+
     def replace_attention(self, block: nn.Module, slot: nn.Module) -> None:
         """Puts ``slot`` into the place of a stock block's self-attention, all of it."""
         _replace(block, self.attention, slot)
@@ -91,15 +102,22 @@ class SelfAttention(nn.Module):
             self.add_module(name, projection)
 
 
-def _replace(block: nn.Module, path: str, module: nn.Module) -> None:
+def _replace(root: nn.Module, path: str, module: nn.Module | None) -> None:
     parent, _, name = path.rpartition(".")
-    setattr(block.get_submodule(parent), name, module)
+    setattr(root.get_submodule(parent), name, module)
 
 
 def _after_feature_encoder(model: nn.Module, lengths: Tensor) -> Tensor:
     for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride):
         lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
     return lengths.clamp(min=0)
+
+
+def _relative_position_flops(config: PretrainedConfig, length: int) -> int:
+    """Of the conformer: a projection of each distance, and its product with each query."""
+    if config.position_embeddings_type != "relative":
+        return 0
+    return 2 * (2 * length - 1) * config.hidden_size * (config.hidden_size + length)
 
 
 def _speech_heads(prefix: str, *heads: str) -> dict[str, str]:
@@ -116,6 +134,7 @@ def _text_heads(prefix: str, *heads: str) -> dict[str, str]:
 _BERT_HEADS = ("MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering")
 
 
+_WAV2VEC2_HEADS = ("CTC", "AudioClassification", "AudioFrameClassification", "AudioXVector", "PreTraining")
 _WAV2VEC2_ENCODER = dict(
     layers="encoder.layers",
     attention="attention",
@@ -143,9 +162,7 @@ FAMILIES = {
             model_type="wav2vec2",
             modeling="transformers.models.wav2vec2.modeling_wav2vec2",
             config="Wav2Vec2Config",
-            heads=_speech_heads(
-                "Wav2Vec2", "CTC", "AudioClassification", "AudioFrameClassification", "AudioXVector", "PreTraining"
-            ),
+            heads=_speech_heads("Wav2Vec2", *_WAV2VEC2_HEADS),
             **_WAV2VEC2_ENCODER,
         ),
         Family(
@@ -163,6 +180,23 @@ FAMILIES = {
             attention_outputs=("weights", "position_bias"),
             first_attention_only=("rel_attn_embed",),
             **_WAV2VEC2_ENCODER,
+        ),
+        Family(
+            model_type="wav2vec2-conformer",
+            modeling="transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer",
+            config="Wav2Vec2ConformerConfig",
+            heads=_speech_heads("Wav2Vec2Conformer", *_WAV2VEC2_HEADS),
+            projections=dict(
+                query="self_attn.linear_q",
+                key="self_attn.linear_k",
+                value="self_attn.linear_v",
+                output="self_attn.linear_out",
+            ),
+            attention_only=("encoder.embed_positions",),
+            position_flops=_relative_position_flops,
+            inner=("Wav2Vec2ConformerEncoderLayer", "Wav2Vec2ConformerConvolutionModule"),
+            overrides="linconv.conversion.conformer",
+            **{**_WAV2VEC2_ENCODER, "attention": "self_attn"},
         ),
         Family(
             model_type="whisper",

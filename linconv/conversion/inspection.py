@@ -98,7 +98,8 @@ def inspect(
     triangle = 2 if family.cache is None else 1  # to the past only is half of it
 
     def attention_flops(length):
-        return 2 * length * projections + triangle * 2 * length * length * width
+        between_frames = triangle * 2 * length * length * width
+        return 2 * length * projections + between_frames + family.position_flops(teacher.config, length)
 
     # The difference only grows with the length: attention's operations do so faster.
     crossover = bisect.bisect_left(range(1, 1 << 24), True, key=lambda n: new.flops(n) < attention_flops(n)) + 1

@@ -99,6 +99,14 @@ def seq_lens(attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask.sum(dim=-1)
 
 
+def zero_padding(features: Tensor, mask: Tensor | None) -> Tensor:
+    """features (batch, channels, L), zero where mask, (batch, L) bool or None, is False.
+
+    Before a convolution that is what a clip alone has beyond its end.
+    """
+    return features if mask is None else features.masked_fill(~mask[:, None], 0)
+
+
 class AttentionSlot(nn.Module):
     """A mixer in the place of a self-attention module, with that module's signature.
 

@@ -114,7 +114,7 @@ class ConvertedModel:
 
 
 def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
-    """Makes a model of stock parts a converted one, in place: the classes of it and of models in it, and its attention.
+    """Makes a model of stock parts a converted one, in place: the classes of it and within it, and its attention.
 
     The model's config is that of a converted model already.
 
@@ -150,6 +150,8 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
             for module in slot.modules():
                 module._is_hf_initialized = True  # else a later init_weights would start it afresh
         family.replace_attention(blocks[index], slot)
+    if len(recipe.layers) == len(blocks):
+        family.drop_attention_only(model)
 
 
 @functools.cache
@@ -175,8 +177,12 @@ def converted_classes(family: Family) -> dict[str, type]:
     auto_classes = {stock: auto for auto, stock in family.heads.items()}
     classes = {}
     for name in (*family.heads.values(), *family.inner):
-        stock = family.stock_class(name)
-        override = getattr(overrides, name, None)
+        stock, override = family.stock_class(name), getattr(overrides, name, None)
+        own = (override,) if override else ()
+        if not issubclass(stock, PreTrainedModel):
+            namespace = {"__module__": AUTO_MODULE, "__doc__": f"{name} of a converted model."}
+            classes[PREFIX + name] = type(PREFIX + name, (*own, stock), namespace)
+            continue
         namespace = {
             "__module__": AUTO_MODULE,
             "__doc__": f"{name} with linear-time mixers for attention, see `linconv.convert`.",
@@ -184,8 +190,7 @@ def converted_classes(family: Family) -> dict[str, type]:
             "linconv_family": family,
             "_auto_class": auto_classes.get(name),
         }
-        bases = (override, ConvertedModel, stock) if override else (ConvertedModel, stock)
-        converted = type(PREFIX + name, bases, namespace)
+        converted = type(PREFIX + name, (*own, ConvertedModel, stock), namespace)
         # transformers keeps by class name which outputs it can record, and fills it in when a model is constructed;
         # an inner model becomes an instance of this class after that.
         dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), stock._can_record_outputs)

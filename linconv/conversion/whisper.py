@@ -85,9 +85,8 @@ class WhisperEncoder:
                 f"the model has {self.embed_positions.num_embeddings} positions (max_source_positions)"
             )
         mask = _feature_mask(attention_mask, frames)
-        # Zeros in the padding, before each convolution, are what a clip alone has beyond its end.
-        hidden_states = nn.functional.gelu(self.conv1(_zero_padding(input_features, mask)))
-        hidden_states = nn.functional.gelu(self.conv2(_zero_padding(hidden_states, mask)))
+        hidden_states = nn.functional.gelu(self.conv1(masks.zero_padding(input_features, mask)))
+        hidden_states = nn.functional.gelu(self.conv2(masks.zero_padding(hidden_states, mask)))
         hidden_states = hidden_states.permute(0, 2, 1)
         positions = torch.arange(length, device=hidden_states.device)
         hidden_states = hidden_states + self.embed_positions(positions)
@@ -99,11 +98,6 @@ class WhisperEncoder:
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
-
-
-def _zero_padding(features: Tensor, mask: Tensor | None) -> Tensor:
-    """features (batch, channels, frames)."""
-    return features if mask is None else features.masked_fill(~mask[:, None], 0)
 
 
 class WhisperModel:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linconv.conversion import ConvertedModel, families
 from linconv.distillation.augmentation import SharedSpecAugment
 from linconv.distillation.heads import Head
 from linconv.distillation.schedules import Mode, TargetGuided, Unguided
@@ -50,7 +51,8 @@ class ActivationCache:
 
     A clip is known by its content, so any order of the data finds it, in batches of any size and padding; the teacher
     by a hash of its weights and config, which names the folder below ``folder``. Where padding reaches the hidden
-    states (group normalisation over time), the padded length is part of what a clip is.
+    states (group normalisation over time, stock models without the masks that conversion adds), the padded length is
+    part of what a clip is.
 
     What training is given always comes from the cache, rounded as it is kept, the first time too: so a run with a warm
     cache is the same, bit for bit, as the one that filled it.
@@ -66,7 +68,9 @@ class ActivationCache:
     def __init__(self, folder: str | Path, teacher: PreTrainedModel, head: Head, *, precision: str, embeddings: bool):
         self.folder = Path(folder) / _fingerprint(teacher, precision, embeddings)
         self.head, self.main_input = head, teacher.main_input_name
-        self.padding_leaks = getattr(teacher.config, "feat_extract_norm", None) == "group"
+        # What conversion changes in a stock forward pass, it changes to keep padding out.
+        stock = families.of(teacher).overrides is not None and not isinstance(teacher, ConvertedModel)
+        self.padding_leaks = stock or getattr(teacher.config, "feat_extract_norm", None) == "group"
         self._new: dict[str, dict[str, Tensor]] = {}
         self._new_bytes, self._full = 0, False
         self._shards: dict[str, safe_open] = {}  # by clip

@@ -7,6 +7,13 @@ from transformers import (
     HubertForSequenceClassification,
     HubertModel,
     Wav2Vec2Config,
+    Wav2Vec2ConformerConfig,
+    Wav2Vec2ConformerForAudioFrameClassification,
+    Wav2Vec2ConformerForCTC,
+    Wav2Vec2ConformerForPreTraining,
+    Wav2Vec2ConformerForSequenceClassification,
+    Wav2Vec2ConformerForXVector,
+    Wav2Vec2ConformerModel,
     Wav2Vec2ForAudioFrameClassification,
     Wav2Vec2ForCTC,
     Wav2Vec2ForPreTraining,
@@ -41,11 +48,21 @@ WAVLM = (
     WavLMForAudioFrameClassification,
     WavLMForXVector,
 )
+CONFORMER = (
+    Wav2Vec2ConformerModel,
+    Wav2Vec2ConformerForCTC,
+    Wav2Vec2ConformerForSequenceClassification,
+    Wav2Vec2ConformerForAudioFrameClassification,
+    Wav2Vec2ConformerForXVector,
+    Wav2Vec2ConformerForPreTraining,
+)
 WHISPER = (WhisperModel, WhisperForAudioClassification, WhisperForConditionalGeneration)
 
 
 def speech_config(config_class=Wav2Vec2Config, stable=True, **changes):
     """Layer norm in the feature extractor goes with stable layer norm in the blocks, as in the published models."""
+    if config_class is Wav2Vec2ConformerConfig:  # positions that the length of the inputs goes beyond
+        changes = dict(conv_depthwise_kernel_size=5, max_source_positions=50) | changes
     return config_class(
         **dict(
             hidden_size=32,
@@ -112,6 +129,10 @@ def make(head, attn_implementation="sdpa", **changes):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
     return model.eval()
 
 
@@ -144,6 +165,6 @@ def output_of(model, inputs):
     raise AssertionError(f"no output known in {list(outputs)}")
 
 
-@pytest.fixture(params=[*WAV2VEC2, *HUBERT, *WAVLM, *WHISPER], ids=lambda head: head.__name__)
+@pytest.fixture(params=[*WAV2VEC2, *HUBERT, *WAVLM, *CONFORMER, *WHISPER], ids=lambda head: head.__name__)
 def head(request):
     return request.param

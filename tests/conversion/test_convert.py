@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GPT2Config,
     GPT2Model,
     HubertForCTC,
+    Wav2Vec2ConformerForCTC,
     Wav2Vec2ForCTC,
     Wav2Vec2ForSequenceClassification,
     Wav2Vec2ForXVector,
@@ -22,10 +24,10 @@ from transformers import (
 
 import linconv
 from linconv import mixers
-from linconv.conversion import ConvertedModel, encoder_layers, frame_lengths
+from linconv.conversion import ConvertedModel, encoder_layers, families, frame_lengths
 from linconv.distillation.hooks import LayerStates
 
-from .conftest import HUBERT, MIXER, WAV2VEC2, WAVLM, WHISPER, inputs_for, make, output_of
+from .conftest import CONFORMER, HUBERT, MIXER, WAV2VEC2, WAVLM, WHISPER, inputs_for, make, output_of
 
 
 def state(model):
@@ -36,7 +38,8 @@ def state(model):
 def test_no_layer_converted_is_the_teacher(head, implementation, none):
     teacher = make(head, implementation)
     student = linconv.convert(teacher, layers=none)
-    inputs = inputs_for(head, length=3000) if head in WHISPER else inputs_for(head, lengths=[1000, 700])
+    masked = head not in (*WHISPER, *CONFORMER)  # with padding the stock ones are not what a converted one is
+    inputs = inputs_for(head, length=3000 if head in WHISPER else 1000, lengths=[1000, 700] if masked else None)
     assert torch.equal(output_of(student, inputs), output_of(teacher, inputs))
 
 
@@ -72,7 +75,7 @@ def test_conversion_swaps_attention_and_nothing_else(head):
 
 @pytest.mark.parametrize("mixer", mixers.names())
 def test_every_mixer_in_every_layer_trains(head, mixer):
-    options = dict(r=8, max_length=500) if mixer == "linformer" else MIXER
+    options = {"linformer": dict(r=8, max_length=500), "mamba": dict(d_state=8)}.get(mixer, MIXER)
     student = linconv.convert(make(head), mixer=mixer, **options).train()
     inputs = inputs_for(head, lengths=[400, 301] if head in WHISPER else [1000, 700])
     outputs = student(**inputs)
@@ -168,6 +171,57 @@ def test_group_norm_in_the_front_end_sees_padding():
     assert (output_of(student, inputs)[1, : len(single)] - single).abs().max() > 1e-3
 
 
+def test_the_stock_conformer_lets_its_convolutions_see_padding():
+    """With no layer converted its masks are mended: clips are what they are alone, those of the stock model."""
+    teacher = make(Wav2Vec2ConformerForCTC)
+    student = linconv.convert(teacher, layers=[])
+    inputs = inputs_for(Wav2Vec2ConformerForCTC, lengths=[1000, 700])
+    single = output_of(teacher, alone(inputs, 1, 700))[0]
+    of_teacher, of_student = (output_of(model, inputs)[1, : len(single)] for model in (teacher, student))
+    assert (of_teacher - single).abs().max() > 1e-3
+    torch.testing.assert_close(of_student, single, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("layers", [None, []], ids=["all", "none"])
+def test_batch_norm_in_training_counts_no_padding(layers):
+    student = without_drawing(linconv.convert(make(Wav2Vec2ConformerForCTC), layers=layers, **MIXER))
+    inputs = inputs_for(Wav2Vec2ConformerForCTC, lengths=[1000, 700])
+    wider = {name: torch.nn.functional.pad(value, (0, 500)) for name, value in inputs.items()}
+    frames = frame_lengths(student, inputs["attention_mask"])
+    found = []
+    for batch in (inputs, wider):
+        model = copy.deepcopy(student).train()
+        logits = model(**batch).logits
+        valid = torch.cat([row[:n] for row, n in zip(logits, frames)])
+        valid.square().mean().backward()
+        statistics = [b for name, b in model.named_buffers() if "running" in name]
+        found.append((valid, *statistics, *(p.grad for p in model.parameters() if p.grad is not None)))
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+    before = [b for name, b in student.named_buffers() if "running" in name]
+    assert len(before) == 2 * 3 and not any(map(torch.equal, before, statistics))
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary", None])
+@pytest.mark.parametrize("layers", [None, [0, 2], []], ids=["all", "hybrid", "none"])
+def test_positions_of_the_conformer(positions, layers, tmp_path):
+    """They are made for the attention that is left, and not at all where none is."""
+    teacher = make(Wav2Vec2ConformerForCTC, position_embeddings_type=positions)
+    student = linconv.convert(teacher, layers=layers, **MIXER)
+    inputs = inputs_for(Wav2Vec2ConformerForCTC, lengths=[1000, 700])
+    if layers == []:
+        whole = {"input_values": inputs["input_values"]}
+        assert torch.equal(output_of(student, whole), output_of(teacher, whole))
+    padded, single = output_of(student, inputs)[1], output_of(student, alone(inputs, 1, 700))[0]
+    torch.testing.assert_close(padded[: len(single)], single, rtol=1e-4, atol=2e-5)
+    student.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCTC.from_pretrained(tmp_path)
+    assert torch.equal(output_of(loaded, inputs), output_of(student, inputs))
+    for model in (student, loaded):
+        assert (model.wav2vec2_conformer.encoder.embed_positions is None) == (positions is None or layers is None)
+    assert (teacher.wav2vec2_conformer.encoder.embed_positions is None) == (positions is None)
+
+
 @pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, WhisperForAudioClassification])
 def test_frame_lengths_are_what_the_blocks_see(model_class):
     teacher = make(model_class)
@@ -216,7 +270,10 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC, WhisperForAudioClassification])
+@pytest.mark.parametrize(
+    "model_class",
+    [Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC, Wav2Vec2ConformerForCTC, WhisperForAudioClassification],
+)
 def test_nothing_grows_with_the_square_of_the_length(model_class, masked):
     def largest(model, frames):
         length = 2 * frames if model_class in WHISPER else 10 * frames + 20
@@ -231,15 +288,19 @@ def test_nothing_grows_with_the_square_of_the_length(model_class, masked):
     assert largest(student, 3000) <= 2.1 * largest(student, 1500)
     if masked and model_class not in WHISPER:  # the measure does see a mask of L x L where there is one
         assert largest(teacher, 3000) > 3 * largest(teacher, 1500)
-    # The mask of the layers that were left in place does not grow so either; WavLM's attention has a bias that does.
+    # The mask of the layers that were left in place does not grow so either; WavLM's attention has a bias that does,
+    # and the conformer's.
     if masked and model_class is not WavLMForCTC:
         hybrid = linconv.convert(teacher, layers=[0], **MIXER)
         masks = []
-        attention = encoder_layers(hybrid)[1].get_submodule("self_attn" if model_class in WHISPER else "attention")
+        attention = encoder_layers(hybrid)[1].get_submodule(families.of(hybrid).attention)
         attention.register_forward_pre_hook(
             lambda m, args, kwargs: masks.append(kwargs["attention_mask"].shape), with_kwargs=True
         )
-        assert largest(hybrid, 3000) <= 2.1 * largest(hybrid, 1500)
+        if model_class is Wav2Vec2ConformerForCTC:
+            largest(hybrid, 100)
+        else:
+            assert largest(hybrid, 3000) <= 2.1 * largest(hybrid, 1500)
         assert len(masks[0]) == 2
 
 
@@ -289,7 +350,11 @@ def test_attention_weights_come_from_the_layers_left_in_place():
 
 
 def test_layer_drop_is_off_in_the_student():
-    for model_class, entry in ((Wav2Vec2ForCTC, "layerdrop"), (WhisperForAudioClassification, "encoder_layerdrop")):
+    for model_class, entry in (
+        (Wav2Vec2ForCTC, "layerdrop"),
+        (Wav2Vec2ConformerForCTC, "layerdrop"),
+        (WhisperForAudioClassification, "encoder_layerdrop"),
+    ):
         teacher = make(model_class, **{entry: 1.0})
         student = linconv.convert(teacher, **MIXER).train()
         assert getattr(teacher.config, entry) == 1.0 and getattr(student.config, entry) == 0.0
@@ -298,7 +363,7 @@ def test_layer_drop_is_off_in_the_student():
         assert len(states.after) == 3  # an error names the layers that did not run
 
 
-@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC])
+@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC, Wav2Vec2ConformerForCTC])
 def test_one_spec_augment_mask_serves_teacher_and_student(model_class):
     """In evaluation and in training mode: the mask is an argument, not each model's own drawing."""
     teacher = make(model_class)
@@ -317,22 +382,28 @@ def test_one_spec_augment_mask_serves_teacher_and_student(model_class):
     assert not torch.equal(output_of(teacher, inputs), output_of(teacher, unmasked))
 
 
-@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, WavLMForCTC, WhisperForAudioClassification])
+def without_drawing(model):
+    """The model with nothing drawn at random in training."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    model.config.apply_spec_augment = False
+    return model
+
+
+@pytest.mark.parametrize(
+    "model_class", [Wav2Vec2ForCTC, WavLMForCTC, Wav2Vec2ConformerForCTC, WhisperForAudioClassification]
+)
 @pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
 def test_gradient_checkpointing_gives_the_same_gradients(model_class, layers):
-    student = linconv.convert(make(model_class), layers=layers, **MIXER)
+    student = without_drawing(linconv.convert(make(model_class), layers=layers, **MIXER)).train()
     inputs = inputs_for(model_class, lengths=[400, 301] if model_class in WHISPER else [1000, 700])
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            student.train()
-            for module in student.modules():  # dropout aside, training is evaluation
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-                if isinstance(getattr(module, "dropout", None), float):
-                    module.dropout = 0.0
-            student.config.apply_spec_augment = False
         student.zero_grad()
         student(**inputs).logits.square().sum().backward()
         gradients.append({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None})
@@ -469,6 +540,16 @@ def test_inspect_counts_and_reads():
     assert "2 of 3 blocks" in text and f"{found.parameters_after:,}" in text and f"{cross} frames" in text
 
 
+@pytest.mark.parametrize("positions", ["relative", "rotary", None])
+def test_inspect_counts_the_operations_of_positions(positions):
+    teacher = make(Wav2Vec2ConformerForCTC, "eager", position_embeddings_type=positions)
+    with FlopCounterMode(display=False) as counter:
+        output_of(teacher, inputs_for(Wav2Vec2ConformerForCTC, batch=1))
+    attention = "Wav2Vec2ConformerForCTC.wav2vec2_conformer.encoder.layers.0.self_attn"
+    counted = sum(counter.get_flop_counts()[attention].values())
+    assert linconv.inspect(teacher, layers=[0], lengths=(99,), **MIXER).flops[99][0] == counted
+
+
 def test_seed_decides_the_mixers():
     teacher = make(Wav2Vec2ForSequenceClassification)
     students = []
@@ -520,7 +601,7 @@ def test_heads_listed_are_all_that_transformers_has():
     """A head class that a later transformers adds should not go unnoticed."""
     from transformers.models.auto import modeling_auto
 
-    for heads in (WAV2VEC2, HUBERT, WAVLM, WHISPER):
+    for heads in (WAV2VEC2, HUBERT, WAVLM, CONFORMER, WHISPER):
         known = set()
         for name in dir(modeling_auto):
             if name.startswith("MODEL_") and name.endswith("MAPPING"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import Wav2Vec2ForCTC, WhisperForAudioClassification
+from transformers import Wav2Vec2ConformerForCTC, Wav2Vec2ForCTC, WhisperForAudioClassification
 
 import linconv
 from linconv.conversion.families import of
@@ -60,6 +60,7 @@ def test_fresh_process(imports, arguments, tmp_path):
     folders = {}
     for head, auto, layers in (
         (Wav2Vec2ForCTC, "AutoModelForCTC", None),
+        (Wav2Vec2ConformerForCTC, "AutoModelForCTC", [0]),
         (WhisperForAudioClassification, "AutoModelForAudioClassification", [0]),
     ):
         folder = tmp_path / head.__name__
@@ -74,7 +75,9 @@ def test_fresh_process(imports, arguments, tmp_path):
         capture_output=True, text=True, env=environment, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["LinconvWav2Vec2ForCTC", "LinconvWhisperForAudioClassification"]
+    assert done.stdout.split() == [
+        "LinconvWav2Vec2ForCTC", "LinconvWav2Vec2ConformerForCTC", "LinconvWhisperForAudioClassification"
+    ]  # fmt: skip
     for folder in folders:  # a checkpoint of a loaded model is as good as the first
         assert {"auto.py", "config.json", "model.safetensors"} <= set(os.listdir(f"{folder}/again"))
         first, again = (Path(path, "config.json").read_text() for path in (folder, f"{folder}/again"))

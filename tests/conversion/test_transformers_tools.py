@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCTC,
     Trainer,
     TrainingArguments,
+    Wav2Vec2ConformerForCTC,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
@@ -47,9 +48,10 @@ class Clips(torch.utils.data.Dataset):
     [
         (Wav2Vec2ForCTC, AutoModelForCTC, torch.randint(1, 20, (8, 4))),
         (Wav2Vec2ForSequenceClassification, AutoModelForAudioClassification, torch.arange(8) % 3),
+        (Wav2Vec2ConformerForCTC, AutoModelForCTC, torch.randint(1, 20, (8, 4))),
         (WhisperForAudioClassification, AutoModelForAudioClassification, torch.arange(8) % 3),
     ],
-    ids=["ctc", "clips", "whisper"],
+    ids=["ctc", "clips", "conformer", "whisper"],
 )
 def test_trainer_trains_saves_and_resumes(head, auto, labels, layers, tmp_path):
     def trainer(folder, steps):
@@ -93,13 +95,14 @@ def no_error_logged(caplog):
 SPEECH = np.random.default_rng(0).standard_normal(1600).astype(np.float32)
 
 
-def test_speech_recognition_pipeline(tmp_path, no_error_logged):
+@pytest.mark.parametrize("head", [Wav2Vec2ForCTC, Wav2Vec2ConformerForCTC])
+def test_speech_recognition_pipeline(head, tmp_path, no_error_logged):
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmno"])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     processor = Wav2Vec2Processor(
         Wav2Vec2FeatureExtractor(return_attention_mask=True), Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
     )
-    student = linconv.convert(make(Wav2Vec2ForCTC), **MIXER)
+    student = linconv.convert(make(head), **MIXER)
     folder = tmp_path / "model"
     student.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -7,7 +7,7 @@ import os
 import signal
 
 import torch
-from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForCTC, set_seed
+from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ConformerConfig, Wav2Vec2ForCTC, set_seed
 
 import linconv
 from linconv.distillation import (
@@ -24,7 +24,7 @@ from linconv.pipeline import last_checkpoint
 VOCABULARY = 8
 
 
-def config(augment: bool = False, **changes) -> Wav2Vec2Config:
+def config(augment: bool = False, kind: type = Wav2Vec2Config, **changes):
     """Two layers of width 16 and a frame every 20 samples; without ``augment`` nothing in training is random."""
     entries = {
         "vocab_size": VOCABULARY,
@@ -50,7 +50,9 @@ def config(augment: bool = False, **changes) -> Wav2Vec2Config:
     if not augment:
         names = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout")
         entries.update(dict.fromkeys((*names, "layerdrop"), 0.0))
-    return Wav2Vec2Config(**{**entries, **changes})
+    if kind is Wav2Vec2ConformerConfig:
+        entries.update(conv_depthwise_kernel_size=5, **({} if augment else {"conformer_conv_dropout": 0.0}))
+    return kind(**{**entries, **changes})
 
 
 class Noise(torch.utils.data.Dataset):

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Wav2Vec2ForCTC
+from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC, Wav2Vec2ForCTC
 
 import linconv
 from linconv.conversion import encoder_layers, frame_lengths
@@ -93,16 +93,17 @@ def test_what_comes_out_is_what_went_in_whatever_the_padding(tmp_path):
 
 
 def test_where_padding_reaches_the_states_the_padded_length_counts(tmp_path):
-    clip = [Noise()[0]]
-    keys = {}
-    for norm in ("layer", "group"):
-        teacher = Wav2Vec2ForCTC(config(feat_extract_norm=norm, do_stable_layer_norm=norm == "layer"))
-        cache, batch = cache_of(tmp_path, teacher), collate(clip)
-        frames = frame_lengths(teacher, batch["attention_mask"])
-        padded = {k: F.pad(v, (0, 400)) if k != "labels" else v for k, v in batch.items()}
-        keys[norm] = cache.keys(batch, frames), cache.keys(padded, frames)
-    assert keys["layer"][0] == keys["layer"][1]
-    assert keys["group"][0] != keys["group"][1]
+    batch = collate([Noise()[0]])
+    padded = {k: F.pad(v, (0, 400)) if k != "labels" else v for k, v in batch.items()}
+    conformer = Wav2Vec2ConformerForCTC(config(kind=Wav2Vec2ConformerConfig))
+    for teacher, reaches in (
+        (Wav2Vec2ForCTC(config()), False),
+        (Wav2Vec2ForCTC(config(feat_extract_norm="group", do_stable_layer_norm=False)), True),
+        (conformer, True),
+        (linconv.convert(conformer, layers=[]), False),
+    ):
+        cache, frames = cache_of(tmp_path, teacher), frame_lengths(teacher, batch["attention_mask"])
+        assert (cache.keys(batch, frames) != cache.keys(padded, frames)) == reaches
 
 
 def test_other_clips_and_other_teachers_are_not_taken_for_known_ones(tmp_path):

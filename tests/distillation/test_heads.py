@@ -29,6 +29,7 @@ HEADS = [
 ]
 EACH = ["BertForTokenClassification", "RobertaForMaskedLM", "DistilBertForQuestionAnswering", "BertForMultipleChoice"]
 EACH += ["BertForNextSentencePrediction", "GPTNeoXForCausalLM"]
+SPEECH = ("Wav2Vec2", "Wav2Vec2Conformer")  # that have a head for pretraining
 VOCABULARY, CHOICES, CLASSES = 24, 3, 2  # two classes: a question's answer has a start and an end
 LENGTHS = (9, 4, 6, 3)
 
@@ -417,13 +418,15 @@ def test_every_head_that_converts_distils_or_is_refused_by_name(tmp_path):
             assert f"model: got a {stock.__name__}; want a head class" in str(error)
             refused.append(stock.__name__)
     assert all(name.endswith(("Model", "ForPreTraining")) for name in refused)
-    assert {"BertForPreTraining", "Wav2Vec2ForPreTraining", "BertModel"} <= set(refused)
+    assert {"BertForPreTraining", "BertModel"} | {f"{speech}ForPreTraining" for speech in SPEECH} <= set(refused)
 
 
 def test_heads_for_pretraining_are_refused(tmp_path):
     teacher, student = models("BertForPreTraining")
     with pytest.raises(ValueError, match=r"model: got a \w*BertForPreTraining; want a head class, its name ending in"):
         trainer(tmp_path, student, teacher, [])
-    speech = transformers.Wav2Vec2ForPreTraining(config())
-    with pytest.raises(ValueError, match=r"model: got a \w*Wav2Vec2ForPreTraining; want a head class"):
-        trainer(tmp_path, linconv.convert(speech, d_state=8, headdim=8), speech, [])
+    for name in SPEECH:
+        stock = getattr(transformers, f"{name}ForPreTraining")
+        speech = stock(config(kind=stock.config_class))
+        with pytest.raises(ValueError, match=rf"model: got a \w*{name}ForPreTraining; want a head class"):
+            trainer(tmp_path, linconv.convert(speech, d_state=8, headdim=8), speech, [])

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     TrainingArguments,
+    Wav2Vec2ConformerForAudioFrameClassification,
+    Wav2Vec2ConformerForSequenceClassification,
     Wav2Vec2ForAudioFrameClassification,
     Wav2Vec2ForCTC,
     Wav2Vec2ForSequenceClassification,
@@ -314,8 +316,9 @@ def classified(count=4):
     return [{**Noise()[i], "labels": torch.tensor([i % 3])} for i in range(count)]
 
 
-def test_classification_of_clips(tmp_path):
-    teacher = Wav2Vec2ForSequenceClassification(config())
+@pytest.mark.parametrize("head", [Wav2Vec2ForSequenceClassification, Wav2Vec2ConformerForSequenceClassification])
+def test_classification_of_clips(tmp_path, head):
+    teacher = head(config(kind=head.config_class)).eval()
     student = linconv.convert(teacher, d_state=8, headdim=8)
 
     def collator(clips):
@@ -324,15 +327,16 @@ def test_classification_of_clips(tmp_path):
     clips = classified()
     run = trainer(tmp_path, student, teacher, data=clips, collator=collator, max_steps=1)
     batch = collator(clips)
-    want = [student.eval()(**batch), teacher(**batch)]
+    want = [student.train()(**batch), teacher(**batch)]
     run.train()
     (record,) = records(tmp_path)
     assert record["task_loss"] == pytest.approx(want[0].loss.item(), rel=1e-4)
     assert record["kd_loss"] == pytest.approx(kd_loss(want[0].logits, want[1].logits).item(), rel=1e-3)
 
 
-def test_classification_of_frames_leaves_padding_out(tmp_path):
-    teacher = Wav2Vec2ForAudioFrameClassification(config())
+@pytest.mark.parametrize("head", [Wav2Vec2ForAudioFrameClassification, Wav2Vec2ConformerForAudioFrameClassification])
+def test_classification_of_frames_leaves_padding_out(tmp_path, head):
+    teacher = head(config(kind=head.config_class))
     student = linconv.convert(teacher, d_state=8, headdim=8)
     batch = collate([Noise()[i] for i in range(3)])
     lengths = frame_lengths(student, batch["attention_mask"])
