@@ -7,8 +7,8 @@
 #   benchmarks/gpu.sh test        the operators' tests, CPU ones too
 #   benchmarks/gpu.sh sanitize    compute-sanitizer: memcheck, racecheck, initcheck, on a small set; or those named after it
 #   benchmarks/gpu.sh bench       the scan against peers, correctness first, JSON into $OUT or benchmarks/results/<gpu>/
-#   benchmarks/gpu.sh suites      the same of losses, Linformer, convolution and layers, by `linconv bench`; or of those
-#                                 named after it
+#   benchmarks/gpu.sh suites      the same of losses, Linformer, convolution, selective scan and layers, by `linconv bench`;
+#                                 or of those named after it
 #
 # A part runs to its end and then fails if anything in it did.
 # PYTHON: which Python, else python3. JOBS: processes that tests run in where pytest-xdist is installed, else one for each
@@ -55,6 +55,7 @@ sanitize() {
   for tool; do
     watched tests/ops/triton_ssd.py
     watched tests/ops/test_bidirectional_ssd.py -k "fused and cuda"
+    watched tests/ops/test_selective_scan.py -k "cuda and (padded or packed)"
   done
   return $status
 }
@@ -68,7 +69,7 @@ bench() {
 }
 
 suites() {
-  [ $# -gt 0 ] || set -- loss linformer conv layer
+  [ $# -gt 0 ] || set -- loss linformer conv selective_scan layer
   LINCONV_POISON=0 "$python" -m linconv.cli bench "$@" --device cuda --budget $((480 / $#)) --longest-call 2 \
     --out "$(results)/suites" --overwrite
 }

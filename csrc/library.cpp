@@ -34,6 +34,13 @@ STABLE_TORCH_LIBRARY(linconv, m) {
   m.def("bidirectional_ssd_backward(Tensor dy, " SSD_ARGUMENTS "str diagonal, " SEQUENCES
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 #undef SSD_ARGUMENTS
+#define SELECTIVE_SCAN_ARGUMENTS                                                                              \
+  "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, " \
+  "Tensor? initial_states, " SEQUENCES ", bool reverse"
+  m.def("selective_scan(" SELECTIVE_SCAN_ARGUMENTS ") -> (Tensor, Tensor)");
+  m.def("selective_scan_backward(Tensor dy, Tensor? dfinal_states, " SELECTIVE_SCAN_ARGUMENTS
+        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+#undef SELECTIVE_SCAN_ARGUMENTS
 #undef SEQUENCES
 
   // x (1 or directions, batch, L, channels), weight (directions, channels, width), bias (directions, channels)

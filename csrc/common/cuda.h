@@ -138,6 +138,13 @@ __device__ __forceinline__ Bits read_only(const Bits* p) {
 
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
+// 2^x, of float to a relative 2^-22.
+__device__ __forceinline__ float exp2_of(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 __device__ __forceinline__ float log1p_of(float x) { return log1pf(x); }
 __device__ __forceinline__ double log1p_of(double x) { return log1p(x); }
 __device__ __forceinline__ float inverse_root(float x) { return 1.0f / sqrtf(x); }

@@ -9,6 +9,11 @@
 
 namespace linconv {
 
+// A chunk of a sequence, both by number.
+struct SequenceChunk {
+  int64_t sequence, chunk;
+};
+
 struct Sequences {
   const void* bounds;  // seq_lens or cu_seqlens, int64 if wide, else int32; null: every row is one whole sequence
   int64_t stride;
@@ -37,6 +42,21 @@ struct Sequences {
   }
   LINCONV_HOST_DEVICE int64_t slots(int64_t chunk) const {
     return packed ? frames / chunk + count : count * ((frames + chunk - 1) / chunk);
+  }
+
+  // The sequence that slot belongs to, and which of its chunks stands there; a sequence may have no such chunk. Of packed ones
+  // the search is as in holding().
+  LINCONV_HOST_DEVICE SequenceChunk chunk_of_slot(int64_t slot, int64_t chunk) const {
+    if (!packed) {
+      const int64_t chunks = (frames + chunk - 1) / chunk;
+      return {slot / chunks, slot % chunks};
+    }
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (first_slot(middle, chunk) <= slot ? low : high) = middle;
+    }
+    return {low, slot - first_slot(low, chunk)};
   }
 
   // The sequence that holds frame t of a row: begin <= t < end. Where it is padding, which then runs to the end of the row,

@@ -85,13 +85,6 @@ __device__ __forceinline__ void copy_later(void* to, const void* from, int bytes
 // Of the copies that this thread asked for, until none is left on its way. Other threads see them behind a barrier.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 
-// 2^x to a relative 2^-22.
-__device__ __forceinline__ float exp2_of(float x) {
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
-}
-
 #else
 
 namespace tensor_cores {
@@ -115,8 +108,6 @@ inline void wait_for_copies() {
   cuda_on_host::commit_copies();
   cuda_on_host::wait_copies(0);
 }
-
-inline float exp2_of(float x) { return std::exp2(x); }
 
 #endif
 

@@ -1,5 +1,6 @@
 #include <cstring>
 
+#include "common/parts.h"
 #include "ssd/scan.h"
 
 namespace linconv {
@@ -143,9 +144,9 @@ Tensor sum_parts(const Tensor& parts, DType math, const Tensor& like, const char
                  int64_t inner, int64_t inner_stride) {
   const DType dtype = dtype_of(like, name);
   Tensor out = empty_as(like, dtype);
-  const SsdSumArgs args{parts.data_ptr(), outer, outer_stride, inner, inner_stride, out.mutable_data_ptr(), dtype};
+  const PartsArgs args{parts.data_ptr(), outer, outer_stride, inner, inner_stride, out.mutable_data_ptr(), dtype};
   torch::stable::parallel_for(0, like.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(ssd_sum)(args, math == DType::kFloat64, begin, end);
+    LINCONV_PICK(sum_parts)(args, math == DType::kFloat64, begin, end);
   });
   return out;
 }

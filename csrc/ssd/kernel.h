@@ -79,16 +79,7 @@ struct SsdBackwardArgs : SsdArgs {
   void* dinitial_states;      // as initial_states, or null
 };
 
-// out[i] = the sum over a < outer, b < inner of parts[a * outer_stride + b * inner_stride + i], a outermost.
-struct SsdSumArgs {
-  const void* parts;
-  int64_t outer, outer_stride, inner, inner_stride;
-  void* out;
-  DType dtype;
-};
-
 LINCONV_KERNEL(void, ssd_forward, const SsdForwardArgs& args, bool fp64, int64_t begin, int64_t end);
 LINCONV_KERNEL(void, ssd_backward, const SsdBackwardArgs& args, bool fp64, int64_t begin, int64_t end);
-LINCONV_KERNEL(void, ssd_sum, const SsdSumArgs& args, bool fp64, int64_t begin, int64_t end);
 
 }  // namespace linconv

@@ -3,17 +3,31 @@
 import difflib
 
 from linconv.mixers.bimamba2 import BiMamba2
+from linconv.mixers.causal import MambaState
 from linconv.mixers.hydra import Hydra
 from linconv.mixers.linformer import LinformerAttention
-from linconv.mixers.mamba2 import Mamba2, Mamba2State
+from linconv.mixers.mamba import Mamba
+from linconv.mixers.mamba2 import Mamba2
 from linconv.mixers.protocol import Mixer
 
-__all__ = ["BiMamba2", "Hydra", "LinformerAttention", "Mamba2", "Mamba2State", "Mixer", "get", "names", "register"]
+__all__ = [
+    "BiMamba2",
+    "Hydra",
+    "LinformerAttention",
+    "Mamba",
+    "Mamba2",
+    "MambaState",
+    "Mixer",
+    "get",
+    "names",
+    "register",
+]
 
 _REGISTRY: dict[str, type[Mixer]] = {
     "bimamba2": BiMamba2,
     "hydra": Hydra,
     "linformer": LinformerAttention,
+    "mamba": Mamba,
     "mamba2": Mamba2,
 }
 

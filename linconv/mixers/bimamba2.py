@@ -4,13 +4,14 @@ import torch
 from torch import nn
 
 from linconv import ops
-from linconv.mixers.protocol import DepthwiseConv, GatedRMSNorm, Linear, StateSpaceMixer, scan_flops
+from linconv.mixers.protocol import Linear
+from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, scan_flops
 
 # Where a parameter of mamba_ssm's Mamba2 stands in the stacked one: as row block, column block or entry `direction`.
 _ROWS, _COLUMNS = ("in_proj.weight",), ("out_proj.weight",)
 
 
-class BiMamba2(StateSpaceMixer):
+class BiMamba2(DualMixer):
     """Forward and backward Mamba-2 as one computation: each of its five steps does both directions at once.
 
     Neither the input nor a state is flipped or copied. Parameters are those of two `mamba_ssm` Mamba2 layers without

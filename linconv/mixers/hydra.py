@@ -1,10 +1,11 @@
 """Hydra: both directions of time as one quasiseparable matrix over shared inputs (arXiv 2407.09941)."""
 
 from linconv import ops
-from linconv.mixers.protocol import DepthwiseConv, GatedRMSNorm, Linear, StateSpaceMixer, scan_flops
+from linconv.mixers.protocol import Linear
+from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, scan_flops
 
 
-class Hydra(StateSpaceMixer):
+class Hydra(DualMixer):
     """Bidirectional state space mixer whose directions share x, z, A and the norm, and have their own dt, B and C.
 
     Each direction's scan is moved one frame on, so that both are strictly triangular, and D alone is the diagonal.

@@ -11,6 +11,7 @@ from linconv.ops.distillation_loss import (
 )
 from linconv.ops.gated_rms_norm import gated_rms_norm
 from linconv.ops.linformer import linformer_attention, linformer_self_attention
+from linconv.ops.selective_scan import selective_scan
 from linconv.ops.short_conv import bidirectional_short_conv, short_conv
 from linconv.ops.ssd import ssd
 
@@ -27,6 +28,7 @@ __all__ = [
     "linear_kd_loss",
     "linformer_attention",
     "linformer_self_attention",
+    "selective_scan",
     "short_conv",
     "ssd",
 ]

@@ -453,7 +453,7 @@ def test_cases_are_whole(name):
                 assert cost.flops + cost.bytes > 0
 
 
-@pytest.mark.parametrize("name", ["scan", "conv", "linformer", "loss"])
+@pytest.mark.parametrize("name", ["scan", "selective_scan", "conv", "linformer", "loss"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_operators_pass_their_checks_and_run(name, dtype):
     for each in suites.get(name):
@@ -562,8 +562,8 @@ def test_generation_is_timed_as_it_is_checked(monkeypatch):
 
     sizes = dict(hidden_size=64, num_attention_heads=2, intermediate_size=64)
     monkeypatch.setitem(generation.MODELS, "small", (2, sizes))
-    (mixer,) = generation.MIXERS
-    generation.check("small", mixer, Setting())
+    for mixer in generation.MIXERS:
+        generation.check("small", mixer, Setting())
     seen = []
     real = generation._cached
 
@@ -572,7 +572,7 @@ def test_generation_is_timed_as_it_is_checked(monkeypatch):
         return real(model, given, cache)
 
     monkeypatch.setattr(generation, "_cached", watched)
-    for name in (mixer, None):
+    for name in (*generation.MIXERS, None):
         function, _ = generation.next_token(Setting(), 20, "small", name, 2)
         seen.clear()
         with torch.no_grad():

@@ -102,6 +102,10 @@ T exp_of(T x) {
   return std::exp(x);
 }
 template <class T>
+T exp2_of(T x) {
+  return std::exp2(x);
+}
+template <class T>
 T log1p_of(T x) {
   return std::log1p(x);
 }

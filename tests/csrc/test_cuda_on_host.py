@@ -37,6 +37,7 @@ TESTS = {
     "and not at_once and not a_padded_row",
     "distillation_loss": "not instruction_set and not outside_the_tensor and not past_the_caches "
     "and not number_of_threads and not gradcheck and not (strides and not dtype1)",
+    "selective_scan": "not instruction_set and not number_of_threads",
     "ssd": "forward or padding_is_never_read or handed_over",
     "bidirectional_ssd": "fused and not tritons",
 }
@@ -66,6 +67,10 @@ def loss(s, t, a, b):
     return ops.distillation_loss([s, s], [t, t.float()], a, b, **masks, layer_norm=True)
 wide, logits, mask = torch.randn(2, 40, 1400).to(dtype), torch.randn(2, 40, 3000).to(dtype), torch.rand(2, 40) < 0.5
 keep("loss", loss, wide, wide.flip(0), logits, logits.flip(0))
+x, dt, z = torch.randn(3, 2, 150, 70).to(dtype)
+B, C = torch.randn(2, 2, 150, 1, 16).to(dtype)
+options = dict(dt_softplus=True, seq_lens=torch.tensor([150, 37]))
+keep("selective_scan", lambda *t: ops.selective_scan(*t[:5], z=t[5], **options), x, dt, -torch.rand(70, 16), B, C, z)
 tensors, rest = split(scan_arguments(2, 9, 4, 40, 2, 33, dtype=dtype))
 found["ssd"] = ops.ssd(*tensors, **rest, return_final_states=True)
 for name, regime in REGIMES.items():
@@ -83,7 +88,8 @@ def library(tmp_path_factory):
     folder.mkdir(exist_ok=True)
     built = folder / "liblinconv_cpu.so"
     torch_dir = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O2", "-g1", "-fPIC", *MARCH, "-DLINCONV_ISA=host", "-ffp-contract=fast"]
+    flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", *MARCH, "-DLINCONV_ISA=host"]
+    flags += ["-ffp-contract=fast"]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += [f'-DLINCONV_VERSION="{__version__}"', '-DLINCONV_CUDA_STATUS="on the host"', f"-I{ROOT / 'csrc'}"]
     flags += [f"-I{Path(__file__).parent}", "-isystem", torch_dir / "include"]

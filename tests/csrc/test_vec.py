@@ -54,12 +54,13 @@ def ulps(got, exact):
 
 FUNCTIONS = {
     "exp": np.exp,
+    "exp2": np.exp2,
     "log1p_unit": np.log1p,
     "softplus": lambda x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))),
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "silu": lambda x: x / (1 + np.exp(-x)),
 }
-LIMITS = {"exp": 1.0, "log1p_unit": 2.0, "softplus": 3.0, "sigmoid": 3.0, "silu": 3.0}
+LIMITS = {"exp": 1.0, "exp2": 1.5, "log1p_unit": 2.0, "softplus": 3.0, "sigmoid": 3.0, "silu": 3.0}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -67,6 +68,8 @@ LIMITS = {"exp": 1.0, "log1p_unit": 2.0, "softplus": 3.0, "sigmoid": 3.0, "silu"
 def test_accuracy_over_the_full_range(probe, name, dtype):
     low, high = (-103.9, 88.7) if dtype is np.float32 else (-745.0, 709.7)
     rng = np.random.default_rng(0)
+    if name == "exp2":
+        low, high = (-149.9, 127.9) if dtype is np.float32 else (-1074.9, 1023.9)
     if name == "log1p_unit":
         x = np.concatenate([rng.uniform(0, 1, 100_003), 10.0 ** rng.uniform(-30, 0, 100_000), [0, 1]])
     else:
@@ -86,6 +89,17 @@ def test_exp_at_the_ends(probe, dtype):
     x = np.array([np.inf, -np.inf, np.nan, -0.0, 1e30, -1e30, 100 if dtype is np.float32 else 720] * 5, dtype)
     expected = np.array([np.inf, 0, np.nan, 1, np.inf, 0, np.inf] * 5, dtype)
     np.testing.assert_array_equal(run(probe, "exp", x), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exp2_at_the_ends(probe, dtype):
+    """Near 0 the difference to 1 keeps its own accuracy: a decay near 1 is raised to the power of many steps."""
+    x = np.array([-np.inf, np.nan, -0.0, -1e30, 200 if dtype is np.float32 else 1100] * 7, dtype)
+    np.testing.assert_array_equal(run(probe, "exp2", x), np.array([0, np.nan, 1, 0, np.inf] * 7, dtype))
+    unit = np.finfo(dtype).eps
+    x = np.array([-n * unit / 2 for n in range(1, 200)], dtype)
+    exact = np.expm1(x.astype(np.longdouble) * np.log(np.longdouble(2)))
+    assert np.abs((run(probe, "exp2", x) - dtype(1)) - exact).max() <= unit / 4 * 1.01
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -19,6 +19,7 @@ static void map(const T* in, T* out, int64_t n, F f) {
     map(in, out, n, [](auto x) __attribute__((always_inline)) { return LINCONV_ISA::name(x); });                     \
   }
 PROBE(exp)
+PROBE(exp2)
 PROBE(log1p_unit)
 PROBE(softplus)
 PROBE(sigmoid)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Mamba2Config
+from transformers import Mamba2Config, MambaConfig
+from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from linconv import mixers
@@ -15,8 +16,16 @@ from linconv.ops import dispatch
 
 SMALL = dict(d_state=8, headdim=8)
 BIDIRECTIONAL = ("bimamba2", "hydra")
-STATE_SPACE = (*BIDIRECTIONAL, "mamba2")
-COMPILED = all(dispatch.compiled(op) for op in ("bidirectional_ssd", "short_conv", "gated_rms_norm"))
+CAUSAL = ("mamba", "mamba2")
+DUAL = (*BIDIRECTIONAL, "mamba2")
+STATE_SPACE = (*BIDIRECTIONAL, *CAUSAL)
+COMPILED = all(dispatch.compiled(op) for op in ("bidirectional_ssd", "selective_scan", "short_conv", "gated_rms_norm"))
+
+
+def small(name, d_model=16, **options):
+    """A mixer of that name with small sizes."""
+    sizes = dict(d_state=8) if name == "mamba" else SMALL
+    return mixers.get(name)(d_model, **{**sizes, **options})
 
 
 def mamba2_by_formula(weights, u, *, d_conv, headdim, d_state, ngroups):
@@ -47,8 +56,9 @@ def mamba2_by_formula(weights, u, *, d_conv, headdim, d_state, ngroups):
 def randomised(mixer):
     """A mixer none of whose parameters has a value that could hide a mistake, as ones and zeros do."""
     with torch.no_grad():
-        for name in ("D", "norm.weight"):
-            mixer.get_parameter(name).uniform_(0.5, 1.5)
+        for name, parameter in mixer.named_parameters():
+            if name in ("D", "norm.weight"):
+                parameter.uniform_(0.5, 1.5)
     return mixer.double()
 
 
@@ -83,6 +93,31 @@ def test_bimamba2_is_two_passes_of_the_mixer_of_transformers():
         peer.load_state_dict(weights)
         wanted = wanted + turn(peer(turn(u)))
     torch.testing.assert_close(mixer(u), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_mamba_is_the_formula():
+    """arXiv 2312.00752, algorithm 2 and figure 3, with the discretization of `mamba_ssm`, as a loop over time."""
+    mixer = randomised(mixers.Mamba(16, d_state=8, dt_rank=3))
+    u, weights = torch.randn(2, 37, 16, dtype=torch.double), mixer.state_dict()
+    x, z = F.linear(u, weights["in_proj.weight"]).chunk(2, -1)
+    x = F.silu(F.conv1d(x.mT, weights["conv1d.weight"], weights["conv1d.bias"], padding=3, groups=32)[..., :37]).mT
+    dt, B, C = F.linear(x, weights["x_proj.weight"]).split((3, 8, 8), -1)
+    dt = F.softplus(F.linear(dt, weights["dt_proj.weight"], weights["dt_proj.bias"]))
+    A, h, y = -weights["A_log"].exp(), u.new_zeros(2, 32, 8), []
+    for t in range(37):
+        h = (dt[:, t, :, None] * A).exp() * h + dt[:, t, :, None] * B[:, t, None] * x[:, t, :, None]
+        y.append((h * C[:, t, None]).sum(-1) + weights["D"] * x[:, t])
+    wanted = F.linear(torch.stack(y, 1) * F.silu(z), weights["out_proj.weight"])
+    torch.testing.assert_close(mixer(u), wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_mamba_is_the_mixer_of_transformers():
+    mixer = randomised(mixers.Mamba(32)).float()
+    config = MambaConfig(hidden_size=32, state_size=16, expand=2, conv_kernel=4, time_step_rank=2)
+    peer = MambaMixer(config, layer_idx=0)
+    peer.load_state_dict(mixer.state_dict())
+    u = torch.randn(2, 50, 32)
+    torch.testing.assert_close(mixer(u), peer(u), rtol=1e-4, atol=1e-5)
 
 
 def test_hydra_is_two_strict_scans_and_a_diagonal():
@@ -132,6 +167,21 @@ def test_mamba2_has_the_state_dict_of_mamba_ssm():
     }
 
 
+def test_mamba_has_the_state_dict_of_mamba_ssm():
+    state = {name: tuple(tensor.shape) for name, tensor in mixers.Mamba(32).state_dict().items()}
+    assert state == {
+        "A_log": (64, 16),
+        "D": (64,),
+        "in_proj.weight": (128, 32),
+        "conv1d.weight": (64, 1, 4),
+        "conv1d.bias": (64,),
+        "x_proj.weight": (2 + 2 * 16, 64),
+        "dt_proj.weight": (64, 2),
+        "dt_proj.bias": (64,),
+        "out_proj.weight": (32, 64),
+    }
+
+
 def test_weights_go_to_mamba_ssm_and_back():
     source, target = (mixers.BiMamba2(32, **SMALL) for _ in range(2))
     halves = source.mamba_ssm_state_dicts()
@@ -162,7 +212,7 @@ def test_wrong_mamba_ssm_weights_change_nothing():
 def test_a_padded_row_is_what_it_is_alone_and_padding_gets_nothing(name, precision):
     """Bit for bit: results, and gradients of hidden states."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    module = randomised(mixers.get(name)(16, **SMALL)).to(dtype)
+    module = randomised(small(name)).to(dtype)
     lengths = torch.tensor([200, 0, 1, 67])
     u, upstream = torch.randn(4, 200, 16, dtype=dtype, requires_grad=True), torch.randn(4, 200, 16)
 
@@ -186,21 +236,21 @@ def test_a_padded_row_is_what_it_is_alone_and_padding_gets_nothing(name, precisi
 @pytest.mark.parametrize("name", STATE_SPACE)
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1)])
 def test_empty_and_shortest_inputs(name, shape):
-    mixer = mixers.get(name)(16, **SMALL)
+    mixer = small(name)
     assert mixer(torch.randn(*shape, 16)).shape == (*shape, 16)
 
 
 @pytest.mark.parametrize("name", STATE_SPACE)
 def test_every_parameter_gets_a_gradient(name):
-    mixer = mixers.get(name)(16, **SMALL)
+    mixer = small(name)
     mixer(torch.randn(2, 20, 16)).square().sum().backward()
     for parameter_name, parameter in mixer.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
 
 
-def test_bidirectional_mixers_see_both_ways_and_mamba2_does_not_look_ahead():
+def test_bidirectional_mixers_see_both_ways_and_causal_ones_do_not_look_ahead():
     for name in STATE_SPACE:
-        mixer = mixers.get(name)(16, **SMALL)
+        mixer = small(name)
         u = torch.randn(1, 30, 16)
         changed = u.clone()
         changed[0, 20] += 1
@@ -209,8 +259,9 @@ def test_bidirectional_mixers_see_both_ways_and_mamba2_does_not_look_ahead():
         assert (difference[:20].max() > 0) == (name in BIDIRECTIONAL) == (not mixer.causal)
 
 
-def test_mamba2_decodes_frame_by_frame():
-    mixer = randomised(mixers.Mamba2(16, **SMALL, ngroups=2))
+@pytest.mark.parametrize("name, options", [("mamba", {}), ("mamba2", dict(ngroups=2))])
+def test_decodes_frame_by_frame(name, options):
+    mixer = randomised(small(name, **options))
     u = torch.randn(3, 31, 16, dtype=torch.double)
     state = mixer.new_state(3)
     prompt = mixer(u[:, :20], state=state)
@@ -219,9 +270,10 @@ def test_mamba2_decodes_frame_by_frame():
 
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.float])
-def test_mamba2_goes_on_from_a_padded_prompt(dtype):
+@pytest.mark.parametrize("name, options", [("mamba", {}), ("mamba2", dict(ngroups=2))])
+def test_goes_on_from_a_padded_prompt(name, options, dtype):
     """Each row from its own last frame, in the bits of the row alone; a row without frames stays where it is."""
-    mixer = randomised(mixers.Mamba2(16, **SMALL, ngroups=2)).to(dtype)
+    mixer = randomised(small(name, **options)).to(dtype)
     u, more = torch.randn(4, 20, 16, dtype=dtype), torch.randn(4, 5, 16, dtype=dtype)
     lengths = [20, 7, 2, 0]
     state = mixer.new_state(4)
@@ -239,7 +291,7 @@ def test_mamba2_goes_on_from_a_padded_prompt(dtype):
         mixer(u, torch.tensor([21, 1, 1, 1]), state=mixer.new_state(4))
 
 
-@pytest.mark.parametrize("name", STATE_SPACE)
+@pytest.mark.parametrize("name", DUAL)
 def test_initial_values_are_those_of_mamba_ssm(name):
     torch.manual_seed(0)
     mixer = mixers.get(name)(256, headdim=1)
@@ -250,10 +302,19 @@ def test_initial_values_are_those_of_mamba_ssm(name):
     assert torch.all(mixer.D == 1) and torch.all(mixer.norm.weight == 1)
 
 
+def test_initial_values_of_mamba_are_those_of_mamba_ssm():
+    mixer = mixers.Mamba(256)
+    dt = F.softplus(mixer.dt_proj.bias)
+    torch.testing.assert_close(mixer.A, -torch.arange(1.0, 17).expand(512, 16))
+    assert 1e-3 * 0.999 <= dt.min() < 2e-3 and 0.05 < dt.max() <= 0.1 * 1.001
+    assert mixer.dt_rank == 16 and 0.2 < mixer.dt_proj.weight.abs().max() <= 0.25
+    assert torch.all(mixer.D == 1)
+
+
 @pytest.mark.parametrize("name", STATE_SPACE)
 def test_low_precision_stays_close(name):
     torch.manual_seed(0)
-    mixer = mixers.get(name)(64, d_state=16, headdim=16)
+    mixer = small(name, 64, d_state=16)
     u = torch.randn(2, 100, 64)
     wanted = mixer(u)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -290,7 +351,7 @@ def test_a_forward_pass_is_two_products_and_three_operators(name):
 @pytest.mark.skipif(not COMPILED, reason="the reference operators are not one graph")
 @pytest.mark.parametrize("name", STATE_SPACE)
 def test_torch_compile_in_one_graph(name):
-    mixer = mixers.get(name)(16, **SMALL)
+    mixer = small(name)
     u, lengths = torch.randn(2, 20, 16), torch.tensor([20, 7])
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(u, lengths), mixer(u, lengths))
@@ -301,6 +362,12 @@ def test_flops_are_counted_as_documented():
     scan = 2 * (4 * 16 * 128 * 64 + 64 * 16 * 64 + 64 * 1 * 128)
     weights = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel() + mixer.conv1d.weight.numel()
     assert mixer.flops(1000) == 1000 * (scan + 2 * weights)
+
+
+def test_flops_of_mamba_are_counted_as_documented():
+    mixer = mixers.Mamba(64)
+    weights = 64 * 256 + 128 * 4 + 128 * (4 + 32) + 4 * 128 + 128 * 64
+    assert mixer.flops(1000) == 1000 * (2 * weights + 7 * 128 * 16)
 
 
 def test_registry():
@@ -333,7 +400,7 @@ def test_wrong_options_are_named(options, error, match):
         mixers.BiMamba2.from_attention(nn.Linear(64, 64), Config, **options)
 
 
-@pytest.mark.parametrize("name", STATE_SPACE)
+@pytest.mark.parametrize("name", DUAL)
 @pytest.mark.parametrize(
     "options, error, match",
     [
@@ -359,7 +426,22 @@ def test_options_are_checked_at_construction(name, options, error, match):
         mixers.get(name)(**{"d_model": 64, **options})
 
 
-@pytest.mark.parametrize("name", STATE_SPACE)
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        (dict(d_state=257), ValueError, "d_state is 257, wanted 1 to 256"),
+        (dict(d_conv=1), ValueError, "d_conv is 1, wanted 2 to 8"),
+        (dict(dt_rank=0), ValueError, "dt_rank is 0, wanted at least 1"),
+        (dict(dt_rank="full"), TypeError, "dt_rank is 'full', wanted an int"),
+        (dict(expand=0.001), ValueError, "expand is 0.001, wanted at least one channel of d_model = 64"),
+    ],
+)
+def test_options_of_mamba_are_checked_at_construction(options, error, match):
+    with pytest.raises(error, match=match):
+        mixers.Mamba(**{"d_model": 64, **options})
+
+
+@pytest.mark.parametrize("name", DUAL)
 def test_the_limits_of_the_options_run(name):
     u = torch.randn(1, 5, 512)
     for options in (dict(d_state=256, headdim=256), dict(d_state=1, headdim=1, d_conv=3), dict(d_conv=7)):

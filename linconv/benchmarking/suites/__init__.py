@@ -9,7 +9,7 @@ from linconv.errors import unknown
 
 __all__ = ["NAMES", "get", "title"]
 
-NAMES = ("scan", "conv", "linformer", "loss", "layer", "model", "generation")
+NAMES = ("scan", "selective_scan", "conv", "linformer", "loss", "layer", "model", "generation")
 
 
 def get(name: str, device: str = "cpu") -> list[Case]:

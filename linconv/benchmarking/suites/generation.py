@@ -14,7 +14,10 @@ FULL_UP_TO = 512  # all layers are timed up to here; beyond, one model of one la
 MODELS = {  # name: (layers, sizes)
     "pythia-160m": (12, dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072)),
 }
-MIXERS = {"mamba2, expand 1": ("mamba2", dict(expand=1))}  # about as many parameters as attention has
+MIXERS = {  # about as many parameters as attention has
+    "mamba2, expand 1": ("mamba2", dict(expand=1)),
+    "mamba, expand 1": ("mamba", dict(expand=1)),
+}
 
 
 def build(name, mixer, layers):
@@ -33,7 +36,7 @@ def build(name, mixer, layers):
     try:
         mixer, options = MIXERS[mixer]
         return linconv.convert(original, mixer=mixer, **options).eval()
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise Absent(f"this version of linconv does not convert it: {error}") from error
 
 

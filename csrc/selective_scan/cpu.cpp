@@ -1,0 +1,116 @@
+#include <algorithm>
+#include <tuple>
+
+#include "common/parts.h"
+#include "selective_scan/arguments.h"
+#include "selective_scan/kernel.h"
+
+namespace linconv {
+namespace {
+
+using Optional = const std::optional<Tensor>&;
+
+// The arguments both passes share; `spans` must outlive them.
+SelectiveScanArgs arguments(const SelectiveScanTensors& tensors, bool dt_softplus, Optional seq_lens, Optional cu_seqlens,
+                            bool reverse, std::vector<Span>& spans) {
+  SelectiveScanArgs a{};
+  set_tensors(a, tensors);
+  spans = sequence_spans(seq_lens, cu_seqlens, a.x.size[1], a.frames);
+  a.spans = spans.data();
+  a.sequences = static_cast<int64_t>(spans.size());
+  a.packed = cu_seqlens.has_value();
+  a.dt_softplus = dt_softplus;
+  a.reverse = reverse;
+  a.initial_states = states_view(tensors.initial_states, a.sequences, a.channels, a.dstate, "initial_states");
+  a.block = std::min(kSelectiveChannels, a.group_channels());
+  return a;
+}
+
+// Smaller blocks where there are fewer than the threads want: every channel is computed alike in any.
+void cut_for_threads(SelectiveScanArgs& a) {
+  constexpr int64_t kSmallest = 16;
+  const int64_t threads = torch::stable::get_num_threads();
+  while (a.block > kSmallest && a.tasks() % threads != 0 && a.tasks() < 4 * threads) a.block = (a.block + 1) / 2;
+}
+
+Tensor sum(const Tensor& parts, int64_t count, const Tensor& like, const char* name) {
+  const DType dtype = dtype_of(like, name), math = math_type(dtype);
+  Tensor out = empty_as(like, dtype);
+  const PartsArgs args{parts.data_ptr(), count, like.numel(), 1, 0, out.mutable_data_ptr(), dtype};
+  torch::stable::parallel_for(0, like.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+    LINCONV_PICK(sum_parts)(args, math == DType::kFloat64, begin, end);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> selective_scan(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+                                          const Tensor& C, Optional D, Optional z, Optional dt_bias, bool dt_softplus,
+                                          Optional initial_states, Optional seq_lens, Optional cu_seqlens, bool reverse) {
+  std::vector<Span> spans;
+  SelectiveScanArgs a =
+      arguments({x, dt, A, B, C, D, z, dt_bias, initial_states}, dt_softplus, seq_lens, cu_seqlens, reverse, spans);
+  Tensor y = empty_as(x, a.x.dtype);
+  Tensor final_states = empty({a.sequences, a.channels, a.dstate}, math_type(a.x.dtype));
+  a.y = frames_view(y, "y");
+  a.final_states = view<3>(final_states, "final_states");
+  if (a.channels > 0) {
+    cut_for_threads(a);
+    torch::stable::parallel_for(0, a.tasks(), 1,
+                                [&](int64_t begin, int64_t end) { LINCONV_PICK(selective_scan_forward)(a, begin, end); });
+  }
+  return {y, final_states};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients selective_scan_backward(const Tensor& dy, Optional dfinal_states, const Tensor& x, const Tensor& dt, const Tensor& A,
+                                  const Tensor& B, const Tensor& C, Optional D, Optional z, Optional dt_bias,
+                                  bool dt_softplus, Optional initial_states, Optional seq_lens, Optional cu_seqlens,
+                                  bool reverse) {
+  std::vector<Span> spans;
+  SelectiveScanArgs a =
+      arguments({x, dt, A, B, C, D, z, dt_bias, initial_states}, dt_softplus, seq_lens, cu_seqlens, reverse, spans);
+  const DType math = math_type(a.x.dtype);
+  const int64_t batch = a.x.size[1];
+  a.dy = frames_view(dy, "dy");
+  require_sizes(a.dy, {1, batch, a.frames, a.channels}, "dy");
+  a.dfinal_states = states_view(dfinal_states, a.sequences, a.channels, a.dstate, "dfinal_states");
+  const std::initializer_list<int64_t> none{0};
+  Tensor dx = empty_as(x, a.x.dtype), ddt = empty_as(dt, a.dt.dtype);
+  Tensor dz = z ? empty_as(*z, a.z.dtype) : empty(none, math);
+  Tensor dinitial = initial_states ? empty_as(*initial_states, a.initial_states.dtype) : empty(none, math);
+  a.dx = frames_view(dx, "dx");
+  a.ddt = frames_view(ddt, "ddt");
+  if (z) a.dz = frames_view(dz, "dz");
+  if (initial_states) a.dinitial_states = view<3>(dinitial, "dinitial_states");
+  const int64_t blocks = a.channels > 0 ? a.group_blocks() : 0;
+  Tensor dA = empty({a.sequences, a.channels, a.dstate}, math);
+  Tensor dD = empty({a.sequences, a.channels}, math), ddt_bias = empty({a.sequences, a.channels}, math);
+  Tensor dB = empty({blocks, batch, a.frames, a.groups, a.dstate}, math);
+  Tensor dC = empty({blocks, batch, a.frames, a.groups, a.dstate}, math);
+  a.dA = dA.mutable_data_ptr();
+  a.dD = D ? dD.mutable_data_ptr() : nullptr;
+  a.ddt_bias = dt_bias ? ddt_bias.mutable_data_ptr() : nullptr;
+  a.dB = dB.mutable_data_ptr();
+  a.dC = dC.mutable_data_ptr();
+  if (blocks > 0)
+    torch::stable::parallel_for(0, a.tasks(), 1,
+                                [&](int64_t begin, int64_t end) { LINCONV_PICK(selective_scan_backward)(a, begin, end); });
+  return {dx,
+          ddt,
+          sum(dA, a.sequences, A, "A"),
+          sum(dB, blocks, B, "B"),
+          sum(dC, blocks, C, "C"),
+          D ? sum(dD, a.sequences, *D, "D") : empty(none, math),
+          dz,
+          dt_bias ? sum(ddt_bias, a.sequences, *dt_bias, "dt_bias") : empty(none, math),
+          dinitial};
+}
+
+}  // namespace
+}  // namespace linconv
+
+STABLE_TORCH_LIBRARY_IMPL(linconv, CPU, m) {
+  m.impl("selective_scan", TORCH_BOX(&linconv::selective_scan));
+  m.impl("selective_scan_backward", TORCH_BOX(&linconv::selective_scan_backward));
+}

@@ -1,0 +1,64 @@
+"""What causal mixers share: a state that goes on from call to call, and a short convolution that goes on with it."""
+
+import dataclasses
+
+import torch
+
+from linconv import ops
+from linconv.ops import checks
+
+
+@dataclasses.dataclass
+class MambaState:
+    """What a causal layer remembers of the frames it has seen.
+
+    conv (batch, d_conv - 1, channels): the last inputs of the short convolution.
+    ssm (batch, ..., d_state): the state of the scan, in fp32 at least.
+    """
+
+    conv: torch.Tensor
+    ssm: torch.Tensor
+
+
+class CausalMixer:
+    """The causal side of a `StateSpaceMixer`; a subclass sets ``conv1d``, and ``state_shape`` of its scan.
+
+    conv1d is a torch.nn.Conv1d with a channel a group; it holds the weights, the convolution is that of `linconv.ops`.
+    """
+
+    causal = True
+    state_shape: tuple[int, ...]
+
+    def convolve(self, x, seq_lens, state: MambaState | None):
+        """The short convolution and SiLU of (batch, L, channels); ``state`` goes on to each row's last valid frame."""
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if state is None:
+            return ops.short_conv(x, weight, bias, seq_lens=seq_lens)
+        past, length = self.d_conv - 1, x.shape[1]
+        x = torch.cat((state.conv.to(x.dtype), x), dim=1)  # (b, past + L, channels)
+        if seq_lens is None:
+            state.conv = x[:, length:].detach()
+        else:
+            checks.sequence_bounds(seq_lens, None, x.shape[0], length, x.device)
+            last = seq_lens[:, None] + torch.arange(past, device=x.device)  # (b, past)
+            state.conv = x.detach().gather(1, last[..., None].expand(-1, -1, x.shape[-1]))
+            seq_lens = seq_lens + past
+        return ops.short_conv(x, weight, bias, seq_lens=seq_lens)[:, past:]
+
+    def new_state(self, batch: int) -> MambaState:
+        """The state before the first frame."""
+        weight = self.conv1d.weight
+        return MambaState(
+            conv=weight.new_zeros(batch, self.d_conv - 1, weight.shape[0]),
+            ssm=self.A.new_zeros(batch, *self.state_shape),
+        )
+
+    def step(self, hidden_states: torch.Tensor, state: MambaState) -> torch.Tensor:
+        """One more frame, (batch, d_model) to (batch, d_model); ``state`` is moved on by it.
+
+        Raises:
+            TypeError, ValueError: hidden_states of another type or shape.
+        """
+        checks.floating_tensor("hidden_states", hidden_states)
+        checks.shape("hidden_states", hidden_states, (None, self.d_model), "(batch, d_model)")
+        return self(hidden_states[:, None], state=state)[:, 0]

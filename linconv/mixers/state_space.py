@@ -1,0 +1,119 @@
+"""What the mixers with a state share: sizes and parameters, how these start, and the modules that hold weights."""
+
+import math
+
+import torch
+from torch import nn
+
+from linconv.mixers.protocol import Mixer, check_integer, check_number
+from linconv.ops.short_conv import WIDTHS
+from linconv.ops.ssd.arguments import MAX_SIZE
+
+
+class DepthwiseConv(nn.Module):
+    """Holds the weights of a short convolution; the mixer computes it through `linconv.ops`.
+
+    weight (*shape, width), bias (*shape), where shape is (channels,), or (2, channels) for both directions.
+    """
+
+    def __init__(self, *shape: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape, width))
+        self.bias = nn.Parameter(torch.empty(*shape))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        bound = self.weight.shape[-1] ** -0.5  # as torch.nn.Conv1d with one channel a group
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+
+class GatedRMSNorm(nn.Module):
+    """Holds the weight (*shape) of a gated RMS norm; the mixer computes it through `linconv.ops`."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(*shape))
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+
+
+class StateSpaceMixer(Mixer):
+    """What Mamba and the Mamba-2 type mixers share: their widths, and the rates A, which they have as A_log.
+
+    Raises:
+        TypeError, ValueError: options of another type or out of range; the message names the option.
+    """
+
+    def __init__(self, d_model, d_state, d_conv, expand):
+        super().__init__(d_model)
+        check_integer("d_state", d_state, high=MAX_SIZE)
+        check_integer("d_conv", d_conv, WIDTHS.start, WIDTHS.stop - 1)
+        check_number("expand", expand)
+        if not 0 < expand < math.inf:
+            raise ValueError(f"expand is {expand}, wanted a number above 0")
+        self.d_state, self.d_conv = d_state, d_conv
+        self.d_inner = round(expand * d_model)
+
+    @property
+    def A(self) -> torch.Tensor:
+        """As A_log: the rates of the state, in fp32 at least."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def reset_parameters(self):
+        for child in self.children():
+            child.reset_parameters()
+
+
+class DualMixer(StateSpaceMixer):
+    """What the Mamba-2 type mixers share: heads with the parameters A_log, D and dt_bias.
+
+    Args:
+        directions: 2 where these are stacked (forward, backward), else 1.
+
+    Raises:
+        TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
+    """
+
+    def __init__(self, d_model, d_state, d_conv, expand, headdim, ngroups, *, directions):
+        super().__init__(d_model, d_state, d_conv, expand)
+        check_integer("headdim", headdim, high=MAX_SIZE)
+        check_integer("ngroups", ngroups)
+        self.headdim, self.ngroups = headdim, ngroups
+        if self.d_inner % headdim or not self.d_inner:
+            raise ValueError(f"headdim is {headdim}, wanted a divisor of expand * d_model = {self.d_inner}")
+        self.nheads = self.d_inner // headdim
+        if self.nheads % ngroups:
+            raise ValueError(f"ngroups is {ngroups}, wanted a divisor of the {self.nheads} heads")
+        shape = (2, self.nheads) if directions == 2 else (self.nheads,)
+        self.A_log, self.D, self.dt_bias = (nn.Parameter(torch.empty(shape)) for _ in range(3))
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """As mamba_ssm's Mamba2: A uniform in 1 to 16, steps log-uniform in 0.001 to 0.1, D one."""
+        super().reset_parameters()
+        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log_())
+        self.D.fill_(1)
+        draw_steps(self.dt_bias)
+
+    def extra_repr(self):
+        return f"heads={self.nheads}, headdim={self.headdim}, d_state={self.d_state}, ngroups={self.ngroups}"
+
+
+@torch.no_grad()
+def draw_steps(bias: torch.Tensor) -> None:
+    """Sets ``bias`` so that softplus of it, the step of a frame, is log-uniform in 0.001 to 0.1."""
+    dt = torch.empty_like(bias).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+def scan_flops(length: int, heads: int, headdim: int, d_state: int, groups: int, *, directions: int) -> int:
+    """Operations of the chunked scan, chunks of 64 frames, whatever chunk a kernel takes.
+
+    Per frame and direction: the state is updated and read (2 heads * headdim * d_state multiply-adds), and half of
+    the products within the chunk count, one triangle of two.
+    """
+    chunk = 64
+    per_direction = 2 * heads * headdim * d_state + (chunk * heads * headdim + chunk * groups * d_state) // 2
+    return 2 * length * directions * per_direction
