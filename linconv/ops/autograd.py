@@ -7,6 +7,7 @@ not have: some 40 us, several times the least time of a scan of 1,000 frames. Th
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 __all__ = ["register_autograd"]
 
@@ -53,6 +54,8 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
             return None, None, *_flat(results if isinstance(results, tuple) else (results,), ctx.lengths)
 
     def differentiable(keyset, *inputs):
+        if getattr(forward_ad, "_current_level", -1) >= 0:
+            _refuse_tangents(name, inputs)
         if torch.is_grad_enabled() and any_requires_grad(*inputs):
             lengths = tuple(len(value) if isinstance(value, list | tuple) else -1 for value in inputs)
             return Gradients.apply(keyset, lengths, *_flat(inputs, lengths))
@@ -60,6 +63,17 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
             return operator.redispatch(keyset & after, *inputs)
 
     _library.impl(name, differentiable, "Autograd", with_keyset=True)
+
+
+def _refuse_tangents(name: str, inputs: tuple) -> None:
+    """An autograd function without a formula for forward mode would be an error; below autograd a tangent is lost."""
+    lengths = tuple(len(value) if isinstance(value, list | tuple) else -1 for value in inputs)
+    for value in _flat(inputs, lengths):
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"linconv::{name} has no derivative in forward mode (torch.func.jvp, forward_ad), wanted reverse mode: "
+                "torch.autograd.grad or backward()"
+            )
 
 
 # An autograd function takes tensors as arguments of their own: lists are written out, their lengths beside them, -1

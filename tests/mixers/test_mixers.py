@@ -357,6 +357,21 @@ def test_torch_compile_in_one_graph(name):
     torch.testing.assert_close(compiled(u, lengths), mixer(u, lengths))
 
 
+@pytest.mark.skipif(not COMPILED, reason="the reference operators are not one graph")
+@pytest.mark.parametrize("name", mixers.names())
+def test_exports_for_any_length(name):
+    """Linformer attention too, whose order of products depends on the length."""
+    mixer = mixers.LinformerAttention(16, r=4, max_length=64, num_heads=2) if name == "linformer" else small(name)
+    lengths = torch.export.Dim("L", min=2, max=64)
+    with torch.no_grad():
+        program = torch.export.export(
+            mixer.eval(), (torch.randn(2, 20, 16),), dynamic_shapes={"hidden_states": {1: lengths}}
+        ).module()
+        for length in (2, 33, 64):
+            u = torch.randn(2, length, 16)
+            torch.testing.assert_close(program(u), mixer(u))
+
+
 def test_flops_are_counted_as_documented():
     mixer = mixers.BiMamba2(1024)
     scan = 2 * (4 * 16 * 128 * 64 + 64 * 16 * 64 + 64 * 1 * 128)

@@ -72,3 +72,21 @@ def test_nothing_is_recorded_where_no_argument_needs_it():
     operator = define("_test_autograd_plain")
     autograd.register_autograd("_test_autograd_plain", backward, save)
     assert operator(torch.ones(2), [torch.ones(2)], 1.0, None)[0].grad_fn is None
+
+
+def test_forward_mode_is_refused():
+    """Below autograd a tangent would be lost, and the derivative be zero."""
+    operator = define("with_tangent")
+    autograd.register_autograd("with_tangent", backward, save)
+    a, one = torch.randn(3), torch.ones(3)
+
+    def function(x):
+        return operator(a, [x], 2.0, None)[0]
+
+    with pytest.raises(NotImplementedError, match="linconv::with_tangent has no derivative in forward mode"):
+        torch.func.jvp(function, (a,), (one,))
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(function(a), 4 * a)  # nothing is asked for
+        for leaf in (a, a.clone().requires_grad_()):
+            with pytest.raises(NotImplementedError, match="forward mode"):
+                function(torch.autograd.forward_ad.make_dual(leaf, one))

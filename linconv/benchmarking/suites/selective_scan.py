@@ -69,8 +69,8 @@ def check(function, setting):
 
 
 def states_bytes(setting, length):
-    """Decays and what is added, for every frame, channel and entry: what plain torch has in memory."""
-    return (2 if setting.work == "forward" else 4) * setting.batch * length * CHANNELS * STATES * 4
+    """Decays, what is added, C and products, for every frame, channel and entry: what plain torch has in memory."""
+    return (5 if setting.work == "forward" else 12) * setting.batch * length * CHANNELS * STATES * 4
 
 
 def cost(setting, length):

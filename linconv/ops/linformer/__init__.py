@@ -115,7 +115,9 @@ def linformer_self_attention(
     if rewrite and per_head:
         raise ValueError("rewrite is True with projections per head, wanted ones that all heads share")
     if rewrite is None:
-        rewrite = not per_head and rewrite_pays(length, proj_k.shape[2], d, width, shared=shared)
+        # An exported program is one for all lengths: in the order that the longest one wants.
+        decisive = proj_k.shape[1] if isinstance(length, torch.SymInt) and torch.compiler.is_exporting() else length
+        rewrite = not per_head and rewrite_pays(decisive, proj_k.shape[2], d, width, shared=shared)
     scale = _scale(scale, headdim)
     seed = _seed(dropout_p, hidden.device)
     if rewrite and seed is None and _at_once(hidden, (wq, bq, wk, bk, wv, bv, proj_k, proj_v), backend):
