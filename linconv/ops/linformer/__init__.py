@@ -121,7 +121,7 @@ def linformer_self_attention(
     scale = _scale(scale, headdim)
     seed = _seed(dropout_p, hidden.device)
     if rewrite and seed is None and _at_once(hidden, (wq, bq, wk, bk, wv, bv, proj_k, proj_v), backend):
-        hidden = hidden.reshape(batch * length, d).unflatten(0, (batch, length))  # all frames equally far apart
+        hidden = hidden.contiguous()
         proj_v = None if shared else proj_v
         return torch.ops.linconv.linformer_self_attention(
             hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v, num_heads, scale, normalize, seq_lens
