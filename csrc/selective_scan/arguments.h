@@ -59,15 +59,20 @@ void set_tensors(Args& a, const SelectiveScanTensors& t) {
   require_sizes(C, {batch, a.frames, a.groups, a.dstate}, "C");
   if (t.D) require_sizes(a.D, {a.channels}, "D");
   if (t.dt_bias) require_sizes(a.dt_bias, {a.channels}, "dt_bias");
+  const DType math = math_type(a.x.dtype);
+  require(a.A.dtype == math, "A is not of the math dtype");
+  require(!t.D || a.D.dtype == math, "D is not of the math dtype");
+  require(!t.dt_bias || a.dt_bias.dtype == math, "dt_bias is not of the math dtype");
   a.B = by_group(B);
   a.C = by_group(C);
 }
 
-// States (sequences, channels, dstate), or none.
-inline View<3> states_view(const std::optional<Tensor>& tensor, int64_t sequences, int64_t channels, int64_t dstate,
+// States (sequences, channels, dstate) in the math dtype, or none.
+inline View<3> states_view(const std::optional<Tensor>& tensor, int64_t sequences, int64_t channels, int64_t dstate, DType math,
                            const char* name) {
   const View<3> out = view<3>(tensor, name);
   if (tensor) require_sizes(out, {sequences, channels, dstate}, name);
+  require(!tensor || out.dtype == math, name, " is not of the math dtype");
   return out;
 }
 

@@ -21,7 +21,8 @@ SelectiveScanArgs arguments(const SelectiveScanTensors& tensors, bool dt_softplu
   a.packed = cu_seqlens.has_value();
   a.dt_softplus = dt_softplus;
   a.reverse = reverse;
-  a.initial_states = states_view(tensors.initial_states, a.sequences, a.channels, a.dstate, "initial_states");
+  a.initial_states = states_view(tensors.initial_states, a.sequences, a.channels, a.dstate, math_type(a.x.dtype),
+                                 "initial_states");
   a.block = std::min(kSelectiveChannels, a.group_channels());
   return a;
 }
@@ -74,7 +75,7 @@ Gradients selective_scan_backward(const Tensor& dy, Optional dfinal_states, cons
   const int64_t batch = a.x.size[1];
   a.dy = frames_view(dy, "dy");
   require_sizes(a.dy, {1, batch, a.frames, a.channels}, "dy");
-  a.dfinal_states = states_view(dfinal_states, a.sequences, a.channels, a.dstate, "dfinal_states");
+  a.dfinal_states = states_view(dfinal_states, a.sequences, a.channels, a.dstate, math, "dfinal_states");
   const std::initializer_list<int64_t> none{0};
   Tensor dx = empty_as(x, a.x.dtype), ddt = empty_as(dt, a.dt.dtype);
   Tensor dz = z ? empty_as(*z, a.z.dtype) : empty(none, math);

@@ -124,9 +124,10 @@ struct Place {
   }
 };
 
+// Of a parameter or of states, which are in the math type.
 template <class T, class... Index, int N>
 __device__ __forceinline__ T element(const View<N>& view, Index... index) {
-  return load_element<Tagged, T>(at(view, index...), view.dtype, 0);
+  return *static_cast<const T*>(at(view, index...));
 }
 
 // A thread's entries of (sequences, channels, dstate); zero where there are none.
@@ -143,7 +144,7 @@ __device__ void store_states(const Arguments& a, const Place<Shape>& place, cons
 #pragma unroll
   for (int i = 0; i < Shape::kHeld; ++i)
     if (place.has_channel() && place.held + i < a.dstate)
-      store_element<Tagged>(at(to, place.sequence, place.channel, place.held + i), to.dtype, 0, from[i]);
+      *static_cast<T*>(at(to, place.sequence, place.channel, place.held + i)) = from[i];
 }
 
 // The same of (slots, channels, dstate) in the math type.
@@ -586,7 +587,7 @@ struct Call {
     sequences = a.sequences.count;
     a.dt_softplus = dt_softplus;
     a.reverse = reverse;
-    a.initial_states = states_view(tensors.initial_states, sequences, a.channels, a.dstate, "initial_states");
+    a.initial_states = states_view(tensors.initial_states, sequences, a.channels, a.dstate, math, "initial_states");
     a.of_x = frames_of(a.x);
     a.of_dt = frames_of(a.dt);
     a.of_B = frames_of(a.B);
@@ -672,7 +673,7 @@ Gradients selective_scan_backward(const Tensor& dy, Optional dfinal_states, cons
   require_sizes(dy_view, {1, call.batch, a.frames, a.channels}, "dy");
   a.dy = frames_of(dy_view);
   call.one_dtype = call.one_dtype && dy_view.dtype == a.x.dtype;
-  a.dfinal_states = states_view(dfinal_states, call.sequences, a.channels, a.dstate, "dfinal_states");
+  a.dfinal_states = states_view(dfinal_states, call.sequences, a.channels, a.dstate, math, "dfinal_states");
   const std::initializer_list<int64_t> none{0};
   Tensor dx = empty_as(x, a.x.dtype), ddt = empty_as(dt, a.dt.dtype), dz = z ? empty_as(*z, a.z.dtype) : empty(none, math);
   Tensor dinitial = initial_states ? empty_as(*initial_states, a.initial_states.dtype) : empty(none, math);

@@ -18,7 +18,7 @@ struct SelectiveScanArgs {
   int64_t channels, groups, dstate;
   int64_t block;  // channels of a task
   View<4> x, dt, z, B, C;  // z may be absent
-  View<2> A;               // (channels, dstate); it, D, dt_bias and states are of the math type
+  View<2> A;               // (channels, dstate); it, D, dt_bias and states are in the math type
   View<1> D, dt_bias;      // may be absent
   bool dt_softplus, reverse;
   View<3> initial_states;  // may be absent

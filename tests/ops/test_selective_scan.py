@@ -316,5 +316,11 @@ def test_the_kernel_checks_what_it_reads():
         changed = [*tensors[:i], wrong.double(), *tensors[i + 1 :]]
         with pytest.raises(RuntimeError, match=message):
             torch.ops.linconv.selective_scan(*changed, True, None, None, None, False)
+    for i, name in ((2, "A"), (5, "D"), (7, "dt_bias")):
+        changed = [*tensors[:i], tensors[i].float(), *tensors[i + 1 :]]
+        with pytest.raises(RuntimeError, match=f"{name} is not of the math dtype"):
+            torch.ops.linconv.selective_scan(*changed, True, None, None, None, False)
+    with pytest.raises(RuntimeError, match="initial_states is not of the math dtype"):
+        torch.ops.linconv.selective_scan(*tensors, True, torch.zeros(2, 6, 3), None, None, False)
     with pytest.raises(RuntimeError, match="initial_states has size 3"):
         torch.ops.linconv.selective_scan(*tensors, True, torch.zeros(3, 6, 3).double(), None, None, False)
