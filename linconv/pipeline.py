@@ -172,7 +172,8 @@ def _auto_class(config) -> str:
 
 
 def _any_length(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself; or, of a family whose stock forward pass takes one length only, a copy that takes any."""
+    """The model itself; or, of a family whose stock forward pass takes one length only or lets padding in, a copy that
+    takes any and does not."""
     family = _family(model.config.model_type, "model type")
     return convert(model, layers=[]) if family.overrides and not isinstance(model, ConvertedModel) else model
 
@@ -206,8 +207,8 @@ def _task_config(recipe: Recipe, splits: Splits | None, tokenizer):
         config.vocab_size = len(tokenizer)
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = config.eos_token_id = None
-        # A transcript that does not fit into its clip is to teach nothing rather than to end the run.
-        config.ctc_zero_infinity = True
+        # If not told otherwise, a transcript that does not fit into its clip teaches nothing rather than to end the run.
+        config.ctc_zero_infinity = {**model.config, **model.overrides}.get("ctc_zero_infinity", True)
     elif model.source is None:  # a language model, whose tokenizer was built for it
         config.vocab_size = len(tokenizer)
         config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id

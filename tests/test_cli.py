@@ -401,6 +401,11 @@ def test_clips_too_short_for_their_transcripts_are_told_before_training(tmp_path
         assert "or model.overrides.ctc_zero_infinity=true: else their loss is infinite" in said
     with pytest.warns(UserWarning, match="2 of 9 clips to train on .* so they teach nothing"):
         linconv(*flags, "--set", "model.overrides.ctc_zero_infinity=true")
+    # finetune's own choice is the second, and goes by what is asked for.
+    with pytest.warns(UserWarning, match="2 of 9 clips to train on"):
+        linconv("finetune", path, "--dry-run")
+    linconv("finetune", path, "--dry-run", "--set", "model.overrides.ctc_zero_infinity=false", status=2)
+    assert "2 of 9 clips to train on are too short" in capsys.readouterr().err
     records = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(record["task_loss"]) for record in records if "task_loss" in record)
 

@@ -2,7 +2,7 @@
 
 import csv
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +67,16 @@ class HubClips(torch.utils.data.Dataset):
 
 
 class AudioStream(torch.utils.data.IterableDataset):
-    """Clips one after the other from a streamed data set of the hub; its targets are not known beforehand."""
+    """Clips one after the other from a streamed data set of the hub; its targets are not known beforehand.
+
+    edit: what a target goes through, once it is there.
+    """
 
     targets = None
 
     def __init__(self, dataset, data: Data, target: str):
         self.dataset, self.data, self.target = dataset, data, target
+        self.edit: Callable[[str], str] = str
         self.classes = class_names(dataset.features[target])
 
     def set_epoch(self, epoch: int) -> None:
@@ -85,7 +89,7 @@ class AudioStream(torch.utils.data.IterableDataset):
                 if row[column] is None:
                     raise UserError(f"data: column {column!r}: null in a row of the stream; want a value in every row")
             audio = read_audio(_hub_sound(row, self.data), self.data.sampling_rate)
-            yield {"audio": audio, "target": class_name(feature, row[self.target])}
+            yield {"audio": audio, "target": self.edit(class_name(feature, row[self.target]))}
 
 
 @dataclass
@@ -136,7 +140,9 @@ def load_splits(data: Data, task: str) -> Splits:
         from linconv.data.text import normalize
 
         for split in splits.values():
-            if split is not None and split.targets is not None:
+            if isinstance(split, AudioStream):
+                split.edit = normalize
+            elif split is not None:
                 split.targets = [normalize(text) for text in split.targets]
     labels = None if task == "ctc" else _labels(splits)
     return Splits(**splits, labels=labels)

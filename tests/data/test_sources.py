@@ -199,6 +199,23 @@ def test_hub_data_sets(folder, tmp_path, streaming):
         assert durations(sounds, len(clips)) == pytest.approx([len(clip["audio"]) / 16000 for clip in clips])
 
 
+def test_transcripts_of_a_stream_are_normalized(folder, monkeypatch):
+    from linconv.data import sources
+
+    class Stream(list):
+        features = {"audio": None, "said": None}
+
+    rows = Stream([{"audio": {"bytes": (folder / "one_0.flac").read_bytes(), "path": None}, "said": "Bonjour, Zoë!"}])
+    monkeypatch.setattr(
+        sources,
+        "_from_hub",
+        lambda data, column: {n: sources.AudioStream(rows, data, data.text) for n in sources.SPLITS},
+    )
+    for wanted, changes in (("bonjour zoë", {}), ("Bonjour, Zoë!", {"normalize_text": False})):
+        got = load_splits(Data(path="name/clips", text="said", streaming=True, **changes), "ctc")
+        assert [clip["target"] for clip in got.train] == [wanted]
+
+
 @pytest.mark.parametrize("column", ["audio", "said"])
 def test_clips_of_the_hub_without_sound_or_transcript_are_named(folder, tmp_path, column):
     datasets = pytest.importorskip("datasets")
