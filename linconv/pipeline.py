@@ -207,7 +207,7 @@ def _task_config(recipe: Recipe, splits: Splits | None, tokenizer):
         config.vocab_size = len(tokenizer)
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = config.eos_token_id = None
-        # If not told otherwise, a transcript that does not fit into its clip teaches nothing rather than to end the run.
+        # If not told otherwise, a transcript that does not fit into its clip teaches nothing, and does not end the run.
         config.ctc_zero_infinity = {**model.config, **model.overrides}.get("ctc_zero_infinity", True)
     elif model.source is None:  # a language model, whose tokenizer was built for it
         config.vocab_size = len(tokenizer)
