@@ -294,12 +294,25 @@ __global__ void __launch_bounds__(kThreads, 1) pass(const Arguments a, void* sta
   const int64_t chunks = ceil_div(span.end - span.begin, chunk), first = a.sequences.first_slot(sequence, chunk);
   const T rate = element<T>(a.A, channel, n) * T(kLog2E);
   T h = start.data ? element<T>(start, sequence, channel, n) : T(0);
-  for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t slot = first + (backward ? chunks - 1 - i : i);
-    T* own = static_cast<T*>(states) + (slot * a.channels + channel) * a.dstate + n;
-    const T made = *own, decay = exp2_of(rate * static_cast<const T*>(a.time)[slot * a.channels + channel]);
-    *own = h;
-    h = decay * h + made;
+  // Some chunks are read before any of them is written: one at a time, each would wait for its memory.
+  constexpr int kAhead = 8;
+  for (int64_t i = 0; i < chunks; i += kAhead) {
+    T* own[kAhead];
+    T made[kAhead], decay[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k >= chunks) continue;
+      const int64_t slot = first + (backward ? chunks - 1 - i - k : i + k), at = slot * a.channels + channel;
+      own[k] = static_cast<T*>(states) + at * a.dstate + n;
+      made[k] = *own[k];
+      decay[k] = exp2_of(rate * static_cast<const T*>(a.time)[at]);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k >= chunks) continue;
+      *own[k] = h;
+      h = decay[k] * h + made[k];
+    }
   }
 }
 

@@ -31,6 +31,7 @@ void load(const uint16_t* matrix, int row, int column, bool transposed, Fragment
 
 }  // namespace
 
+#pragma GCC visibility push(default)  // for ctypes
 extern "C" {
 
 void probe_mma(const uint32_t (*a)[4], const uint32_t (*b)[2], float (*d)[4], bool bfloat16) {
@@ -89,3 +90,4 @@ int64_t probe_first_slot(const int64_t* bounds, int64_t count, int64_t frames, b
 }
 
 }  // extern "C"
+#pragma GCC visibility pop
