@@ -11,9 +11,9 @@ from linconv.benchmarking.suites import peers
 from linconv.ops.selective_scan import reference
 
 CHANNELS, STATES = 1536, 16  # of a Mamba of width 768
-# Of an entry of the state and frame, where a multiply-add is two and an exponential is 17 (a multiply-add for each of
-# six coefficients, and five to bring it into range and back): see docs/kernels/selective_scan.md.
-OPERATIONS = {"forward": 24, "training": 24 + 63}
+# Of an entry of the state and frame, where a multiply-add is two and an exponential is 16 (a multiply-add for each of
+# six coefficients, and four to bring it into range and back): see docs/kernels/selective_scan.md.
+OPERATIONS = {"forward": 22, "training": 22 + 59}
 
 
 def inputs(setting, length):
