@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "common/parts.h"
+#include "common/sums.h"
 #include "selective_scan/arguments.h"
 #include "selective_scan/kernel.h"
 
@@ -32,16 +32,6 @@ void cut_for_threads(SelectiveScanArgs& a) {
   constexpr int64_t kSmallest = 16;
   const int64_t threads = torch::stable::get_num_threads();
   while (a.block > kSmallest && a.tasks() % threads != 0 && a.tasks() < 4 * threads) a.block = (a.block + 1) / 2;
-}
-
-Tensor sum(const Tensor& parts, int64_t count, const Tensor& like, const char* name) {
-  const DType dtype = dtype_of(like, name), math = math_type(dtype);
-  Tensor out = empty_as(like, dtype);
-  const PartsArgs args{parts.data_ptr(), count, like.numel(), 1, 0, out.mutable_data_ptr(), dtype};
-  torch::stable::parallel_for(0, like.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(sum_parts)(args, math == DType::kFloat64, begin, end);
-  });
-  return out;
 }
 
 std::tuple<Tensor, Tensor> selective_scan(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
@@ -99,12 +89,12 @@ Gradients selective_scan_backward(const Tensor& dy, Optional dfinal_states, cons
                                 [&](int64_t begin, int64_t end) { LINCONV_PICK(selective_scan_backward)(a, begin, end); });
   return {dx,
           ddt,
-          sum(dA, a.sequences, A, "A"),
-          sum(dB, blocks, B, "B"),
-          sum(dC, blocks, C, "C"),
-          D ? sum(dD, a.sequences, *D, "D") : empty(none, math),
+          sum_of_parts(dA, A, "A", a.sequences, A.numel()),
+          sum_of_parts(dB, B, "B", blocks, B.numel()),
+          sum_of_parts(dC, C, "C", blocks, C.numel()),
+          D ? sum_of_parts(dD, *D, "D", a.sequences, D->numel()) : empty(none, math),
           dz,
-          dt_bias ? sum(ddt_bias, a.sequences, *dt_bias, "dt_bias") : empty(none, math),
+          dt_bias ? sum_of_parts(ddt_bias, *dt_bias, "dt_bias", a.sequences, dt_bias->numel()) : empty(none, math),
           dinitial};
 }
 

@@ -1,6 +1,6 @@
 #include <cstring>
 
-#include "common/parts.h"
+#include "common/sums.h"
 #include "ssd/scan.h"
 
 namespace linconv {
@@ -139,18 +139,6 @@ SsdTensor contiguous_frames(const Tensor& tensor, int64_t directions, int64_t ba
           heads * columns, columns, 1};
 }
 
-// Sums partial results into a tensor shaped as `like`: over `outer` parts, and over directions where it is shared.
-Tensor sum_parts(const Tensor& parts, DType math, const Tensor& like, const char* name, int64_t outer, int64_t outer_stride,
-                 int64_t inner, int64_t inner_stride) {
-  const DType dtype = dtype_of(like, name);
-  Tensor out = empty_as(like, dtype);
-  const PartsArgs args{parts.data_ptr(), outer, outer_stride, inner, inner_stride, out.mutable_data_ptr(), dtype};
-  torch::stable::parallel_for(0, like.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(sum_parts)(args, math == DType::kFloat64, begin, end);
-  });
-  return out;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> scan_forward(const Scan& scan) {
@@ -209,14 +197,14 @@ ScanGradients scan_backward(const Scan& scan, const Tensor& dy, const std::optio
 
   const auto of_directions = [&](const Tensor& argument, int64_t dims) { return per_direction(argument, dims) ? 1 : directions; };
   const auto per_head_sum = [&](const Tensor& parts, const Tensor& argument, const char* name, bool first_only) {
-    return sum_parts(parts, math, argument, name, args.sequences, directions * heads,
+    return sum_of_parts(parts, argument, name, args.sequences, directions * heads,
                      first_only ? 1 : of_directions(argument, 1), heads);
   };
   const auto group_sum = [&](const Tensor& parts, const Tensor& argument, const char* name) {
-    return sum_parts(parts, math, argument, name, blocks, args.dBC_block, of_directions(argument, 4), BC_size);
+    return sum_of_parts(parts, argument, name, blocks, args.dBC_block, of_directions(argument, 4), BC_size);
   };
   return {dx,
-          sum_parts(ddt, math, scan.dt, "dt", 1, 0, of_directions(scan.dt, 3), dt_size),
+          sum_of_parts(ddt, scan.dt, "dt", 1, 0, of_directions(scan.dt, 3), dt_size),
           per_head_sum(dA, scan.A, "A", false),
           group_sum(dB, scan.B, "B"),
           group_sum(dC, scan.C, "C"),

@@ -52,10 +52,13 @@ def scan(backend=None):
     return run
 
 
-def oracle(arguments, **options):
+def oracle(arguments, scan=reference.recurrence, **options):
     arguments = dict(arguments)
     tensors = [arguments.pop(n) for n in ("x", "dt", "A", "B", "C")]
-    return reference.selective_scan(*tensors, **arguments, scan=reference.recurrence, **options)
+    return reference.selective_scan(*tensors, **arguments, scan=scan, **options)
+
+
+doubling = functools.partial(oracle, scan=reference.doubling)
 
 
 def sequences_of(kind, length):
@@ -69,7 +72,7 @@ def sequences_of(kind, length):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    backend=st.sampled_from([None, None, "reference"]),
+    function=st.sampled_from([scan(), scan(), doubling]),
     reverse=st.booleans(),
     kind=st.sampled_from(["all", "seq_lens", "cu_seqlens"]),
     length=st.integers(0, 140),
@@ -82,7 +85,7 @@ def sequences_of(kind, length):
     absent=st.sets(st.sampled_from(["D", "z", "dt_bias"])),
 )
 def test_matches_the_recurrence(
-    backend, reverse, kind, length, groups, group_channels, dstate, strided, started, softplus, absent
+    function, reverse, kind, length, groups, group_channels, dstate, strided, started, softplus, absent
 ):  # fmt: skip
     batch, sequences, options = sequences_of(kind, length)
     arguments = arguments_of(
@@ -94,7 +97,7 @@ def test_matches_the_recurrence(
     for name in absent:
         del arguments[name]
     options.update(dt_softplus=softplus, reverse=reverse)
-    (y, states), gradients = with_gradients(scan(backend), arguments, **options)
+    (y, states), gradients = with_gradients(function, arguments, **options)
     (wanted_y, wanted_states), wanted = with_gradients(oracle, arguments, **options)
     assert_close({"y": y, "states": states, **gradients}, {"y": wanted_y, "states": wanted_states, **wanted})
 
@@ -178,10 +181,11 @@ def test_one_scan_is_two_with_the_state_handed_over():
     torch.testing.assert_close(last, states)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_padded_is_alone(reverse):
+def test_padded_is_alone(reverse, dtype):
     """Bit for bit, gradients too; what stands in the padding is never read, and leaves it as zero."""
-    arguments = arguments_of(2, 100, 80, 2, 16, dtype=torch.float32, states=2)
+    arguments = arguments_of(2, 100, 80, 2, 16, dtype=dtype, states=2)
     for name in FRAMES:
         arguments[name][1, 37:] = float("nan")
 
@@ -190,7 +194,7 @@ def test_padded_is_alone(reverse):
         y, states = scan()(leaves, dt_softplus=True, reverse=reverse, **options)
         return y, states, dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream)))
 
-    upstream = torch.randn(2, 100, 80)
+    upstream = torch.randn(2, 100, 80).to(dtype)
     upstream[1, 37:] = float("nan")
     y, states, gradients = run(arguments, upstream, seq_lens=torch.tensor([100, 37]))
     own = {n: t[1:, :37] if n in FRAMES else t for n, t in arguments.items()}
