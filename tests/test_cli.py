@@ -183,10 +183,11 @@ def test_transcripts_of_a_split_may_not_all_be_empty(broken, capsys):
 
 def test_a_clip_of_the_shortest_length_has_a_frame(data, tmp_path):
     run = pipeline.finetune(load_recipe(recipe(tmp_path, data)))
-    seconds = pipeline._shortest_clip(run.trainer.model, run.trainer.data_collator.feature_extractor)
+    seconds = pipeline.preprocessing.shortest_clip(run.trainer.model, run.trainer.data_collator.feature_extractor)
     shortest = round(16000 * seconds)
+    frame_lengths = pipeline.checkpoints.family_of("wav2vec2", "").frame_lengths
     for samples, frames in ((shortest - 1, 0), (shortest, 1)):
-        assert pipeline._family("wav2vec2", "").frame_lengths(run.trainer.model, torch.tensor(samples)) == frames
+        assert frame_lengths(run.trainer.model, torch.tensor(samples)) == frames
 
 
 def test_dry_run_names_the_classes_and_what_is_in_the_way(trained, tmp_path, capsys):

@@ -74,14 +74,14 @@ def test_resampling_takes_bounded_memory_and_gives_what_all_at_once_does(tmp_pat
     clips, results = np.random.default_rng(3).random((2500, 2)), json.loads((folder / "results.json").read_text())
     results.update(clips=clips.tolist(), scores={"test_perplexity": 1.0})
     (folder / "results.json").write_text(json.dumps(results))
-    monkeypatch.setattr(report, "RESAMPLES", 2001)
+    monkeypatch.setattr(report.statistics, "RESAMPLES", 2001)
     tracemalloc.start()
     interval = report.build([folder])["rows"][0]["interval"]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40e6  # the draws alone are 40 MB, what they draw is 80 MB
     drawn = clips[np.random.default_rng(0).integers(0, 2500, (2001, 2500))]
-    scores = report._score(drawn, report.MEASURES["perplexity"])
+    scores = report.statistics.score_of(drawn, report.runs.MEASURES["perplexity"])
     assert interval == [float(q) for q in np.quantile(scores, [0.025, 0.975])]
 
 

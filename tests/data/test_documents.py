@@ -312,11 +312,11 @@ def test_from_scratch_with_a_tokenizer_of_its_own(tmp_path, corpus, capsys):
 TOLD = """
 import os, sys
 from linconv import cli, pipeline
-in_blocks = pipeline.in_blocks
+in_blocks = pipeline.preprocessing.in_blocks
 def told(*arguments):
     print(f"tokenised {arguments[-1]} in process {os.environ['RANK']}", flush=True)
     return in_blocks(*arguments)
-pipeline.in_blocks = told
+pipeline.preprocessing.in_blocks = told
 sys.exit(cli.main(sys.argv[1:]))
 """
 

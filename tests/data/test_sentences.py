@@ -122,7 +122,7 @@ def test_classes_that_a_checkpoint_only_counts_are_named_by_the_data(folder, che
     def named(classes, **changes):
         train = Sentences([("a",), ("b",)], ["no", "yes"], classes)
         config = BertConfig(**changes)
-        pipeline._name_classes(config, Splits(train, None, None, classes or ["no", "yes"]), "checkpoint")
+        pipeline.models.name_classes(config, Splits(train, None, None, classes or ["no", "yes"]), "checkpoint")
         return list(config.label2id)
 
     with pytest.warns(UserWarning, match="checkpoint: its classes have no names"):

@@ -1,0 +1,141 @@
+"""Checkpoints as they are found: their config, their head, their tokenizer, their weights."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
+
+import linconv.auto  # noqa: F401  converted checkpoints load by name from here on
+from linconv.conversion.families import FAMILIES, Family
+from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
+
+# Weights of half precision would lose small steps, and features are float32: `bf16` in a recipe is autocast.
+TRAINED_IN = torch.float32
+AUTO_CLASS = {
+    "classification": "AutoModelForAudioClassification",
+    "ctc": "AutoModelForCTC",
+    "text_classification": "AutoModelForSequenceClassification",
+    "language_modeling": "AutoModelForCausalLM",
+}
+OF_TEXT = ("text_classification", "language_modeling")
+
+
+def load_config(path: str, what: str):
+    """The config of a checkpoint folder or of a model on the hub, of a family that linconv knows."""
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{what}: no config.json in {path}")
+    if not folder.is_dir() and not may_be_on_hub(path):
+        raise no_folder(what, path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            raise UserError(f"{what}: {path}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{no_folder(what, path)}, and no such model on the hub") from error
+    family_of(config.model_type, f"{what}: {path}: model type")
+    return config
+
+
+def load_model(path: str, what: str, auto_class: str | None = None, **kwargs) -> PreTrainedModel:
+    """A model of a checkpoint, with the head it was saved with or that of ``auto_class``."""
+    config = kwargs.pop("config", None) or load_config(path, what)
+    auto = getattr(transformers, auto_class or auto_class_of(config))
+    try:
+        return auto.from_pretrained(path, config=config, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what}: {path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def empty_model(path: str, what: str) -> PreTrainedModel:
+    """The model of a checkpoint without its weights, which are not read."""
+    config = load_config(path, what)
+    with torch.device("meta"):
+        return getattr(transformers, auto_class_of(config)).from_config(config)
+
+
+def positions(config) -> int | None:
+    """How many frames or tokens a model has positions for; None where it is not bound to any."""
+    if "whisper" in config.model_type:
+        return config.max_source_positions
+    if config.model_type == "linconv-gpt_neox" and len(config.linconv["layers"]) == config.num_hidden_layers:
+        return None  # only attention turned by its positions
+    limit = getattr(config, "max_position_embeddings", None)
+    # RoBERTa's start behind the index of padding.
+    return limit - config.pad_token_id - 1 if limit and "roberta" in config.model_type else limit
+
+
+def family_of(model_type: str, what: str) -> Family:
+    """The family of a model type, stock or converted."""
+    stock = model_type.removeprefix("linconv-")
+    if stock not in FAMILIES:
+        raise unknown(what, model_type, FAMILIES)
+    return FAMILIES[stock]
+
+
+def auto_class_of(config) -> str:
+    """The Auto class of the head that a config names."""
+    heads = FAMILIES[config.model_type.removeprefix("linconv-")].heads
+    saved = (config.architectures or [next(iter(heads.values()))])[0].removeprefix("Linconv")
+    for auto, stock in heads.items():
+        if stock == saved:
+            return auto
+    raise unknown("model: head", saved, heads.values())
+
+
+def check_head(config, what: str, path: str, task: str) -> None:
+    """Raises UserError where a checkpoint is of another task."""
+    found = auto_class_of(config)
+    if found != AUTO_CLASS[task]:
+        fit = [other for other, auto_class in AUTO_CLASS.items() if auto_class == found]
+        head = FAMILIES[config.model_type.removeprefix("linconv-")].heads[found]
+        want = fit[0] if fit else "a checkpoint fine-tuned for the task"
+        raise UserError(f"task: got {task}, but {what} {path} is a {head}; want {want}")
+
+
+def load_trained(path: str, what: str, task: str) -> tuple:
+    """The config and the tokenizer of a checkpoint that was trained on the task; classes of clips need no tokenizer.
+
+    Raises:
+        UserError: it was trained on another task, or has no tokenizer.
+    """
+    config = load_config(path, what)
+    check_head(config, what, path, task)
+    if task == "classification":
+        return config, None
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise UserError(f"{what}: no tokenizer in {path}")
+    if task in OF_TEXT:
+        fill_in_padding(config, tokenizer)
+    return config, tokenizer
+
+
+def load_tokenizer(path: str | None):
+    """The tokenizer of a checkpoint, or None where it has none."""
+    try:
+        tokenizer = None if path is None else AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    # Of some model types transformers makes one of special tokens alone where there are no files.
+    return None if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids) else tokenizer
+
+
+def fill_in_padding(config, tokenizer) -> None:
+    """Where a decoder comes without a token that pads, the end of text does; masks and labels tell it from the text."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError("model: its tokenizer has no token that pads, and no end of text; want one with either")
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def save_preprocessing(source: str, folder: str) -> None:
+    """Copies the feature extractor and the tokenizer of a checkpoint, as far as it has them, to ``folder``."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # it has none
+        AutoFeatureExtractor.from_pretrained(source).save_pretrained(folder)
+    if (tokenizer := load_tokenizer(source)) is not None:
+        tokenizer.save_pretrained(folder)

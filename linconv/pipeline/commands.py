@@ -1,0 +1,224 @@
+"""Fine-tune a teacher, distil a student, score a checkpoint."""
+
+import copy
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import transformers
+
+from linconv.data import Splits, build_bpe_tokenizer, build_tokenizer, load_splits
+from linconv.distillation import (
+    DistillationArguments,
+    DistillationTrainer,
+    TrajectoryGuided,
+    Unguided,
+    WaypointGuided,
+    make_mode,
+)
+from linconv.errors import UserError, check_output
+from linconv.pipeline.checkpoints import OF_TEXT, TRAINED_IN, load_model, load_tokenizer, load_trained
+from linconv.pipeline.models import any_length, base_model, make_student, name_classes, override, task_config
+from linconv.pipeline.preprocessing import SPLITS, cut_into_blocks, feature_extractor_of, make_preprocessing
+from linconv.pipeline.processes import by_main_process
+from linconv.pipeline.run import KeepRecipe, Run, is_score, size_of, streamed
+from linconv.progress import Progress
+from linconv.recipe import Recipe
+
+WAYPOINTS_FOLDER = "waypoints"  # in the teacher's
+
+
+def finetune(recipe: Recipe, folder: str | None = None) -> Run:
+    """The fine-tuning of ``model.source`` (or of a new model) on the task; the result goes to ``model.teacher``.
+
+    ``folder``, if given, is where the trainer writes in place of that, for a dry run.
+    """
+    output = _required(recipe.model.teacher, "model.teacher", "a folder for the fine-tuned model")
+    check_output(output, "model.teacher", model__source=recipe.model.source)
+    splits = load_splits(recipe.data, recipe.task)
+    _need_train(splits)
+    args = _arguments(recipe, recipe.finetune, folder or output, splits)
+    transformers.set_seed(recipe.seed)
+    tokenizer = None if recipe.task == "classification" else load_tokenizer(recipe.model.source)
+    if recipe.task == "ctc" and tokenizer is None:
+        if streamed(splits.train):
+            raise UserError("data.streaming: a vocabulary cannot be built from a stream")
+        tokenizer = build_tokenizer(splits.train.targets)
+    if recipe.task == "language_modeling" and recipe.model.source is None and recipe.model.config:
+        texts, size = (text for (text,) in splits.train.texts), recipe.model.config.get("vocab_size")
+        tokenizer = by_main_process(args, lambda: build_bpe_tokenizer(texts, size))
+    config = task_config(recipe, splits, tokenizer)
+    if recipe.task in OF_TEXT and tokenizer is None:
+        raise UserError("model.source: want a checkpoint with a tokenizer")
+    splits = cut_into_blocks(recipe, splits, config, tokenizer, args)
+    model = any_length(base_model(recipe, config))
+    if recipe.model.freeze_feature_encoder:
+        if not hasattr(model, "freeze_feature_encoder"):
+            raise UserError(f"model.freeze_feature_encoder: a {type(model).__name__} has none")
+        model.freeze_feature_encoder()
+    extractor = feature_extractor_of(recipe.model.source, config, recipe)
+    preprocessing = make_preprocessing(recipe, splits, config, extractor, tokenizer)
+    trainer = _trainer(recipe, args, model, splits, preprocessing, mode=Unguided())
+    if recipe.model.waypoints < 0:
+        raise UserError(f"model.waypoints: got {recipe.model.waypoints}; want a number from 0 up")
+    if recipe.model.waypoints:
+        trainer.add_callback(KeepWaypoints(Path(folder or output) / WAYPOINTS_FOLDER, recipe.model.waypoints))
+    return Run(recipe, trainer, splits, Path(output), f"fine-tune {recipe.model.source or 'a new model'}", "finetune")
+
+
+def distill(recipe: Recipe, folder: str | None = None) -> Run:
+    """The conversion of the teacher, or of the pretrained model, and its training under the teacher's guidance.
+
+    ``folder``, if given, is where the trainer writes in place of ``output``, for a dry run.
+    """
+    path = _required(recipe.model.teacher, "model.teacher", "the checkpoint of a fine-tuned model")
+    output = _required(recipe.output, "output", "a folder for the student")
+    check_output(output, "output", model__teacher=path, model__source=recipe.model.source)
+    options = recipe.guide.options()
+    if "waypoint_guided" in (recipe.guide.name, recipe.guide.mode) and "checkpoints" not in options:
+        options["checkpoints"] = str(Path(path) / WAYPOINTS_FOLDER)
+    try:
+        mode = make_mode(recipe.guide.name, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"guide.{error}") from error
+    config, tokenizer = load_trained(path, "model.teacher", recipe.task)
+    splits = load_splits(recipe.data, recipe.task)
+    _need_train(splits)
+    name_classes(config, splits, "model.teacher")
+    if splits.labels is not None:  # the student's classes are in the teacher's order
+        splits = replace(splits, labels=[config.id2label[i] for i in sorted(config.id2label)])
+    teacher = any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
+    extractor = feature_extractor_of(path, teacher.config, recipe)
+    args = _arguments(recipe, recipe.distill, folder or output, splits)
+    splits = cut_into_blocks(recipe, splits, config, tokenizer, args)
+    transformers.set_seed(recipe.seed)
+    base = teacher
+    if mode.origin == "source":
+        if recipe.model.source is None and not recipe.model.config:
+            raise UserError(
+                "model.source: not given; want the pretrained model, whose weights the student keeps in this mode"
+            )
+        base = base_model(recipe, task_config(recipe, splits, tokenizer))
+    elif recipe.model.overrides:
+        config = copy.deepcopy(config)
+        override(config, recipe.model.overrides)
+        base = any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
+    student = make_student(base, recipe)
+    if isinstance(mode.guide, TrajectoryGuided):
+        teacher = copy.deepcopy(base)  # the head too: both start from the same place
+    elif isinstance(mode.guide, WaypointGuided):
+        teacher = any_length(load_model(mode.guide.waypoint(0), "guide.checkpoints", dtype=TRAINED_IN))
+    if recipe.model.freeze_feature_encoder:
+        student.freeze_feature_encoder()
+    preprocessing = make_preprocessing(recipe, splits, teacher.config, extractor, tokenizer)
+    trainer = _trainer(recipe, args, student, splits, preprocessing, mode=mode, teacher=teacher)
+    where = "all" if recipe.conversion.layers is None else len(recipe.conversion.layers)
+    title = f"distil {path} into {recipe.conversion.mixer} ({where} layers)"
+    return Run(recipe, trainer, splits, Path(output), title, "distill")
+
+
+def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, float]:
+    """The scores of a checkpoint on one split: accuracy, word and character error rate for CTC, or perplexity."""
+    config, tokenizer = load_trained(checkpoint, "checkpoint", recipe.task)
+    splits = load_splits(recipe.data, recipe.task)
+    name_classes(config, splits, "checkpoint")
+    model = any_length(load_model(checkpoint, "checkpoint", config=config, dtype=TRAINED_IN))
+    extractor = feature_extractor_of(checkpoint, model.config, recipe)
+    if splits[split] is None:
+        raise UserError(f"--split: the data has nothing for {split}")
+    splits = replace(splits, **{other: None for other in SPLITS if other != split})
+    options = {k: v for k, v in recipe.distill.items() if k == "per_device_eval_batch_size"}
+    with TemporaryDirectory() as folder:
+        args = _arguments(recipe, options, folder, splits)
+        splits = cut_into_blocks(recipe, splits, config, tokenizer, args)
+        preprocessing = make_preprocessing(recipe, splits, model.config, extractor, tokenizer)
+        trainer = _trainer(recipe, args, model, splits, preprocessing, mode=Unguided())
+        scores = trainer.evaluate(splits[split], metric_key_prefix=split)
+    return {
+        {"text_classification": "rows", "language_modeling": "blocks"}.get(recipe.task, "clips"): size_of(
+            splits[split]
+        ),
+        **{k: v for k, v in scores.items() if is_score(k)},
+    }
+
+
+def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> DistillationArguments:
+    """Those of a training, or of an evaluation. Where there are several processes, they find each other here."""
+    defaults = {
+        "report_to": "none", "log_level": "warning", "dataloader_pin_memory": torch.cuda.is_available(),
+        # Where there is nothing else, the processes of torchrun find each other and bf16 is taken only if told so.
+        "use_cpu": not torch.accelerator.is_available(),
+    }  # fmt: skip
+    fixed = {"output_dir": output, "seed": recipe.seed, "remove_unused_columns": False}
+    wants_evaluation = options.get("eval_strategy", "no") != "no"
+    if wants_evaluation and splits.validation is None:
+        raise UserError("eval_strategy: the data has no validation split")
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if options.get(key, 1) < 1:
+            raise UserError(f"{key}: got {options[key]}; want a whole number above 0")
+    if (steps := options.get("max_steps", -1)) < -1 or steps == 0:
+        raise UserError(f"max_steps: got {steps}; want a whole number above 0, or -1 for num_train_epochs")
+    if options.get("learning_rate", 0) < 0:
+        raise UserError(f"learning_rate: got {options['learning_rate']:g}; want no number below 0")
+    try:
+        return DistillationArguments(**{**defaults, **options, **fixed})
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwargs) -> DistillationTrainer:
+    try:
+        trainer = DistillationTrainer(
+            model,
+            args,
+            train_dataset=splits.train,
+            eval_dataset=splits.validation,
+            data_collator=preprocessing.collator,
+            processing_class=preprocessing.saved,
+            compute_metrics=preprocessing.metrics,
+            preprocess_logits_for_metrics=preprocessing.metrics.answers,
+            **kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    _warn_of_what_comes_too_late(recipe, args)
+    trainer.add_callback(KeepRecipe(recipe))
+    # One of the two is there, by disable_tqdm.
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    if trainer.pop_callback(transformers.trainer_callback.ProgressCallback) is not None:
+        trainer.add_callback(Progress())
+    return trainer
+
+
+def _warn_of_what_comes_too_late(recipe: Recipe, args) -> None:
+    """Where a run was made shorter, and what its recipe says of single steps was not."""
+    late = {"warmup_steps": args.warmup_steps} if args.warmup_steps >= 1 else {}
+    late |= {f"guide.{key}": getattr(recipe.guide, key) for key in ("drop_layer_loss_at", "drop_kd_at")}
+    for key, step in late.items():
+        if step is not None and 0 < args.max_steps <= step:
+            warnings.warn(f"{key}: {step:g}, but training ends at step {args.max_steps}; want it earlier", stacklevel=2)
+
+
+def _required(value: str | None, key: str, what: str) -> str:
+    if value is None:
+        raise UserError(f"{key}: not given; want {what}")
+    return value
+
+
+def _need_train(splits: Splits) -> None:
+    if splits.train is None:
+        raise UserError("data.train: nothing to train on")
+
+
+class KeepWaypoints(transformers.TrainerCallback):
+    """Saves ``count`` snapshots of the model, evenly spaced and the end among them: its weights and nothing else."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        step, steps = state.global_step, state.max_steps
+        if step * self.count // steps > (step - 1) * self.count // steps and state.is_world_process_zero:
+            model.save_pretrained(self.folder / f"checkpoint-{step}")

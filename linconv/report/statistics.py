@@ -1,0 +1,37 @@
+"""Scores of runs with their intervals: paired bootstraps over clips and seeds."""
+
+import numpy as np
+
+from linconv.report.runs import Measure, RunFolder
+
+__all__ = ["LEVEL", "RESAMPLES", "interval_of", "resampled", "retained_of", "score_of"]
+
+RESAMPLES, LEVEL = 10_000, 0.95
+DRAWN_AT_ONCE = 1 << 20  # clips, which bounds what the resamples take of memory
+
+
+def score_of(clips: np.ndarray, measure: Measure) -> np.ndarray:
+    """Of (..., clips, 2), over all clips."""
+    return measure.of_rate(clips[..., 0].sum(-1) / np.maximum(clips[..., 1].sum(-1), 1))
+
+
+def resampled(run: RunFolder) -> np.ndarray:
+    """A run's score on each draw of its clips, (RESAMPLES,): the same draws for all runs of as many clips."""
+    count, generator = len(run.clips), np.random.default_rng(0)
+    most = max(1, DRAWN_AT_ONCE // count)
+    draws = (min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most))
+    pieces = [score_of(run.clips[generator.integers(0, count, (some, count))], run.measure) for some in draws]
+    return np.concatenate(pieces)
+
+
+def retained_of(mine, theirs, measure: Measure):
+    """The student's share of what the teacher gets right, of two scores."""
+    return measure.share_right(mine) / np.maximum(measure.share_right(theirs), 1e-9)
+
+
+def interval_of(draws: list[np.ndarray]) -> list[float]:
+    """Of the mean over seeds, from each seed's draws of clips: (RESAMPLES,) each."""
+    seeds = np.random.default_rng(1).integers(0, len(draws), (len(draws), RESAMPLES))
+    means = np.take_along_axis(np.stack(draws), seeds, axis=0).mean(0)
+    tail = (1 - LEVEL) / 2
+    return [float(q) for q in np.quantile(means, [tail, 1 - tail])]
