@@ -14,6 +14,7 @@ from linconv.ops.distillation_loss import (
     distillation_terms,
     kd_loss,
     layerwise_mse,
+    linear,
     linear_kd_loss,
 )
 
@@ -437,6 +438,35 @@ def test_linear_is_more_exact_than_rounded_logits():
     for ours, rounded, exact in zip(found["ours"], found["rounded"], found["exact"]):
         # Both end in bfloat16; it is the sum of errors that tells.
         assert (ours.double() - exact).norm() < (rounded.double() - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight", ["narrow", "float32"])
+def test_linear_of_narrow_products(dtype, weight, monkeypatch):
+    """As on CUDA, where torch's products of narrow numbers give float32 sums; on CPU by a stand-in for them."""
+    library = torch.library.Library("aten", "IMPL")
+    if not torch.empty(0).is_cuda:
+        product = lambda a, b, dtype, *, out: out.copy_(a.to(dtype) @ b.to(dtype))  # noqa: E731
+        library.impl("mm.dtype_out", product, "CPU")
+        monkeypatch.setattr(linear, "_sums_wider", lambda device: True)
+        monkeypatch.setattr(linear, "TILE_OF_CPU", (128, 256))
+    tensors = linear_inputs(300, 64, 96, 2100, dtype)
+    if weight == "float32":
+        tensors[1::2] = [t.float() for t in tensors[1::2]]
+    mask = torch.arange(300) % 5 != 0
+    found = {}
+    for name, precision, loss in (
+        ("exact", torch.float64, full),
+        ("torch's", dtype, full),
+        ("ours", None, lambda *x, **options: linear_kd_loss(*x, **options, backend=here())),
+    ):
+        fresh = leaves(tensors, precision)
+        value = loss(*fresh, mask=mask)
+        found[name] = [value.detach(), *torch.autograd.grad(value, fresh[:2])]
+    del library
+    for i, factor in enumerate((2, 3, 3)):
+        no_worse_than_torch(found["ours"][i], found["torch's"][i], found["exact"][i], factor)
+    assert [g.dtype for g in found["ours"][1:]] == [t.dtype for t in tensors[:2]]
 
 
 def test_linear_padded_is_alone():

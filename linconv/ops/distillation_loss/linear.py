@@ -14,7 +14,9 @@ from linconv.ops.distillation_loss.arguments import checked_mask, valid_rows
 
 __all__ = ["linear_kd_loss"]
 
-ROWS, CLASSES = 512, 512  # of a tile of logits: 1 MiB in float32
+# Rows and classes of a tile of logits. On CPU it stays in a core's caches: 1 MiB in float32. Elsewhere it is to be
+# worth its launches, and to fill a GPU: 64 MiB.
+TILE, TILE_OF_CPU = (4096, 4096), (512, 512)
 
 
 def linear_kd_loss(
@@ -33,7 +35,9 @@ def linear_kd_loss(
     The backward pass makes each tile again: six matrix products in all, where four would do with all logits in memory.
     Beside the gradients it holds 3 MiB, 10 KiB a width for weights and hidden states narrower than float32, and then
     also the gradient of ``hidden_s`` in float32: 45 MiB for 8,192 rows of bfloat16 and width 1,024, and what the matrix
-    products take.
+    products take. On CUDA tiles are larger, some 250 MiB in all, and products of a side whose hidden states and weights
+    are both bfloat16, or both float16, take these as they are and are summed in float32; a tile's gradient is rounded
+    to the student's dtype for them.
 
     Args:
         hidden_s, hidden_t: (..., d) of the student and of the teacher, whose widths may differ.
@@ -85,12 +89,33 @@ def linear_kd_loss(
     return kd * temperature**2 if scale_by_t2 else kd
 
 
-def _tiles(count: int, indices: Tensor | None):
-    """Rows ROWS at a time, as a slice, or as the indices of those that count; and their place in a list of them."""
-    total = count if indices is None else len(indices)
-    for start in range(0, total, ROWS):
-        place = slice(start, min(start + ROWS, total))
+def _tile(like: Tensor) -> tuple[int, int]:
+    return TILE_OF_CPU if like.device.type == "cpu" else TILE
+
+
+def _tiles(like: Tensor, indices: Tensor | None):
+    """A tile's rows of ``like``, a slice or the indices of those that count, and their place in a list of them."""
+    total, step = len(like) if indices is None else len(indices), _tile(like)[0]
+    for start in range(0, total, step):
+        place = slice(start, min(start + step, total))
         yield (place if indices is None else indices[place]), place
+
+
+def _classes(weight: Tensor):
+    """A tile's classes of ``weight``."""
+    step = _tile(weight)[1]
+    return (slice(start, start + step) for start in range(0, len(weight), step))
+
+
+def _multiplied_as(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which products take a side's hidden states and weights: their sums are in the math dtype always."""
+    math = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.dtype if hidden.dtype == weight.dtype and _sums_wider(hidden.device) else math
+
+
+def _sums_wider(device: torch.device) -> bool:
+    """Whether torch's products of numbers narrower than float32 give sums in float32."""
+    return device.type == "cuda"
 
 
 def _indices(mask: Tensor | None) -> Tensor | None:
@@ -106,18 +131,27 @@ class _Scratch:
         self.like, self.math = like, math
         self._held: dict[str, Tensor] = {}
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
-        """(shape), what was in it lost; the first use of a name is the largest."""
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(shape), in the math dtype if not told, what was in it lost; the first use of a name is the largest."""
         if name not in self._held:
-            self._held[name] = self.like.new_empty(shape, dtype=self.math).flatten()
+            self._held[name] = self.like.new_empty(shape, dtype=dtype or self.math).flatten()
         return self._held[name][: prod(shape)].view(shape)
 
-    def cast(self, name: str, x: Tensor) -> Tensor:
-        """``x`` in the math dtype: itself, if it is."""
-        return x if x.dtype == self.math else self.tensor(name, *x.shape).copy_(x)
+    def cast(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x`` in a dtype: itself, if it is."""
+        return x if x.dtype == dtype else self.tensor(name, *x.shape, dtype=dtype).copy_(x)
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        return torch.mm(a, b, out=self.tensor(name, a.shape[0], b.shape[1]))
+        """a b in the math dtype."""
+        out = self.tensor(name, a.shape[0], b.shape[1])
+        return torch.mm(a, b, out=out) if a.dtype == self.math else torch.mm(a, b, out_dtype=self.math, out=out)
+
+    def add_product(self, name: str, total: Tensor, a: Tensor, b: Tensor) -> None:
+        """total += a b, in the math dtype."""
+        if a.dtype == self.math:
+            total.addmm_(a, b)
+        else:
+            total.add_(self.product(name, a, b))
 
 
 def _operator(name: str, backend: str):
@@ -132,14 +166,14 @@ def _forward(hidden_s, weight_s, hidden_t, weight_t, mask, temperature, backend=
     math = torch.promote_types(hidden_s.dtype, torch.float32)
     indices = _indices(mask)
     rows = hidden_s.shape[0] if indices is None else len(indices)
+    of_s, of_t = _multiplied_as(hidden_s, weight_s), _multiplied_as(hidden_t, weight_t)
     found, scratch = [], _Scratch(hidden_s, math)
-    for index, _ in _tiles(hidden_s.shape[0], indices):
-        s, t = scratch.cast("s", hidden_s[index]), scratch.cast("t", hidden_t[index])
+    for index, _ in _tiles(hidden_s, indices):
+        s, t = scratch.cast("s", hidden_s[index], of_s), scratch.cast("t", hidden_t[index], of_t)
         known = None
-        for start in range(0, len(weight_s), CLASSES):
-            classes = slice(start, start + CLASSES)
-            logits_s = scratch.product("logits_s", s, scratch.cast("w_s", weight_s[classes]).T)
-            logits_t = scratch.product("logits_t", t, scratch.cast("w_t", weight_t[classes]).T)
+        for classes in _classes(weight_s):
+            logits_s = scratch.product("logits_s", s, scratch.cast("w_s", weight_s[classes], of_s).T)
+            logits_t = scratch.product("logits_t", t, scratch.cast("w_t", weight_t[classes], of_t).T)
             known = kd_statistics(logits_s, logits_t, known, temperature)
         found.append(known)
     statistics = torch.cat(found) if found else hidden_s.new_empty(0, 6, dtype=torch.float64)
@@ -150,23 +184,27 @@ def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, s
     kd_gradient = _operator("kd_gradient", backend or hidden_s.device.type)
     math = torch.promote_types(hidden_s.dtype, torch.float32)
     indices = _indices(mask)
-    scale = (grad / max(len(statistics), 1)).to(math).expand(len(statistics))
+    of_s, of_t = _multiplied_as(hidden_s, weight_s), _multiplied_as(hidden_t, weight_t)
+    # The mean's factor comes last: times it, a tile's gradient might be too small for float16.
+    scale = (grad / max(len(statistics), 1)).to(math)
+    ones = scale.new_ones(1).expand(len(statistics))
     scratch = _Scratch(hidden_s, math)
     of_hidden = torch.zeros(len(statistics), hidden_s.shape[1], dtype=math, device=hidden_s.device)  # rows that count
     of_weight = torch.empty_like(weight_s, memory_format=torch.contiguous_format)
     # Classes outside, so that the sum over all rows of a tile of weights is rounded once.
-    for start in range(0, len(weight_s), CLASSES):
-        classes = slice(start, start + CLASSES)
-        w_s, w_t = scratch.cast("w_s", weight_s[classes]), scratch.cast("w_t", weight_t[classes])
+    for classes in _classes(weight_s):
+        w_s, w_t = scratch.cast("w_s", weight_s[classes], of_s), scratch.cast("w_t", weight_t[classes], of_t)
         total = scratch.tensor("total", *w_s.shape).zero_()
-        for index, place in _tiles(hidden_s.shape[0], indices):
-            s, t = scratch.cast("s", hidden_s[index]), scratch.cast("t", hidden_t[index])
+        for index, place in _tiles(hidden_s, indices):
+            s, t = scratch.cast("s", hidden_s[index], of_s), scratch.cast("t", hidden_t[index], of_t)
             logits_s, logits_t = scratch.product("logits_s", s, w_s.T), scratch.product("logits_t", t, w_t.T)
-            tile = kd_gradient(logits_s, logits_t, statistics[place], scale[place], temperature)
-            total.addmm_(tile.T, s)
-            of_hidden[place].addmm_(tile, w_s)
+            tile = kd_gradient(logits_s, logits_t, statistics[place], ones[place], temperature)
+            tile = scratch.cast("tile", tile, of_s)
+            scratch.add_product("of_weight", total, tile.T, s)
+            scratch.add_product("of_hidden", of_hidden[place], tile, w_s)
             del tile  # before the next one is made
-        of_weight[classes] = total
+        of_weight[classes] = total.mul_(scale)
+    of_hidden.mul_(scale)
     if indices is None:
         return of_hidden.to(hidden_s.dtype), of_weight
     of_all = hidden_s.new_zeros(hidden_s.shape)
