@@ -139,8 +139,8 @@ def _inspect(arguments) -> None:
     limit = positions(model.config)
     if limit is not None and max(found.flops) > limit:
         print(
-            f"  beyond {limit:,} frames these are operations only: the model has positions for no more, and takes "
-            "longer input in pieces, or with positions added and trained"
+            f"  beyond {limit:,} {found.unit} these are operations only: the model has positions for no more, and "
+            "takes longer input in pieces, or with positions added and trained"
         )
 
 

@@ -473,11 +473,12 @@ def test_inspect_says_where_a_model_has_no_positions(trained, tmp_path, capsys):
     )
     special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
     WhisperForAudioClassification(WhisperConfig(**size, **special)).save_pretrained(tmp_path / "whisper")
-    for path, limit in ((tmp_path / "roberta", "512"), (tmp_path / "whisper", "1,500"), (folder / "teacher", None)):
+    cases = (tmp_path / "roberta", "512 tokens"), (tmp_path / "whisper", "1,500 frames"), (folder / "teacher", None)
+    for path, limit in cases:
         linconv("inspect", path, "--set", "headdim=8")
         said = capsys.readouterr().out
         assert ("positions" in said) == (limit is not None)
-        assert limit is None or f"beyond {limit} frames these are operations only" in said
+        assert limit is None or f"beyond {limit} these are operations only" in said
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ __all__ = ["add_arguments", "main"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help="scan, conv, linformer, loss, layer, model, or all")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="one of `--list all`, or all")
     parser.add_argument("--list", action="store_true", help="say what the suites would run, and stop")
     run = parser.add_argument_group("what is measured")
     run.add_argument("--out", metavar="PATH", help="folder for SUITE.json (default bench), or what is made")

@@ -13,7 +13,7 @@ from linconv.conversion.crossover import MeasuredCrossover, measured_crossover
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What `linconv.inspect` found; ``print`` it for a table.
+    """What `linconv.inspect` found; ``print`` it for a table. Frames are tokens where the model is one of text.
 
     flops: by number of frames, (attention, mixer) floating-point operations of the forward pass through all layers
     to be converted, projections included, a multiply-add counting as two. crossover_frames: the shortest sequence for
@@ -36,13 +36,14 @@ class Inspection:
     measured_crossover: MeasuredCrossover | None = None
 
     def __str__(self):
-        change = self.parameters_after - self.parameters
+        change, unit = self.parameters_after - self.parameters, self.unit
+        seconds = "seconds" if self.frames_per_second else ""
         lines = [
             f"{self.model} ({self.family}): {len(self.layers)} of {self.blocks} blocks, width {self.width}",
             f"  {self.attention} -> {self.mixer}",
             f"  parameters {self.parameters:,} -> {self.parameters_after:,} ({change:+,})",
             "",
-            f"  {'frames':>8} {'seconds':>8} {self.attention + ' GFLOP':>26} {self.mixer + ' GFLOP':>24} {'ratio':>7}",
+            f"  {unit:>8} {seconds:>8} {self.attention + ' GFLOP':>26} {self.mixer + ' GFLOP':>24} {'ratio':>7}",
         ]
         for length, (before, after) in self.flops.items():
             ratio = before / after if after else float("nan")
@@ -56,14 +57,18 @@ class Inspection:
             at = "never, by these fits" if measured.frames is None else self._duration(measured.frames)
             beyond = measured.frames is not None and measured.frames > measured.longest
             lines.append(f"  predicted crossover, by time: {at}" + (" (extrapolated)" if beyond else ""))
-            lines.append(f"    from {measured.basis}, up to {measured.longest:,} frames")
+            lines.append(f"    from {measured.basis}, up to {measured.longest:,} {unit}")
         return "\n".join(lines)
+
+    @property
+    def unit(self) -> str:
+        return "frames" if self.frames_per_second else "tokens"
 
     def _seconds(self, frames: int) -> str:
         return f"{frames / self.frames_per_second:.1f}" if self.frames_per_second else ""
 
     def _duration(self, frames: int) -> str:
-        return f"{frames} frames" + (f" ({self._seconds(frames)} s)" if self.frames_per_second else "")
+        return f"{frames} {self.unit}" + (f" ({self._seconds(frames)} s)" if self.frames_per_second else "")
 
 
 def inspect(

@@ -1,25 +1,40 @@
-"""A mixer with its projections against the attention layer whose place it takes, and against two Mamba2 of transformers."""  # noqa: E501
+"""A mixer with its projections against the attention layer whose place it takes, and two Mamba2 of transformers."""
 
 import functools
 
 import torch
 
 from linconv import mixers
-from linconv.benchmarking.suite import LARGEST, Absent, Case, CheckFailed, Cost, Implementation, Setting
+from linconv.benchmarking.suite import (
+    LARGEST,
+    TOKEN_LENGTHS,
+    Absent,
+    Case,
+    CheckFailed,
+    Cost,
+    Implementation,
+    Setting,
+)
 from linconv.benchmarking.suites import peers
 from linconv.benchmarking.suites.modules import check_module, key_mask
 
 WIDTHS = (1024, 768, 512, 384)  # wav2vec2-large and whisper-medium, wav2vec2-base, whisper-base, whisper-tiny
 HEADDIM = 64
 MIXERS = ("bimamba2", "hydra", "linformer")
+CAUSAL_WIDTHS = (1024, 768, 512)  # Pythia-410m, 160m and 70m
+CAUSAL_MIXERS = ("mamba2", "mamba")
 
 
-def attention_layer(width, implementation):
-    """Self-attention of transformers with its four projections, and its config."""
-    from transformers import Wav2Vec2Config
+def attention_layer(width, implementation, causal=False):
+    """Self-attention of transformers with its four projections, and its config: Wav2Vec2's, or GPT-NeoX's if causal."""
+    from transformers import GPTNeoXConfig, Wav2Vec2Config
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
     from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 
     heads = width // HEADDIM
+    if causal:
+        config = GPTNeoXConfig(hidden_size=width, num_attention_heads=heads, attn_implementation=implementation)
+        return GPTNeoXAttention(config, layer_idx=0).eval(), config
     config = Wav2Vec2Config(hidden_size=width, num_attention_heads=heads)
     config._attn_implementation = implementation
     return Wav2Vec2Attention(width, heads, config=config).eval(), config
@@ -33,7 +48,7 @@ def build(name, width, length):
     """
     if name not in mixers.names():
         raise Absent(f"this version of linconv has no mixer {name}")
-    mixer, (attention, config) = mixers.get(name), attention_layer(width, "sdpa")
+    mixer, (attention, config) = mixers.get(name), attention_layer(width, "sdpa", causal=name in CAUSAL_MIXERS)
     longest = {"max_length": length} if "max_length" in mixer.options() else {}
     return mixer.from_attention(attention, config, **longest).eval()
 
@@ -61,6 +76,15 @@ def attention(setting, length, width, implementation):
     module = _on(setting, attention_layer(width, implementation)[0])
     mask = key_mask(setting.seq_lens(length), length, implementation, setting.torch_dtype)
     return _call(setting, length, width, module, attention_mask=mask)
+
+
+def causal_attention(setting, length, width):
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+
+    module, config = attention_layer(width, "sdpa", causal=True)
+    positions = torch.arange(length, device=setting.device)[None]
+    turns = GPTNeoXRotaryEmbedding(config).to(setting.device)(setting.tensor(1, 1, 1).detach(), positions)
+    return _call(setting, length, width, _on(setting, module), attention_mask=None, position_embeddings=turns)
 
 
 class TwoMamba2(torch.nn.Module):
@@ -109,30 +133,43 @@ def cost(width, name, setting, length):
     return Cost(flops=(1 if setting.work == "forward" else 3) * setting.batch * flops, dtype=setting.dtype)
 
 
-def attention_flops(width, length):
-    return 2 * length * 4 * width**2 + 4 * length**2 * width
+def attention_flops(width, length, causal):
+    """To the past only it is half between frames."""
+    return 2 * length * 4 * width**2 + (2 if causal else 4) * length**2 * width
 
 
-def attention_cost(width, setting, length):
+def attention_cost(width, causal, setting, length):
     factor = 1 if setting.work == "forward" else 3
-    return Cost(flops=factor * setting.batch * attention_flops(width, length), dtype=setting.dtype)
+    return Cost(flops=factor * setting.batch * attention_flops(width, length, causal), dtype=setting.dtype)
 
 
-def _implementations(width, mixed):
-    for name in MIXERS:
+def _mixers(width, names):
+    for name in names:
         yield Implementation(
             name, mixer_layer, (width, name), ours=True, check=functools.partial(check, width, name),
             cost=functools.partial(cost, width, name),
         )  # fmt: skip
+
+
+def _implementations(width, mixed):
+    yield from _mixers(width, MIXERS)
     for implementation in ("sdpa", "eager"):
         name = {"sdpa": "attention layer (SDPA)", "eager": "attention layer (eager)"}[implementation]
-        floor = functools.partial(attention_cost, width)
+        floor = functools.partial(attention_cost, width, False)
         matrices = functools.partial(peers.weights_bytes, width // HEADDIM) if implementation == "eager" else None
         yield Implementation(name, attention, (width, implementation), degree=2, cost=floor, memory=matrices)
     yield Implementation(
         "two Mamba2 of transformers with flips", two_mamba2, (width,),
         check=functools.partial(check_two_mamba2, width),
         reason="it takes no batches of mixed lengths" if mixed else None,
+    )  # fmt: skip
+
+
+def _causal_implementations(width):
+    yield from _mixers(width, CAUSAL_MIXERS)
+    yield Implementation(
+        "attention layer (SDPA)", causal_attention, (width,), degree=2,
+        cost=functools.partial(attention_cost, width, True),
     )  # fmt: skip
 
 
@@ -152,3 +189,9 @@ def cases(device):
     yield case(WIDTHS[0], "forward", "float32", batch=8)
     yield case(WIDTHS[0], "forward", "float32", batch=8, mixed=True)
     yield case(WIDTHS[0], "forward", "bfloat16", batch=LARGEST)
+    for width in CAUSAL_WIDTHS:
+        yield Case(
+            f"causal layer of width {width}", Setting(device=device), tuple(_causal_implementations(width)),
+            baseline="attention layer (SDPA)", lengths=TOKEN_LENGTHS, unit="tokens", units_per_second=None,
+            facts={"width": width},
+        )  # fmt: skip
