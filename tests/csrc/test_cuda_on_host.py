@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,12 @@ def library(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
             objects = [folder / f"{i}.o" for i in range(len(sources))]
-            for source, target in zip(sources, objects):
+
+            def compile_one(source, target):
                 subprocess.run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", target], check=True)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # another process of the tests may be waiting
+                list(pool.map(compile_one, sources, objects))
             link = ["-shared", *INSTRUMENT, *objects, torch_dir / "lib" / "libtorch_cpu.so"]
             subprocess.run([COMPILER, *link, "-Wl,--allow-shlib-undefined", "-o", folder / "new.so"], check=True)
             (folder / "new.so").rename(built)

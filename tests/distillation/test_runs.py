@@ -1,21 +1,54 @@
 """Whole runs in processes of their own: killed and resumed, and spread over two processes."""
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("run.py")
+from . import run as script
+
+# What processes of their own are started with.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+fresh = multiprocessing.get_context("forkserver")
 
 
-def run(folder, *options, launcher=()):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, *launcher, str(SCRIPT), str(folder), *options]
+@pytest.fixture(scope="module", autouse=True)
+def imported_once():
+    """Processes are forked from one that has imported everything and done nothing."""
+    fresh.set_forkserver_preload([script.__name__])
+    with mock.patch.dict(os.environ, ENVIRONMENT):  # it looks for modules nowhere else
+        forkserver.ensure_running()
+
+
+def run(folder, *options):
+    """run.py in a process of its own: its return code and its standard error."""
+    log = Path(folder).with_suffix(".log")
+    process = fresh.Process(target=_main, args=([str(folder), *options], log))
+    process.start()
+    process.join(300)
+    return subprocess.CompletedProcess(options, process.exitcode, stderr=log.read_text())
+
+
+def _main(options, log):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.argv[1:] = options
+    script.main()
+
+
+def run_spread(folder, *options):
+    """run.py in two processes by torchrun."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command = [sys.executable, *launcher, script.__file__, str(folder), *options]
+    environment = {**os.environ, **ENVIRONMENT}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -64,8 +97,7 @@ def assert_same_after_a_kill(tmp_path, *options, cached=False):
 def test_two_processes_give_the_result_of_one(tmp_path, mode):
     one, two = tmp_path / "one", tmp_path / "two"
     assert_done(run(one, "--batch", "4", "--mode", mode))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    assert_done(run(two, "--batch", "2", "--mode", mode, launcher=launcher))
+    assert_done(run_spread(two, "--batch", "2", "--mode", mode))
     for a, b in zip(steps(one), steps(two), strict=True):
         assert a.keys() == b.keys()
         for name in a:
