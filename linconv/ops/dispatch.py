@@ -184,6 +184,7 @@ def define_triton(name: str, module: str, run=None) -> None:
 
 def _run_triton(module: str, name: str, *arguments):
     function = getattr(importlib.import_module(module), name)
+    arguments = tuple(a.contiguous() if _is_tensor(a) and a.dim() == 1 and _counts(a) else a for a in arguments)
     device = next(x.device for a in arguments for x in (a if isinstance(a, list | tuple) else (a,)) if _is_tensor(x))
     if device.type != "cuda":
         return function(*arguments)
@@ -193,6 +194,11 @@ def _run_triton(module: str, name: str, *arguments):
 
 def _is_tensor(x) -> bool:
     return isinstance(x, torch.Tensor)
+
+
+def _counts(x: torch.Tensor) -> bool:
+    """Whether it holds lengths or bounds of sequences: Triton kernels are not told how far these are apart."""
+    return not (x.is_floating_point() or x.dtype == torch.bool)
 
 
 def operator(op: str, backend: str):

@@ -124,9 +124,11 @@ class _Recording:
         return _Address(len(self.arguments) + made, tensor.data_ptr() - self.made[made].data_ptr())
 
     def _made(self, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage().data_ptr()
+        def identity(x):  # tensors without elements have no address: any of them will do
+            return x.untyped_storage().data_ptr() or x.dtype
+
         for i, memory in enumerate(self.made):
-            if memory is tensor or (storage != 0 and memory.untyped_storage().data_ptr() == storage):
+            if memory is tensor or identity(memory) == identity(tensor):
                 return i
         raise RuntimeError("a replayed function used a tensor that is neither an argument nor made by empty()")
 

@@ -1,4 +1,5 @@
 import functools
+import os
 
 import pytest
 import torch
@@ -246,9 +247,9 @@ def test_the_number_of_threads_does_not_show():
             same_bits(one, other)
 
 
-@pytest.mark.parametrize("name", [n for n, there in dispatch.build_info().get("isas", {}).items() if there])
-def test_each_instruction_set(name):
-    on_instruction_set(name, __file__, "test_matches_the_recurrence or test_error_against_torch")
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="x86-64 has two instruction sets to choose from")
+def test_other_instruction_set():
+    on_instruction_set("v3", __file__, "test_matches_the_recurrence or test_error_against_torch")
 
 
 def test_compiles_whole():
@@ -292,10 +293,12 @@ def test_opcheck():
         (dict(initial_states=torch.zeros(2, 3, 6).double()), ValueError, "initial_states has shape"),
         (dict(seq_lens=torch.tensor([9, 10])), ValueError, "seq_lens holds 10, wanted 0 to L = 9"),
         (dict(cu_seqlens=torch.tensor([0, 9])), ValueError, "batch of 1"),
-        (dict(backend="triton"), ValueError, "backend='triton' cannot run selective_scan"),
+        (dict(backend="mamba_ssm"), ValueError, "backend='mamba_ssm' cannot run selective_scan"),
     ],
 )
 def test_bad_arguments(change, error, message):
+    if "holds" in message and here() != "cpu":
+        pytest.skip("only a host reads lengths before it runs")
     change = {n: t.to(torch.get_default_device()) if isinstance(t, torch.Tensor) else t for n, t in change.items()}
     arguments = {**arguments_of(2, 9), **change}
     tensors = [arguments.pop(n) for n in ("x", "dt", "A", "B", "C")]

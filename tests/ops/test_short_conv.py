@@ -64,36 +64,40 @@ def problems(draw):
     return batch, length, channels, width, draw(st.booleans()), options
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(problems(), st.booleans(), st.integers(0, 7), st.sampled_from(BACKENDS))
-def test_oracle_one_direction(problem, reverse, lookahead, backend):
-    batch, length, channels, width, has_bias, options = problem
-    options |= dict(reverse=reverse, lookahead=min(lookahead, width - 1))
-    inputs = [random(batch, length, channels), random(channels, width), random(channels) if has_bias else None]
-    upstream = random(batch, length, channels)
-    wanted, wanted_gradients = gradients(lambda *t: loop(*t, **options), inputs, upstream)
-    got, got_gradients = gradients(lambda *t: short_conv(*t, **options, backend=here(backend)), inputs, upstream)
+def agrees_with_the_definition(convolution, definition, inputs, upstream, options, backend):
+    wanted, wanted_gradients = gradients(lambda *t: definition(*t, **options), inputs, upstream)
+    got, got_gradients = gradients(lambda *t: convolution(*t, **options, backend=here(backend)), inputs, upstream)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     for g, w in zip(got_gradients, wanted_gradients):
         if g is not None:
             torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+
+
+def one_direction_agrees(problem, reverse, lookahead, backend="compiled"):
+    batch, length, channels, width, has_bias, options = problem
+    options = options | dict(reverse=reverse, lookahead=min(lookahead, width - 1))
+    inputs = [random(batch, length, channels), random(channels, width), random(channels) if has_bias else None]
+    agrees_with_the_definition(short_conv, loop, inputs, random(batch, length, channels), options, backend)
+
+
+def both_directions_agree(problem, shared, backend="compiled"):
+    batch, length, channels, width, has_bias, options = problem
+    x = random(batch, length, channels) if shared else random(2, batch, length, channels)
+    inputs = [x, random(2, channels, width), random(2, channels) if has_bias else None]
+    upstream = random(2, batch, length, channels)
+    agrees_with_the_definition(bidirectional_short_conv, loop_both, inputs, upstream, options, backend)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(problems(), st.booleans(), st.integers(0, 7), st.sampled_from(BACKENDS))
+def test_oracle_one_direction(problem, reverse, lookahead, backend):
+    one_direction_agrees(problem, reverse, lookahead, backend)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(problems(), st.booleans(), st.sampled_from(BACKENDS))
 def test_oracle_both_directions(problem, shared, backend):
-    batch, length, channels, width, has_bias, options = problem
-    x = random(batch, length, channels) if shared else random(2, batch, length, channels)
-    inputs = [x, random(2, channels, width), random(2, channels) if has_bias else None]
-    upstream = random(2, batch, length, channels)
-    wanted, wanted_gradients = gradients(lambda *t: loop_both(*t, **options), inputs, upstream)
-    got, got_gradients = gradients(
-        lambda *t: bidirectional_short_conv(*t, **options, backend=here(backend)), inputs, upstream
-    )
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-    for g, w in zip(got_gradients, wanted_gradients):
-        if g is not None:
-            torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+    both_directions_agree(problem, shared, backend)
 
 
 @pytest.mark.parametrize("length, channels", [(255, 256), (257, 300), (600, 513)])
@@ -135,8 +139,12 @@ def test_other_instruction_set():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared", [True, False])
 def test_padded_is_alone(dtype, shared):
+    padded_is_alone(dtype, shared, [0, 1, 5, 290, 300], 300)
+
+
+def padded_is_alone(dtype, shared, lengths, length):
     """Bit for bit, whatever stands in the padding; results and gradients there are zeros."""
-    lengths, length, channels = [0, 1, 5, 290, 300], 300, 24
+    channels = 24
     x = random(1 if shared else 2, len(lengths), length, channels, dtype=dtype)
     weight, bias = random(2, channels, 4, dtype=dtype), random(2, channels, dtype=dtype)
     upstream = random(2, len(lengths), length, channels, dtype=dtype)
@@ -167,7 +175,10 @@ def test_padded_is_alone(dtype, shared):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reverse, lookahead", [(False, 0), (True, 0), (False, 3)])
 def test_packed_is_alone(dtype, reverse, lookahead):
-    lengths = [3, 0, 1, 300, 7]
+    packed_is_alone(dtype, reverse, lookahead, [3, 0, 1, 300, 7])
+
+
+def packed_is_alone(dtype, reverse, lookahead, lengths):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     x, weight = random(1, sum(lengths), 24, dtype=dtype), random(24, 7, dtype=dtype)
     upstream = random(1, sum(lengths), 24, dtype=dtype)
@@ -184,8 +195,12 @@ def test_packed_is_alone(dtype, reverse, lookahead):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype):
-    """Slices, transposes and expansions give what contiguous copies give."""
-    batch, length, channels = 2, 70, 40
+    views_are_as_copies(dtype, 2, 70)
+
+
+def views_are_as_copies(dtype, batch, length, names=()):
+    """Slices, transposes and expansions give what contiguous copies give; all of them, or those of these names."""
+    channels = 40
     weight, bias = random(2, channels, 4, dtype=dtype), random(2, channels, dtype=dtype)
     projection = random(batch, length, 3 * channels + 5, dtype=dtype)
     views = {
@@ -196,13 +211,14 @@ def test_strides(dtype):
         "one channel for all": projection[..., :1].expand(-1, -1, channels),
         "per direction": projection[..., : 2 * channels].unflatten(-1, (2, channels)).movedim(2, 0),
     }
-    for name, view in views.items():
+    for name in names or views:
+        view = views[name]
         inputs = (view, weight.mT.contiguous().mT, bias.mT.contiguous().mT)
         upstream = random(2, 1, 1, channels, dtype=dtype).expand(2, batch, length, channels)
         assert not view.is_contiguous(), name
         got = bidirectional_short_conv(*inputs, backend=here())
         same_bits(got, bidirectional_short_conv(view.contiguous(), weight, bias, backend=here()))
-        op = torch.ops.linconv.short_conv_backward
+        op = dispatch.operator("short_conv_backward", here())
         four = view if view.dim() == 4 else view[None]
         for g, w in zip(
             op(upstream, four, *inputs[1:], True, False, 0, None, None),
@@ -223,7 +239,7 @@ def test_parameters_in_another_precision():
     """fp32 parameters on bf16 activations, as under autocast, are not rounded; gradients come in each one's dtype."""
     x, weight, bias = random(1, 20, 16, dtype=torch.bfloat16), random(16, 4).float(), random(16).float()
     upstream = random(1, 20, 16)
-    with torch.autocast(here(), torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         y, grads = gradients(lambda *t: short_conv(*t, backend=here()), [x, weight, bias], upstream)
     exact = short_conv(x.float(), weight, bias, backend=here())
     same_bits(y, exact.bfloat16())

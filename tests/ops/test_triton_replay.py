@@ -17,7 +17,10 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from linconv.ops import triton_replay  # noqa: E402
 from linconv.ops.bidirectional_ssd import triton as bidirectional_ssd  # noqa: E402
+from linconv.ops.gated_rms_norm import triton as gated_rms_norm  # noqa: E402
 from linconv.ops.linformer import triton as linformer  # noqa: E402
+from linconv.ops.selective_scan import triton as selective_scan  # noqa: E402
+from linconv.ops.short_conv import triton as short_conv  # noqa: E402
 from linconv.ops.ssd import triton as ssd  # noqa: E402
 
 INF = float("inf")
@@ -43,7 +46,7 @@ def launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *a: found.append(Launch(self.kernel, grid, dict(zip(self.kernel.arg_names, a)), True))
 
-    def run(kernel, *, grid, warmup, num_warps, num_stages, enable_fp_fusion, **arguments):
+    def run(kernel, *, grid, warmup, num_warps, num_stages, enable_fp_fusion, maxnreg=None, **arguments):
         assert not warmup and enable_fp_fusion
         found.append(Launch(kernel, (*grid, 1, 1)[:3], arguments, False))
         return Compiled(kernel)
@@ -78,12 +81,36 @@ def one_direction(states=True, **kwargs):
     return [*scan_tensors(directions=1, **kwargs), True, 0.0, INF, first, torch.tensor([40, 3]), None, False]
 
 
-def projection():
-    return [torch.randn(2, 600, 3, 16).transpose(1, 2), torch.randn(1, 700, 8), True, None]
+def channels_of_their_own():
+    x, dt, z = torch.randn(3, 2, 100, 40)
+    B, C = torch.randn(2, 2, 100, 1, 8)
+    first, lengths = torch.randn(2, 40, 8), torch.tensor([100, 3])
+    return [x, dt, -torch.rand(40, 8), B, C, torch.randn(40), z, torch.randn(40), True, first, lengths, None, False]
 
 
-def attention():
-    return [torch.randn(2, 600, 3, 16).transpose(1, 2), *torch.randn(2, 2, 3, 8, 16), 0.25, 0.0, None, None]
+def convolution():
+    return [
+        torch.randn(1, 2, 40, 24)[..., 4:20],
+        torch.randn(2, 16, 4),
+        None,
+        True,
+        False,
+        0,
+        torch.tensor([40, 3]),
+        None,
+    ]
+
+
+def norm():
+    return [torch.randn(2, 2, 40, 16), torch.randn(1, 2, 40, 16), torch.randn(2, 16), 1e-5, 8, torch.tensor([40, 3])]
+
+
+def projection(length=600):
+    return [torch.randn(2, length, 3, 16).transpose(1, 2), torch.randn(1, 700, 8), True, None]
+
+
+def attention(length=600):
+    return [torch.randn(2, length, 3, 16).transpose(1, 2), *torch.randn(2, 2, 3, 8, 16), 0.25, 0.0, None, None]
 
 
 def with_gradient(arguments, *gradients):
@@ -103,6 +130,15 @@ CASES = {
         linformer.linformer_project_backward,
         with_gradient(projection, (2, 3, 8, 16)),
     ),
+    "selective_scan": (selective_scan.selective_scan, channels_of_their_own),
+    "selective_scan_backward": (
+        selective_scan.selective_scan_backward,
+        with_gradient(channels_of_their_own, (2, 100, 40), (2, 40, 8)),
+    ),
+    "short_conv": (short_conv.short_conv, convolution),
+    "short_conv_backward": (short_conv.short_conv_backward, with_gradient(convolution, (2, 2, 40, 16))),
+    "gated_rms_norm": (gated_rms_norm.gated_rms_norm, norm),
+    "gated_rms_norm_backward": (gated_rms_norm.gated_rms_norm_backward, with_gradient(norm, (2, 2, 40, 16))),
     "linformer_attend": (linformer.linformer_attend, attention),
     "linformer_attend_backward": (linformer.linformer_attend_backward, with_gradient(attention, (2, 3, 600, 16))),
 }
@@ -224,6 +260,18 @@ def test_results_are_memory_of_their_own(launches):
     storages = [r.untyped_storage().data_ptr() for r in results if r.numel()]
     assert len(set(storages)) == len(storages)
     assert all(r.untyped_storage().nbytes() == r.numel() * r.element_size() for r in results)
+
+
+def test_results_without_elements(launches):
+    """Views of memory that has no address."""
+    for function, arguments in (
+        (linformer.linformer_attend, lambda: attention(0)),
+        (linformer.linformer_project_backward, with_gradient(lambda: projection(0), (2, 3, 8, 16))),
+    ):
+        run = calls_of(function)
+        first, *_, third = (tensors_of(run(*arguments())) for _ in range(3))
+        for one, other in zip(first, third, strict=True):
+            assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
 def test_no_tensor_is_kept(launches):

@@ -129,6 +129,13 @@ def test_padded_is_alone():
             assert not got[row, :, n:].any()
 
 
+def test_lengths_that_are_apart_in_memory():
+    inputs, together = tensors(3, 1, 20, 8, 4), torch.tensor([20, 0, 7], device=interpreter.DEVICE)
+    apart = torch.stack([together, together + 100], 1)[:, 0]
+    found = [linformer_attention(*inputs, seq_lens=lens, backend="triton") for lens in (apart, together)]
+    assert torch.equal(*found)
+
+
 def test_self_attention():
     hidden, proj = random(2, 40, 12), random(40, 6)
     parameters = [random(*shape) for _ in range(3) for shape in ((12, 12), (12,))]

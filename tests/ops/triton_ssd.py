@@ -57,6 +57,17 @@ def test_matches_the_recurrence(kind, reverse, started, groups, length):
     assert_close({"y": y, "states": states}, {"y": wanted_y, "states": wanted_states})
 
 
+@pytest.mark.parametrize("plan", interpreter.SCAN_PLANS)
+@pytest.mark.parametrize("bounds", [dict(seq_lens=[20, 7]), dict(cu_seqlens=[0, 7, 20])])
+def test_lengths_that_are_apart_in_memory(bounds, plan):
+    ((name, values),) = bounds.items()
+    arguments = on_device(scan_arguments(1 if name == "cu_seqlens" else 2, 20, 1, 5, 1, 3))
+    together = torch.tensor(values, device=interpreter.DEVICE)
+    apart = torch.stack([together, together + 100], 1)[:, 0]
+    for got, wanted in zip(*(kernels(arguments, plan, **{name: given}) for given in (apart, together))):
+        assert torch.equal(got, wanted)
+
+
 def test_a_call_seen_before_takes_its_own_tensors():
     """Seen once, noted down, done again (triton_replay.py)."""
     for seed in range(interpreter.CALLS):

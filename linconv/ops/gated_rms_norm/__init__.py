@@ -102,4 +102,11 @@ def _gradients(ctx, grad, x, z, weight, seq_lens):
     return ctx.backward_operator(grad, x, z, weight, *ctx.options, seq_lens)
 
 
-dispatch.register("gated_rms_norm", fake=_fake, fake_backward=_fake_backward, setup_context=_save, backward=_backward)
+dispatch.register(
+    "gated_rms_norm",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_save,
+    backward=_backward,
+    triton="linconv.ops.gated_rms_norm.triton",
+)

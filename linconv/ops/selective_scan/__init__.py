@@ -120,5 +120,6 @@ def _gradients(ctx, dy, dfinal_states, *saved):
 
 
 dispatch.register(
-    "selective_scan", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward
-)
+    "selective_scan", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward,
+    triton="linconv.ops.selective_scan.triton",
+)  # fmt: skip

@@ -140,4 +140,11 @@ def _gradients(ctx, grad, x, weight, bias, seq_lens, cu_seqlens):
     return grad_x, grad_weight, None if bias is None else grad_bias
 
 
-dispatch.register("short_conv", fake=_fake, fake_backward=_fake_backward, setup_context=_save, backward=_backward)
+dispatch.register(
+    "short_conv",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_save,
+    backward=_backward,
+    triton="linconv.ops.short_conv.triton",
+)
