@@ -7,10 +7,10 @@
 #   benchmarks/gpu.sh test        the operators' tests, CPU ones too
 #   benchmarks/gpu.sh sanitize    compute-sanitizer: memcheck, racecheck, initcheck, on a small set; or those named after it
 #   benchmarks/gpu.sh bench       the scan against peers, correctness first, JSON into $OUT or benchmarks/results/<gpu>/
-#   benchmarks/gpu.sh suites      the same of losses, Linformer, convolution, selective scan and layers, by `linconv bench`;
+#   benchmarks/gpu.sh suites      the same of convolution, losses, Linformer, selective scan and layers, by `linconv bench`;
 #                                 or of those named after it
 #
-# A part runs to its end and then fails if anything in it did.
+# A part runs to its end and then fails if anything in it did. Tests are stopped in time for what has failed to be told.
 # PYTHON: which Python, else python3. JOBS: processes that tests run in where pytest-xdist is installed, else one for each
 # core up to 16: most of their time goes into compiling kernels.
 set -euo pipefail
@@ -37,7 +37,8 @@ tests() {
   local jobs=() cores
   cores=$(nproc)
   "$python" -c "import xdist" 2>/dev/null && jobs=(-n "${JOBS:-$((cores < 16 ? cores : 16))}")
-  OMP_NUM_THREADS=1 "$python" -m pytest -q "${jobs[@]}" "$@"
+  OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30 540 \
+    "$python" -m pytest --hypothesis-profile=gpu --tb=short --durations=10 "${jobs[@]}" "$@"
 }
 
 sanitize() {
@@ -50,7 +51,7 @@ sanitize() {
   local status=0 tool
   watched() {
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 LINCONV_POISON=0 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-      --report-api-errors no "$python" -m pytest -q -p no:cacheprovider "$@" || status=$?
+      --report-api-errors no "$python" -m pytest -vv --tb=short -p no:cacheprovider "$@" || status=$?
   }
   for tool; do
     watched tests/ops/triton_ssd.py
@@ -69,9 +70,19 @@ bench() {
 }
 
 suites() {
-  [ $# -gt 0 ] || set -- loss linformer conv selective_scan layer
-  LINCONV_POISON=0 "$python" -m linconv.cli bench "$@" --device cuda --budget $((480 / $#)) --longest-call 2 \
-    --out "$(results)/suites" --overwrite
+  [ $# -gt 0 ] || set -- conv loss linformer selective_scan layer
+  # Each in a process of its own, whatever became of the one before, whose spare time goes to those that follow. The
+  # limit of memory leaves room for what lies beside a call: inputs of all implementations.
+  local status=0 folder budget
+  folder=$(results)/suites
+  SECONDS=0
+  while [ $# -gt 0 ]; do
+    budget=$(((480 - SECONDS) / $#))
+    LINCONV_POISON=0 "$python" -m linconv.cli bench "$1" --device cuda --budget $((budget > 10 ? budget : 10)) \
+      --longest-call 2 --memory-limit 40 --out "$folder" --overwrite || status=$?
+    shift
+  done
+  return $status
 }
 
 case "${1:-}" in

@@ -8,6 +8,10 @@ os.environ.setdefault("LINCONV_POISON", "1")
 
 import pytest
 import torch
+from hypothesis import Phase, settings
+
+# On a GPU a new shape may be minutes of compilation: the first example that fails is told as it is.
+settings.register_profile("gpu", phases=(Phase.explicit, Phase.reuse, Phase.generate))
 
 
 @pytest.fixture(autouse=True)

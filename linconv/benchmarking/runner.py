@@ -21,6 +21,7 @@ from linconv.benchmarking.suite import LARGEST, Absent, Case, CheckFailed, Imple
 __all__ = ["Limits", "run"]
 
 PREDICTED_BY_FIT = "a + b·length + c·length², fitted to the lengths measured"
+USED_UP = "the time of the runs was used up"
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,18 @@ class _Runner:
     def _latency(self, case: Case, usable: list[Implementation], length: int) -> None:
         if all(self._has(case, i, length, "latency") for i in usable):
             return
+
+        def give_up(group, why):
+            for implementation in group:
+                self.why[case.key, implementation.name, length, "seconds"] = why
+
+        if time.monotonic() > self.end:  # before anything of this length is tried
+            return give_up(usable, USED_UP)
         group, expected = [], {}
         for implementation in usable:
-            beyond = self._beyond(case, implementation, length) or self._out_of_memory(case, implementation, length)
+            beyond = self._beyond(case, implementation, length) or self._fails(case, implementation, length)
             if beyond:
-                self.why[case.key, implementation.name, length, "seconds"] = beyond
+                give_up([implementation], beyond)
             else:
                 group.append(implementation)
                 sequences = self._sequences(case, implementation, length)
@@ -169,11 +177,11 @@ class _Runner:
         repeats = _repeats(slowest)
         need = sum(expected.values()) * (repeats["min_repeats"] + repeats["warmup"] + 0.5)
         if not group or time.monotonic() + need > self.end:
-            for implementation in group:
-                key = (case.key, implementation.name, length, "seconds")
-                self.why[key] = "the time of the runs was used up"
-            return
-        taken = self._compare(case, group, length, repeats)
+            return give_up(group, USED_UP)
+        try:
+            taken = self._compare(case, group, length, repeats)
+        except torch.OutOfMemoryError as error:  # each fits, but not beside the inputs of the others
+            return give_up(group, _in_short(error))
         said = []
         for implementation in group:
             samples, composed = taken[implementation.name]
@@ -189,8 +197,8 @@ class _Runner:
             said.append(f"{implementation.name} {row['seconds'] * 1e3:,.2f} ms")
         self.report(f"  {length:>7,} {case.unit}: " + "; ".join(said))
 
-    def _out_of_memory(self, case: Case, implementation: Implementation, length: int) -> str:
-        """Why a call does not fit on the GPU, by trying it; "" where it does, and on CPU, where limits alone say."""
+    def _fails(self, case: Case, implementation: Implementation, length: int) -> str:
+        """Why a call does not run on the GPU, by trying it; "" where it does, and on CPU, where limits alone say."""
         if case.setting.device != "cuda":
             return ""
         try:
@@ -198,7 +206,9 @@ class _Runner:
             work(implementation.make, _arguments(implementation, length), setting, length)()
             torch.cuda.synchronize()
             return ""
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not _excused(implementation, error):
+                raise
             reason = _in_short(error)
         torch.cuda.empty_cache()
         return reason
@@ -232,19 +242,22 @@ class _Runner:
             return
         key = (case.key, implementation.name, length, "extra_bytes")
         beyond = self._beyond(case, implementation, length)
-        if not beyond:
-            seconds = self._sequences(case, implementation, length) * self._call_seconds(case, implementation, length)
-            if time.monotonic() + 2 * seconds > self.end:
-                beyond = "the time of the runs was used up"
+        if not beyond and time.monotonic() > self.end:
+            beyond = USED_UP
         if beyond:
             self.why[key] = beyond
             return
         try:
-            extra = self._extra_bytes(self._setting(case, implementation, length), implementation, length)
-        except torch.OutOfMemoryError as error:
+            sequences = self._sequences(case, implementation, length)
+            if time.monotonic() + 2 * sequences * self._call_seconds(case, implementation, length) > self.end:
+                self.why[key] = USED_UP
+                return
+            extra = self._extra_bytes(self._setting(case, implementation, length), implementation, length) // sequences
+        except Exception as error:
+            if not _excused(implementation, error):
+                raise
             self.why[key] = _in_short(error)
             return
-        extra //= self._sequences(case, implementation, length)
         self._row(case, implementation, length)["extra_bytes"] = extra
         self.report(f"  {length:>7,} {case.unit}: {implementation.name} {extra / 2**20:,.1f} MiB")
 
@@ -310,8 +323,13 @@ class _Runner:
                         row[what] = predict(terms, length) if enough and length > min(lengths) else None
 
 
+def _excused(implementation: Implementation, error: Exception) -> bool:
+    """Whether it is a reason not to be measured: too little memory, or whatever keeps a peer from running."""
+    return isinstance(error, torch.OutOfMemoryError) or not implementation.ours
+
+
 def _in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def _of_one(setting: Setting) -> Setting:

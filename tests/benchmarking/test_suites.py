@@ -261,6 +261,52 @@ def test_time_that_is_used_up_is_a_reason(clock):
     assert not results.rows
 
 
+def on_gpu(monkeypatch, *implementations):
+    """A case that is run as on a GPU, where each call is tried before it is timed."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(runner, "peak_extra_cuda_bytes", lambda work: int(work()))
+    monkeypatch.setattr(runner, "memory_bytes", lambda device: 1e9)
+    return Case("toy", Setting(device="cuda"), implementations, "ours", LENGTHS)
+
+
+def test_nothing_is_tried_on_a_gpu_after_the_time_is_used_up(clock, monkeypatch):
+    now, tried = [0], []
+    monkeypatch.setattr(runner, "time", argparse.Namespace(monotonic=lambda: now[0]))
+
+    def make(setting, length):
+        now[0] += 2
+        tried.append(length)
+        return synthetic(setting, length, "linear")
+
+    results = measured([on_gpu(monkeypatch, Implementation("ours", make, ours=True))], Limits(seconds=5))
+    assert tried == [64, 10, 10]
+    (series,) = results.series()
+    assert series.predicted == (None, *[runner.USED_UP] * 4) and series.bytes_predicted == (None,) * 5
+
+
+def test_a_peer_that_fails_at_a_length_says_why_in_its_own_words(clock, monkeypatch):
+    def failing(error):
+        def make(setting, length):
+            if length > 100:
+                raise error
+            return synthetic(setting, length, "linear")
+
+        return make
+
+    peers = Implementation("peer", failing(RuntimeError("no kernel\nfor this"))), Implementation("other", absent)
+    ours = Implementation("ours", synthetic, ("linear",), ours=True)
+    found = {s.name: s for s in measured([on_gpu(monkeypatch, ours, *peers)]).series()}
+    assert found["ours"].predicted == (None,) * 5
+    assert found["peer"].predicted == found["peer"].bytes_predicted == (None,) * 4 + ("RuntimeError: no kernel",)
+    for error, reason in ((RuntimeError(), None), (torch.OutOfMemoryError("none left"), "OutOfMemoryError: none left")):
+        case = on_gpu(monkeypatch, Implementation("ours", failing(error), ours=True))
+        if reason is None:
+            with pytest.raises(RuntimeError):
+                measured([case])
+        else:
+            assert next(measured([case]).series()).predicted == (None,) * 4 + (reason,)
+
+
 def test_a_wrong_kernel_gets_no_time(clock):
     results = measured([case(failing=True)])
     assert [series.name for series in results.series()] == ["attention"]
