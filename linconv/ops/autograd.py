@@ -58,7 +58,15 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
             _refuse_tangents(name, inputs)
         if torch.is_grad_enabled() and any_requires_grad(*inputs):
             lengths = tuple(len(value) if isinstance(value, list | tuple) else -1 for value in inputs)
-            return Gradients.apply(keyset, lengths, *_flat(inputs, lengths))
+            try:
+                return Gradients.apply(keyset, lengths, *_flat(inputs, lengths))
+            except RuntimeError as error:
+                if "functorch transforms" not in str(error):
+                    raise
+                raise NotImplementedError(
+                    f"linconv::{name} has no derivative in torch.func (grad, vjp, jacrev), wanted torch.autograd.grad "
+                    "or backward()"
+                ) from error
         with below():
             return operator.redispatch(keyset & after, *inputs)
 

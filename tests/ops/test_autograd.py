@@ -90,3 +90,12 @@ def test_forward_mode_is_refused():
         for leaf in (a, a.clone().requires_grad_()):
             with pytest.raises(NotImplementedError, match="forward mode"):
                 function(torch.autograd.forward_ad.make_dual(leaf, one))
+
+
+def test_derivatives_in_torch_func_are_refused():
+    operator = define("in_torch_func")
+    autograd.register_autograd("in_torch_func", backward, save)
+    a = torch.randn(3)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(NotImplementedError, match=r"linconv::in_torch_func has no derivative in torch\.func"):
+            transform(lambda a: operator(a, [a], 2.0, None)[0].sum())(a)
