@@ -125,7 +125,8 @@ def test_bimamba2_takes_the_output_projection_along():
     assert not [name for name in student.state_dict() if "layer.1.attention.output.dense" in name]
     found = linconv.inspect(teacher, layers=[1], **STATE_SPACE)
     assert found.parameters_after == sum(p.numel() for p in student.parameters())
-    assert "frames" in str(found) and "RobertaSelfAttention -> BiMamba2" in str(found)
+    assert "  tokens  " in str(found) and "frames" not in str(found) and "seconds" not in str(found)
+    assert "RobertaSelfAttention -> BiMamba2" in str(found)
 
 
 FRESH = """
