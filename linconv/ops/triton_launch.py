@@ -8,9 +8,13 @@ import triton.language as tl
 
 from linconv.ops.triton_builds import DEFAULT_OPTIONS, Build, build_of
 
-__all__ = ["MATH", "capability_of", "empty", "launch", "launched", "listener", "poisoned"]
+__all__ = ["ALL_REGISTERS", "MATH", "capability_of", "empty", "launch", "launched", "listener", "poisoned"]
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+# An option of kernels of up to 8 warps. Told no limit, the compiler may spill a few registers of a thread so that one
+# block more fits on a multiprocessor.
+ALL_REGISTERS = {"maxnreg": 255}
 
 _record: list | None = None  # where launches go if they are not to be run
 _recorded_capability = 0  # and the GPUs they are for

@@ -209,7 +209,7 @@ def test_tiles_of_every_size():
 def test_launches(monkeypatch, length, launched):
     found = []
     monkeypatch.setattr(module, "choose_tiles", CHOOSE_TILES)
-    monkeypatch.setattr(module, "launch", lambda kernel, *_: found.append(kernel.__name__))
+    monkeypatch.setattr(module, "launch", lambda kernel, *_, **options: found.append(kernel.__name__))
     tensors = list(arguments_of(1, length, dtype=torch.float32).values())
     module.selective_scan(*tensors, True, None, None, None, False)
     assert found == launched

@@ -11,13 +11,12 @@ import triton
 
 from linconv.ops.gated_rms_norm import triton_kernels as kernels
 from linconv.ops.triton_frames import aligned_to, strides_of
-from linconv.ops.triton_launch import MATH, empty, launch, launched
+from linconv.ops.triton_launch import ALL_REGISTERS, MATH, empty, launch, launched
 from linconv.ops.triton_numbers import bits_of
 from linconv.ops.triton_replay import replayed
 from linconv.ops.triton_sums import sum_parts
 
 FRAMES = 16  # that a part of the gradient of weight is the sum of
-OPTIONS = {"maxnreg": 255}  # told no limit, the compiler spills a few registers to have one block more
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Norm:
                 VECTOR=aligned_to(self.x, self.z, *frames), **arguments,
             ),
             tile.warps,
-            **OPTIONS,
+            **ALL_REGISTERS,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import triton
 
 from linconv.ops.selective_scan import triton_kernels as kernels
 from linconv.ops.ssd.arguments import math_dtype
-from linconv.ops.triton_launch import MATH, empty, launch, launched
+from linconv.ops.triton_launch import ALL_REGISTERS, MATH, empty, launch, launched
 from linconv.ops.triton_replay import replayed
 
 PASSED, SUMMED = 256, 32  # elements of a program that passes states from chunk to chunk, or sums parts
@@ -113,6 +113,7 @@ class Call:
                 **_strides("c", bias=self.dt_bias), **arguments,
             ),
             warps,
+            **ALL_REGISTERS,
         )  # fmt: skip
 
     def between(self, dy=None, dlast=None):

@@ -11,13 +11,11 @@ import triton
 
 from linconv.ops.short_conv import triton_kernels as kernels
 from linconv.ops.triton_frames import aligned_to, strides_of
-from linconv.ops.triton_launch import MATH, empty, launch, launched
+from linconv.ops.triton_launch import ALL_REGISTERS, MATH, empty, launch, launched
 from linconv.ops.triton_replay import replayed
 from linconv.ops.triton_sums import sum_parts
 
 WARPS = 4
-# Told no limit, the compiler spills a few registers rather than have one block fewer on a multiprocessor.
-OPTIONS = {"maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Convolution:
                 MATH=MATH[self.math], VECTOR=aligned_to(self.x, *frames), **arguments,
             ),
             WARPS,
-            **OPTIONS,
+            **ALL_REGISTERS,
         )  # fmt: skip
 
 
