@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from source_digest import digest
@@ -46,9 +47,11 @@ def modules(only: str = "") -> list[str]:
 
 
 def builds_of(name: str, capability: int):
-    """What a module ships for a compute capability, which its ``shipped`` may or may not tell apart."""
-    shipped = importlib.import_module(name).shipped
-    return shipped(capability) if inspect.signature(shipped).parameters else shipped()
+    """What a module ships for a compute capability, which its ``shipped`` may or may not tell apart; each once."""
+    shipped, found = importlib.import_module(name).shipped, {}
+    for build in shipped(capability) if inspect.signature(shipped).parameters else shipped():
+        found.setdefault(str(replace(build, label="")), build)
+    return list(found.values())
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

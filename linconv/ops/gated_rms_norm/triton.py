@@ -152,10 +152,7 @@ LESS_ALIGNED = (
 
 
 def shipped():
-    """The builds for what mixers of base and large models run, with fp32 parameters, each once."""
-    found = {}
+    """The builds for what mixers of base and large models run, with fp32 parameters."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for form in (*FORMS, *(LESS_ALIGNED if dtype == torch.bfloat16 else ())):
-            for build in form.builds(dtype):
-                found.setdefault(str(replace(build, label="")), build)
-    return list(found.values())
+            yield from form.builds(dtype)

@@ -404,19 +404,16 @@ def _run_every_plan(form, dtype, width, headdim, dstate, precision):
 
 
 def builds_of(forms, usual, capability: int):
-    """The builds that forward and backward launch on GPUs of a compute capability, each once.
+    """The builds that forward and backward launch on GPUs of a compute capability.
 
     forms: those that MIXED is shipped in. usual: the one that SHIPPED is.
     """
-    found = {}
     for form, (dtype, width, headdim, dstate, precision) in (*product(forms, MIXED), *product((usual,), SHIPPED)):
         products = f" ({precision})" if precision else ""
         sizes = f"{str(dtype)[6:]}{products}, {width // headdim} heads of {headdim}, dstate {dstate}"
         label = f"{sizes}: {form.label}{', seq_lens' if form.lengths else ''}"
         run = functools.partial(_run_every_plan, form, dtype, width, headdim, dstate, precision)
-        for build in launched(run, label, capability):
-            found.setdefault(str(replace(build, label="")), build)
-    return iter(found.values())
+        yield from launched(run, label, capability)
 
 
 # dtype, width, headdim, dstate, input_precision of products, or "" for that of the dtype and torch's own default: what
