@@ -30,7 +30,7 @@ from linconv.benchmarking.suite import (
     judge,
     work,
 )
-from linconv.benchmarking.suites import peers
+from linconv.benchmarking.suites import backends, peers
 from linconv.cli import main
 from linconv.conversion.crossover import _faster_from
 from linconv.errors import UserError
@@ -497,6 +497,19 @@ def test_cases_are_whole(name):
             if i.cost is not None and "linformer" not in i.name:
                 cost = i.cost(each.setting.with_batch(1), 100)
                 assert cost.flops + cost.bytes > 0
+
+
+@pytest.mark.parametrize("name", ["scan", "selective_scan", "conv", "linformer", "loss"])
+def test_on_a_gpu_each_backend_is_an_implementation_of_its_own(name, monkeypatch):
+    state = {"cuda": "no library", "triton": "no GPU"}
+    monkeypatch.setattr(backends.ops, "backends", lambda: state)
+    for each in suites.get(name, "cuda"):
+        ours = [i for i in each.implementations if i.ours]
+        assert {i.name.split(",")[0] for i in ours} == {"linconv (cuda)", "linconv (triton)"}
+        for i in ours:
+            pickle.dumps(functools.partial(runner.warmed, i.make, i.arguments, each.setting, 10))
+            with pytest.raises(Absent, match="no library" if "(cuda)" in i.name else "no GPU"):
+                i.check(dataclasses.replace(each.setting, device="cpu"))
 
 
 @pytest.mark.parametrize("name", ["scan", "selective_scan", "conv", "linformer", "loss"])

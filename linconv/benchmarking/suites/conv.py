@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from linconv import ops
 from linconv.benchmarking.suite import Case, Cost, Implementation, Setting, judge
 from linconv.benchmarking.suites import peers
+from linconv.benchmarking.suites.backends import by_backend
 
 CHANNELS, WIDTH = 1280, 4  # x, B and C of a layer of width 1024 with a state of 128
 
@@ -55,9 +56,9 @@ def cost(setting, length):
 
 def cases(device):
     implementations = (
-        Implementation(
-            "linconv", run, (ops.bidirectional_short_conv,), ours=True,
-            check=functools.partial(check, ops.bidirectional_short_conv), cost=cost,
+        *(
+            Implementation(name, run, (function,), ours=True, check=functools.partial(check, function), cost=cost)
+            for name, function in by_backend(ops.bidirectional_short_conv, device)
         ),
         Implementation("plain torch with flips", run, (in_torch,)),
         Implementation(

@@ -7,6 +7,7 @@ import torch
 from linconv import ops
 from linconv.benchmarking.suite import TOKEN_LENGTHS, Absent, Case, Cost, Implementation, Setting, judge
 from linconv.benchmarking.suites import peers
+from linconv.benchmarking.suites.backends import by_backend
 
 HEADS, HEADDIM, RANK = 12, 64, 256
 
@@ -17,10 +18,10 @@ def inputs(setting, length):
     return [*(setting.tensor(*shape) for _ in range(3)), setting.tensor(length, RANK)]
 
 
-def linconv(q, k, v, proj):
+def ours(q, k, v, proj, backend=None):
     if not hasattr(ops, "linformer_attention"):
         raise Absent("this version of linconv has no linformer_attention")
-    return ops.linformer_attention(q, k, v, proj)
+    return ops.linformer_attention(q, k, v, proj, backend=backend)
 
 
 def in_torch(q, k, v, proj):
@@ -33,8 +34,8 @@ def run(setting, length, function):
     return functools.partial(function, *tensors), tensors
 
 
-def check(setting):
-    judge(linconv, in_torch, in_torch, inputs(setting, 300))
+def check(function, setting):
+    judge(function, in_torch, in_torch, inputs(setting, 300))
 
 
 def cost(setting, length):
@@ -48,7 +49,10 @@ def cost(setting, length):
 
 def cases(device):
     implementations = [
-        Implementation("linconv", run, (linconv,), ours=True, check=check, cost=cost),
+        *(
+            Implementation(name, run, (function,), ours=True, check=functools.partial(check, function), cost=cost)
+            for name, function in by_backend(ours, device)
+        ),
         Implementation("the formula in plain torch", run, (in_torch,)),
     ]
     implementations += peers.attention_implementations(device, HEADS, HEADDIM)

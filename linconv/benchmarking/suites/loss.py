@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from linconv import ops
 from linconv.benchmarking.suite import TOKEN_LENGTHS, Absent, Case, Cost, Implementation, Setting, judge
 from linconv.benchmarking.suites import peers
+from linconv.benchmarking.suites.backends import by_backend
 
 LAYERS, WIDTH = 24, 1024
 TEMPERATURE = 2.0
@@ -26,10 +27,10 @@ def mse_in_torch(students, teachers):
     return torch.stack([F.mse_loss(s, t) for s, t in normal]).mean()
 
 
-def layerwise_mse(students, teachers):
+def layerwise_mse(students, teachers, backend=None):
     if not hasattr(ops, "layerwise_mse"):
         raise Absent("this version of linconv has no layerwise_mse")
-    return ops.layerwise_mse(students, teachers, layer_norm=True)
+    return ops.layerwise_mse(students, teachers, layer_norm=True, backend=backend)
 
 
 def hidden_states(setting, length, function):
@@ -38,10 +39,10 @@ def hidden_states(setting, length, function):
     return functools.partial(layer_loss, function, teachers, *students), students
 
 
-def kd_loss(student, teacher):
+def kd_loss(student, teacher, backend=None):
     if not hasattr(ops, "kd_loss"):
         raise Absent("this version of linconv has no kd_loss")
-    return ops.kd_loss(student, teacher, temperature=TEMPERATURE)
+    return ops.kd_loss(student, teacher, temperature=TEMPERATURE, backend=backend)
 
 
 def kl_in_torch(student, teacher):
@@ -90,8 +91,11 @@ def cases(device):
         yield Case(
             f"layer-wise MSE with layer norm of {LAYERS} layers of {WIDTH}", setting,
             (
-                Implementation("linconv", hidden_states, (layerwise_mse,), ours=True,
-                               check=functools.partial(check_mse, layerwise_mse), cost=floor),
+                *(
+                    Implementation(name, hidden_states, (function,), ours=True,
+                                   check=functools.partial(check_mse, function), cost=floor)
+                    for name, function in by_backend(layerwise_mse, device)
+                ),
                 Implementation("plain torch", hidden_states, (mse_in_torch,)),
             ),
             baseline="plain torch", lengths=(249, 499, 1_499, 2_999, 5_999),
@@ -105,8 +109,11 @@ def cases(device):
             yield Case(
                 f"KL divergence of {classes:,} classes", setting,
                 (
-                    Implementation("linconv", logits, (kd_loss, classes), ours=True,
-                                   check=functools.partial(check_kl, kd_loss), cost=floor),
+                    *(
+                        Implementation(name, logits, (function, classes), ours=True,
+                                       check=functools.partial(check_kl, function), cost=floor)
+                        for name, function in by_backend(kd_loss, device)
+                    ),
                     Implementation("plain torch", logits, (kl_in_torch, classes)),
                     Implementation("Liger", logits, (kl_of_liger, classes),
                                    check=functools.partial(check_kl, kl_of_liger)),

@@ -8,6 +8,7 @@ import torch
 from linconv import ops
 from linconv.benchmarking.suite import Case, Cost, Implementation, Setting, judge
 from linconv.benchmarking.suites import peers
+from linconv.benchmarking.suites.backends import by_backend
 from linconv.ops.bidirectional_ssd import reference
 from linconv.ops.ssd.reference import recurrence
 
@@ -98,13 +99,11 @@ def cost(regime, setting, length):
 
 
 def _implementations(device):
-    ours = [(f"linconv, {regime}", scan, regime) for regime in PER_DIRECTION]
-    if device == "cuda":  # both ways that linconv has there
-        ours = [
-            (f"linconv ({backend}), {regime}", functools.partial(scan, backend=backend), regime)
-            for regime in PER_DIRECTION
-            for backend in ("cuda", "triton")
-        ]
+    ours = [
+        (f"{name}, {regime}", function, regime)
+        for regime in PER_DIRECTION
+        for name, function in by_backend(scan, device)
+    ]
     others = [
         ("two causal passes of linconv with flips", two_passes),
         ("chunk formula in plain torch", functools.partial(scan, backend="reference")),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from linconv import ops
 from linconv.benchmarking.suite import Absent, Case, Cost, Implementation, Setting, judge
 from linconv.benchmarking.suites import peers
+from linconv.benchmarking.suites.backends import by_backend
 from linconv.ops.selective_scan import reference
 
 CHANNELS, STATES = 1536, 16  # of a Mamba of width 768
@@ -28,8 +29,10 @@ def inputs(setting, length):
     ]  # fmt: skip
 
 
-def ours(x, dt, A_log, B, C, D, z, dt_bias):
-    return ops.selective_scan(x, dt, -A_log.exp(), B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=True)
+def ours(x, dt, A_log, B, C, D, z, dt_bias, backend=None):
+    return ops.selective_scan(
+        x, dt, -A_log.exp(), B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=True, backend=backend
+    )  # fmt: skip
 
 
 def in_torch(scan, x, dt, A_log, B, C, D, z, dt_bias):
@@ -86,7 +89,10 @@ def cost(setting, length):
 def cases(device):
     step_by_step, by_doubling = (functools.partial(in_torch, scan) for scan in ("recurrence", "doubling"))
     implementations = (
-        Implementation("linconv", run, (ours,), ours=True, check=functools.partial(check, ours), cost=cost),
+        *(
+            Implementation(name, run, (function,), ours=True, check=functools.partial(check, function), cost=cost)
+            for name, function in by_backend(ours, device)
+        ),
         Implementation("plain torch, step by step", run, (step_by_step,), memory=states_bytes),
         Implementation("plain torch, by doubling", run, (by_doubling,), memory=states_bytes),
         Implementation("transformers' fallback", run, (transformers_fallback,), memory=states_bytes),
