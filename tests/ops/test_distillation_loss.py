@@ -445,9 +445,13 @@ def test_linear_is_more_exact_than_rounded_logits():
 @pytest.mark.parametrize("weight", ["narrow", "float32"])
 def test_linear_of_narrow_products(dtype, weight, monkeypatch):
     """As on CUDA, where torch's products of narrow numbers give float32 sums; on CPU by a stand-in for them."""
-    library = torch.library.Library("aten", "IMPL")
+    library, taken = torch.library.Library("aten", "IMPL"), []
     if not torch.empty(0).is_cuda:
-        product = lambda a, b, dtype, *, out: out.copy_(a.to(dtype) @ b.to(dtype))  # noqa: E731
+
+        def product(a, b, dtype, *, out):
+            taken.append(a.dtype)
+            return out.copy_(a.to(dtype) @ b.to(dtype))
+
         library.impl("mm.dtype_out", product, "CPU")
         monkeypatch.setattr(linear, "_sums_wider", lambda device: True)
         monkeypatch.setattr(linear, "TILE_OF_CPU", (128, 256))
@@ -464,6 +468,7 @@ def test_linear_of_narrow_products(dtype, weight, monkeypatch):
         fresh = leaves(tensors, precision)
         value = loss(*fresh, mask=mask)
         found[name] = [value.detach(), *torch.autograd.grad(value, fresh[:2])]
+        assert set(taken) == ({dtype} if (name, weight) == ("ours", "narrow") and here() == "cpu" else set())
     del library
     for i, factor in enumerate((2, 3, 3)):
         no_worse_than_torch(found["ours"][i], found["torch's"][i], found["exact"][i], factor)

@@ -98,7 +98,7 @@ def test_low_precision(dtype, width, channels):
     cases.test_oracle_low_precision(dtype, width, channels)
 
 
-@pytest.mark.parametrize("dtype, shared", [(torch.bfloat16, True), (torch.float32, False)])
+@pytest.mark.parametrize("dtype, shared", [(torch.bfloat16, True), (torch.float32, False), (torch.float16, True)])
 def test_padded_is_alone(monkeypatch, dtype, shared):
     small_chunks(monkeypatch)
     cases.padded_is_alone(dtype, shared, [3, 17] if shared else [0, 17], 18)

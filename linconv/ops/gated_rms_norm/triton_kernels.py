@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from linconv.ops.triton_frames import frame_of, length_of, load_frames, store_frames
+from linconv.ops.triton_math import sigmoid
 from linconv.ops.triton_numbers import number_of
 
 
@@ -19,11 +20,6 @@ def _place(block, seq_lens, stride, frames, FRAMES: tl.constexpr):
     row = block // blocks
     start = block % blocks * FRAMES
     return row, start, length_of(row, seq_lens, stride, frames) - start, row * 0 + frames - start
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
@@ -44,7 +40,7 @@ def _gated(
     x = frame_of(x, x_strides, direction, row, start, channel, VECTOR)
     z = frame_of(z, z_strides, direction, row, start, channel, VECTOR)
     gate = load_frames(z, z_strides[2], t, valid, there, MATH, VECTOR)
-    return load_frames(x, x_strides[2], t, valid, there, MATH, VECTOR) * (gate * _sigmoid(gate))
+    return load_frames(x, x_strides[2], t, valid, there, MATH, VECTOR) * (gate * sigmoid(gate))
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -141,7 +137,7 @@ def differentiate(
             a = load_frames(input, x_strides[2], t, valid, there, MATH, VECTOR)
             b = load_frames(gate, z_strides[2], t, valid, there, MATH, VECTOR)
             dy = load_frames(upstream, g_strides[2], t, valid, there, MATH, VECTOR)
-            s = _sigmoid(b)
+            s = sigmoid(b)
             silu = b * s
             gated = a * silu
             u = dy * weights[i]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from linconv.ops.ssd.triton_chunk import divides, first_slot, frames_of, sequence_of, softplus
+from linconv.ops.triton_math import sigmoid
 from linconv.ops.triton_sums import column_sums
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634074), tl.constexpr(0.69314718055994530942)
@@ -157,11 +158,6 @@ def _states(decay, added, position, state):
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
-
-
-@triton.jit
 def _gradient_of_gate(
     dy, z, frame, valid, c, left, WHOLE: tl.constexpr, dy_t, dy_c, z_t, z_c, MATH: tl.constexpr
 ):  # fmt: skip
@@ -171,8 +167,8 @@ def _gradient_of_gate(
         return upstream, upstream
     else:
         gate = _load_rows(z, frame, c, valid, left, WHOLE, z_t, z_c, MATH)
-        sigmoid = _sigmoid(gate)
-        return upstream * gate * sigmoid, upstream * (sigmoid + gate * sigmoid * (1 - sigmoid))
+        opened = sigmoid(gate)
+        return upstream * gate * opened, upstream * (opened + gate * opened * (1 - opened))
 
 
 # ---- Chunk to chunk
@@ -357,7 +353,7 @@ def scan(
             result += skip[None, :] * values
         if z is not None:
             gate = _load_rows(z, frame, c, valid, left, WHOLE, z_t, z_c, MATH)
-            result *= gate * _sigmoid(gate)
+            result *= gate * sigmoid(gate)
         stored = step < frames if KIND == "seq_lens" else valid
         _store_rows(y, frame, c, stored, left, WHOLE, channels, tl.where(valid[:, None], result, 0))
     if KIND == "seq_lens":
@@ -487,7 +483,7 @@ def differentiate(
         of_x = skip[None, :] * upstream + time * through_state
         of_dt = values * through_state + through_decay
         if SOFTPLUS:
-            of_dt *= _sigmoid(raw)
+            of_dt *= sigmoid(raw)
         of_dt = tl.where(valid[:, None], of_dt, 0)
         of_skip += tl.sum(upstream * values, 0)
         of_bias += tl.sum(of_dt, 0)

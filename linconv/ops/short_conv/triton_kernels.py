@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from linconv.ops.triton_frames import frame_of, length_of, load_frames, store_frames
+from linconv.ops.triton_math import sigmoid
 
 # ---- Frames
 
@@ -98,11 +99,6 @@ def _counted(sums, d, window, first: tl.constexpr, WIDTH: tl.constexpr):
     return found + (sums[WIDTH] + d,)
 
 
-@triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
-
-
 # ---- Kernels
 
 
@@ -150,7 +146,7 @@ def convolve(
                 u = first + step + k - lows[i]
                 result = _apply(filters[i], window, k, WIDTH)
                 if SILU:
-                    result *= _sigmoid(result)
+                    result *= sigmoid(result)
                 result = tl.where((u < sequence_end)[:, None], result, 0)
                 store_frames(results[i], y_strides[2], u, (u >= begin) & (u < end), there, result, VECTOR)
         window = window[GROUP:]
@@ -221,7 +217,7 @@ def differentiate(
                 d = dy[k * TOGETHER + i]
                 if SILU:
                     pre = _apply(filters[i], window, k, WIDTH)
-                    s = _sigmoid(pre)
+                    s = sigmoid(pre)
                     # Outside of the sequence there is no result, whatever its taps are.
                     inside = (u >= sequence_begin) & (u < sequence_end)
                     d = tl.where(inside[:, None], d * (s + pre * s * (1 - s)), 0)
