@@ -40,19 +40,24 @@ struct Arguments {
 template <int N>
 constexpr int kStateWords = kWarps * (N / kTile) * kWarp + 1;
 
-// What the frames of a chunk have from dt, in one direction.
+// What the frames of a chunk have from dt, in one direction; two neighbours' lie together, as a lane takes them.
 struct Steps {
-  float v[kChunk], u[kChunk], dt[kChunk];
-  float added[kChunk], kept;  // the factors of x_j B_j^T and of the state in the next state, over `scale`
-  float scale, unused[2];
+  struct alignas(16) {
+    float v[2], dt[2];
+  } columns[kChunk / 2];
+  struct alignas(8) {
+    float of[2];  // the factors of x_j B_j^T in the next state, over `scale`
+  } added[kChunk / 2];
+  float u[kChunk];
+  float kept, scale;  // the factor of the state in the next one, over `scale`
 };
 
 template <int N>
 struct Shared {
   uint16_t x[2][kChunk * kHeaddim], B[2][kChunk * N], C[2][kChunk * N];
   uint4 weights[kTiles * kTiles][kWarp];
-  float weights_scale[kTiles * kTiles];
   Steps steps[2];
+  float weights_scale[kTiles * kTiles];
 };
 
 // ---- float16 ----
@@ -135,51 +140,76 @@ struct Walk {
         chunks(static_cast<int>(ceil_div(length, kChunk))),
         states(a.states ? a.states + (a.sequences.first_slot(sequence, kChunk) * a.heads + head) * kStateWords<N> : nullptr) {}
 
+  // ---- Reading ----
+
+  // What this thread copies of a tensor's first frames; the same of later ones is so many strides further on.
+  template <int columns>
+  __device__ const S* own_piece(const View<5>& view, int direction, int64_t head_or_group) const {
+    const int row = threadIdx.x / Tile<columns>::kPieces, piece = threadIdx.x % Tile<columns>::kPieces;
+    return static_cast<const S*>(at(view, direction, span.row, span.begin + row, head_or_group, piece * 8));
+  }
+  __device__ const S* own_x(int direction) const { return own_piece<kHeaddim>(a.x, direction, head); }
+  __device__ const S* own_B(int direction) const { return own_piece<N>(a.B, direction, head / a.heads_per_group); }
+  __device__ const S* own_C(int direction) const { return own_piece<N>(a.C, direction, head / a.heads_per_group); }
+
   // Frames of the sequence from `first` on, which may lie outside of it: zeros then.
   template <int columns>
-  __device__ void fetch(const Tile<columns>& tile, const View<5>& view, bool pieces, int direction, int64_t head_or_group,
-                        int64_t first) const {
-    const S* start = static_cast<const S*>(at(view, direction, span.row, span.begin, head_or_group));
+  __device__ void fetch(const Tile<columns>& tile, const View<5>& view, bool pieces, const S* own, int64_t first) const {
     constexpr int kRows = kThreads / Tile<columns>::kPieces;  // that the block copies at once
-    const int piece = threadIdx.x % Tile<columns>::kPieces;
-#pragma unroll 2
-    for (int row = threadIdx.x / Tile<columns>::kPieces; row < kChunk; row += kRows) {
-      const int64_t t = first + row;
-      const bool there = 0 <= t && t < length;
-      uint16_t* to = tile.piece(row, piece);
+    static_assert(kRows % 8 == 0);                            // so that rows of one thread are permuted alike
+    const int row = threadIdx.x / Tile<columns>::kPieces;
+    uint16_t* to = tile.piece(row, threadIdx.x % Tile<columns>::kPieces);
+    const S* from = own + first * view.stride[2];
+    const int64_t step = kRows * view.stride[2];
+    if (pieces && first >= 0 && first + kChunk <= length) {
+#pragma unroll
+      for (int r = 0; r < kChunk; r += kRows, from += step) copy_later(to + r * columns, from, 16);
+      return;
+    }
+#pragma unroll 1
+    for (int r = 0; r < kChunk; r += kRows, from += step) {
+      const bool there = 0 <= first + row + r && first + row + r < length;
       if (pieces) {
-        copy_later(to, start + (there ? t * view.stride[2] + piece * 8 : 0), there ? 16 : 0);
+        copy_later(to + r * columns, there ? from : own, there ? 16 : 0);
       } else {
-        for (int e = 0; e < 8; ++e) to[e] = there ? start[t * view.stride[2] + (piece * 8 + e) * view.stride[4]].bits : 0;
+#pragma unroll 1
+        for (int e = 0; e < 8; ++e) to[r * columns + e] = there ? from[e * view.stride[4]].bits : 0;
       }
     }
   }
-  __device__ void fetch_x(int buffer, int direction, int chunk) const {
-    fetch(Tile<kHeaddim>{shared.x[buffer]}, a.x, a.x_pieces, direction, head, int64_t(chunk) * kChunk);
+  __device__ void fetch_x(int buffer, const S* own, int chunk) const {
+    fetch(Tile<kHeaddim>{shared.x[buffer]}, a.x, a.x_pieces, own, int64_t(chunk) * kChunk);
   }
-  __device__ void fetch_B(int buffer, int direction, int chunk) const {
-    fetch(Tile<N>{shared.B[buffer]}, a.B, a.B_pieces, direction, head / a.heads_per_group, int64_t(chunk) * kChunk);
+  __device__ void fetch_B(int buffer, const S* own, int chunk) const {
+    fetch(Tile<N>{shared.B[buffer]}, a.B, a.B_pieces, own, int64_t(chunk) * kChunk);
   }
-  __device__ void fetch_C(int buffer, int direction, int chunk) const {
+  template <int direction>
+  __device__ void fetch_C(int buffer, const S* own, int chunk) const {
     const int one_before = a.shifted ? (direction == 1 ? 1 : -1) : 0;
-    fetch(Tile<N>{shared.C[buffer]}, a.C, a.C_pieces, direction, head / a.heads_per_group, int64_t(chunk) * kChunk + one_before);
+    fetch(Tile<N>{shared.C[buffer]}, a.C, a.C_pieces, own, int64_t(chunk) * kChunk + one_before);
   }
 
+  // ---- Steps ----
+
   // A lane's two frames of a chunk lie one behind the other in the direction's own order.
-  __device__ int own_frame(int direction, int k) const {
+  template <int direction>
+  __device__ int own_frame(int k) const {
+    static_assert(kChunk == 2 * kWarp);
     const int position = 2 * lane + k;
     return direction == 1 ? kChunk - 1 - position : position;
   }
   // dt as it is in memory.
-  __device__ void read_dt(int direction, int chunk, float (&dt)[2]) const {
+  template <int direction>
+  __device__ void read_dt(int chunk, float (&dt)[2]) const {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const int64_t t = int64_t(chunk) * kChunk + own_frame(direction, k);
+      const int64_t t = int64_t(chunk) * kChunk + own_frame<direction>(k);
       dt[k] = t < length ? load_element<Tagged, float>(at(a.dt, direction, span.row, span.begin + t, head), a.dt.dtype, 0) : 0;
     }
   }
   // One warp makes the steps of a chunk. Sums are in float64, for weights are powers of their differences.
-  __device__ void make_steps(int direction, int chunk, const float (&raw)[2], Steps& steps) const {
+  template <int direction>
+  __device__ void make_steps(int chunk, const float (&raw)[2], Steps& steps) const {
     constexpr double kLog2e = 1.4426950408889634;
     const double rate = kLog2e * *static_cast<const float*>(at(a.A, direction, head));
     float dt[2];
@@ -190,7 +220,7 @@ struct Walk {
       if (a.dt_bias.data) step += *static_cast<const float*>(at(a.dt_bias, direction, head));
       if (a.dt_softplus) step = softplus_of(step);
       step = step < a.dt_min ? a.dt_min : step > a.dt_max ? a.dt_max : step;
-      dt[k] = int64_t(chunk) * kChunk + own_frame(direction, k) < length ? step : 0;
+      dt[k] = int64_t(chunk) * kChunk + own_frame<direction>(k) < length ? step : 0;
       v[k] = dt[k] * rate;
     }
     double before = 0, total = v[0] + v[1];
@@ -201,44 +231,50 @@ struct Walk {
       if (lane & mask) before += other;
       total += other;
     }
+    const int pair = own_frame<direction>(0) / 2;
     float added[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const int i = own_frame(direction, k);
-      const double exclusive = before + (k == 0 ? 0 : v[0]);
-      steps.v[i] = static_cast<float>(before + v[k]);
-      steps.u[i] = a.shifted ? static_cast<float>(exclusive) : steps.v[i];
-      steps.dt[i] = dt[k];
-      added[k] = exp2_of(static_cast<float>(total) - steps.v[i]) * dt[k];
+      const int place = direction == 1 ? 1 - k : k;
+      const float inclusive = static_cast<float>(before + v[k]), exclusive = static_cast<float>(before + (k == 0 ? 0 : v[0]));
+      steps.columns[pair].v[place] = inclusive;
+      steps.columns[pair].dt[place] = dt[k];
+      steps.u[own_frame<direction>(k)] = a.shifted ? exclusive : inclusive;
+      added[k] = exp2_of(static_cast<float>(total) - inclusive) * dt[k];
     }
     const Scale scale = scale_of<S>(added[0] < added[1] ? added[1] : added[0], -1);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) steps.added[own_frame(direction, k)] = added[k] * scale.down;
+    for (int k = 0; k < 2; ++k) steps.added[pair].of[direction == 1 ? 1 - k : k] = added[k] * scale.down;
     if (lane == 0) {
       steps.kept = exp2_of(static_cast<float>(total)) * scale.down;
       steps.scale = scale.up;
     }
   }
 
-  // The state (of this warp's columns of headdim) behind a chunk. Unrolled, its frames would take more registers than
-  // there are.
-  __device__ void advance(Accumulator (&state)[kStateTiles], const Tile<kHeaddim>& x, const Tile<N>& B,
-                          const Steps& steps) const {
+  // ---- States ----
+
+  // This warp's columns of x, as rows, at a tile's frames.
+  __device__ RightFragment columns_of(const Tile<kHeaddim>& x, int j) const { return x.right_transposed(j * kTile, warp * kTile); }
+
+  // The state (of this warp's columns of headdim) behind a chunk. column(j) is columns_of(x, j).
+  template <class Column>
+  __device__ void advance(Accumulator (&state)[kStateTiles], Column column, const Tile<N>& B, const Steps& steps) const {
 #pragma unroll
     for (int s = 0; s < kStateTiles; ++s)
 #pragma unroll
       for (int k = 0; k < 8; ++k) state[s].value[k / 4][k % 4] *= steps.kept;
-#pragma unroll 1
+#pragma unroll(kScaled<S> ? 1 : kTiles)
     for (int j = 0; j < kTiles; ++j) {
-      Fragment scaled = x.transposed(j * kTile, warp * kTile);
+      const RightFragment own = column(j);
+      Fragment scaled;
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        const float* factor = &steps.added[j * kTile + w / 2 * 8 + lane % 4 * 2];
-        const uint32_t pair = scaled.word[w];
-        scaled.word[w] = pack<S>(unpack<S>(pair, 0) * factor[0], unpack<S>(pair, 1) * factor[1]);
+        const auto factor = steps.added[j * (kTile / 2) + w / 2 * 4 + lane % 4];
+        const uint32_t pair = own.word[left_word(w)];
+        scaled.word[w] = pack<S>(unpack<S>(pair, 0) * factor.of[0], unpack<S>(pair, 1) * factor.of[1]);
       }
 #pragma unroll
-      for (int s = 0; s < kStateTiles; ++s) multiply<S>(state[s], scaled, B.transposed(j * kTile, s * kTile));
+      for (int s = 0; s < kStateTiles; ++s) multiply<S>(state[s], scaled, B.right_transposed(j * kTile, s * kTile));
     }
     if constexpr (kScaled<S>)
 #pragma unroll
@@ -252,58 +288,77 @@ struct Walk {
   // The backward direction's states that enter each chunk, into memory.
   __device__ void sweep_states() const {
     if (chunks == 0) return;
+    const S *own_x_piece = own_x(1), *own_B_piece = own_B(1);
     float dt[2];
     Accumulator state[kStateTiles] = {};
-    fetch_x(0, 1, chunks - 1);
-    fetch_B(0, 1, chunks - 1);
+    fetch_x(0, own_x_piece, chunks - 1);
+    fetch_B(0, own_B_piece, chunks - 1);
     if (warp == 0) {
-      read_dt(1, chunks - 1, dt);
-      make_steps(1, chunks - 1, dt, shared.steps[0]);
+      read_dt<1>(chunks - 1, dt);
+      make_steps<1>(chunks - 1, dt, shared.steps[0]);
     }
+#pragma unroll 1
     for (int i = 0; i < chunks; ++i) {
       const int chunk = chunks - 1 - i, buffer = i % 2;
       wait_for_copies();
       __syncthreads();
       if (chunk > 0) {
-        fetch_x(1 - buffer, 1, chunk - 1);
-        fetch_B(1 - buffer, 1, chunk - 1);
-        if (warp == 0) read_dt(1, chunk - 1, dt);
+        fetch_x(1 - buffer, own_x_piece, chunk - 1);
+        fetch_B(1 - buffer, own_B_piece, chunk - 1);
+        if (warp == 0) read_dt<1>(chunk - 1, dt);
       }
       uint4* to = stored_state(chunk);
       const Scale scale = scale_of<S>(kScaled<S> ? largest_of(state) : 0, 14);
 #pragma unroll
       for (int s = 0; s < kStateTiles; ++s)
-        to[(warp * kStateTiles + s) * kWarp + lane] = words_of(fragment_of<S>(state[s], scale.down));
+        to[(warp * kStateTiles + s) * kWarp + lane] = words_of(fragment_of<S, RightFragment>(state[s], scale.down));
       if (kScaled<S> && lane == 0) reinterpret_cast<float*>(to + kStateWords<N> - 1)[warp] = scale.up;
       if (chunk == 0) break;
-      advance(state, Tile<kHeaddim>{shared.x[buffer]}, Tile<N>{shared.B[buffer]}, shared.steps[buffer]);
-      if (warp == 0) make_steps(1, chunk - 1, dt, shared.steps[1 - buffer]);
+      const Tile<kHeaddim> x{shared.x[buffer]};
+      advance(state, [&](int j) { return columns_of(x, j); }, Tile<N>{shared.B[buffer]}, shared.steps[buffer]);
+      if (warp == 0) make_steps<1>(chunk - 1, dt, shared.steps[1 - buffer]);
     }
     __syncthreads();  // the buffers are free
   }
 
+  // ---- Outputs ----
+
   // This warp's rows of a direction's weights (kChunk, kChunk), into shared memory.
-  __device__ void weigh(int direction, const Tile<N>& B, const Tile<N>& C, const Steps& steps) const {
-    const bool reverse = direction == 1;
-    const int strict = a.shifted || (a.once && reverse) ? 1 : 0;
+  template <int direction>
+  __device__ void weigh(const Tile<N>& B, const Tile<N>& C, const Steps& steps) const {
+    const int strict = a.shifted || (a.once && direction == 1) ? 1 : 0;
+    const float u[2] = {steps.u[warp * kTile + lane / 4], steps.u[warp * kTile + lane / 4 + 8]};
     Fragment rows[kStateTiles];
 #pragma unroll
     for (int s = 0; s < kStateTiles; ++s) rows[s] = C.fragment(warp * kTile, s * kTile);
-    for (int j = reverse ? warp : 0; j < (reverse ? kTiles : warp + 1); ++j) {
-      Accumulator weights[1] = {};
+    const auto weigh_tile = [&](int j, auto on_diagonal) {
+      // Two sums at a time: products that wait for one another take as long as a warp's all others.
+      Accumulator weights[1] = {}, others = {};
 #pragma unroll
-      for (int s = 0; s < kStateTiles; ++s) multiply<S>(weights[0], rows[s], B.fragment(j * kTile, s * kTile));
+      for (int s = 0; s < kStateTiles; s += 2) {
+        multiply<S>(weights[0], rows[s], B.right_fragment(j * kTile, s * kTile));
+        multiply<S>(others, rows[s + 1], B.right_fragment(j * kTile, (s + 1) * kTile));
+      }
 #pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const int row = warp * kTile + lane / 4 + k % 4 / 2 * 8, column = j * kTile + k / 4 * 8 + lane % 4 * 2 + k % 2;
-        const bool seen = reverse ? column >= row + strict : column <= row - strict;
-        float& weight = weights[0].value[k / 4][k % 4];
-        weight = seen ? weight * exp2_of(steps.u[row] - steps.v[column]) * steps.dt[column] : 0;
+      for (int half = 0; half < 2; ++half) {
+        const auto columns = steps.columns[j * (kTile / 2) + half * 4 + lane % 4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          float& weight = weights[0].value[half][k];
+          weight = (weight + others.value[half][k]) * (exp2_of(u[k / 2] - columns.v[k % 2]) * columns.dt[k % 2]);
+          if constexpr (decltype(on_diagonal)::value) {
+            const int after = lane / 4 + k / 2 * 8 - (half * 8 + lane % 4 * 2 + k % 2);
+            weight = (direction == 1 ? -after : after) >= strict ? weight : 0;
+          }
+        }
       }
       const Scale scale = scale_of<S>(kScaled<S> ? largest_of(weights) : 0, 14);
-      shared.weights[warp * kTiles + j][lane] = words_of(fragment_of<S>(weights[0], scale.down));
+      shared.weights[warp * kTiles + j][lane] = words_of(fragment_of<S, Fragment>(weights[0], scale.down));
       if (kScaled<S> && lane == 0) shared.weights_scale[warp * kTiles + j] = scale.up;
-    }
+    };
+#pragma unroll 1
+    for (int j = direction == 1 ? warp + 1 : 0; j < (direction == 1 ? kTiles : warp); ++j) weigh_tile(j, std::false_type{});
+    weigh_tile(warp, std::true_type{});
   }
 
   // Adds factor times `from` to y, with a factor for each row.
@@ -314,19 +369,14 @@ struct Walk {
 
   // Adds D x to a row of tiles.
   __device__ void skip(Accumulator& y, const Tile<kHeaddim>& x, int m, float D) const {
+    const Fragment own = x.fragment(m * kTile, warp * kTile);
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint16_t* piece = x.piece(m * kTile + lane / 4 + w % 2 * 8, warp * 2 + w / 2);
-      uint32_t pair;
-      memcpy(&pair, piece + lane % 4 * 2, sizeof(pair));
-      y.value[w / 2][w % 2 * 2] += D * unpack<S>(pair, 0);
-      y.value[w / 2][w % 2 * 2 + 1] += D * unpack<S>(pair, 1);
-    }
+    for (int k = 0; k < 8; ++k) y.value[k / 4][k % 4] += D * unpack<S>(own.word[k / 2], k % 2);
   }
 
-  // Writes what frames of a row of tiles are the sequence's.
-  __device__ void write(const Accumulator& y, int direction, int chunk, int m) const {
-    const Fragment rounded = fragment_of<S>(y);
+  // Writes what frames of a row of tiles are the sequence's. own: this lane's place in it.
+  __device__ void write(const Accumulator& y, uint4* own, int chunk, int m) const {
+    const Fragment rounded = fragment_of<S, Fragment>(y);
     // The four lanes of a row hold four words of it each: word w of all of them goes to lane w, 16 bytes in one place.
     uint32_t word[4] = {rounded.word[0], rounded.word[1], rounded.word[2], rounded.word[3]};
 #pragma unroll
@@ -337,108 +387,173 @@ struct Walk {
         const uint32_t other = __shfl_xor_sync(0xffffffff, lane & mask ? low : high, mask);
         (lane & mask ? low : high) = other;
       }
-    const int64_t t = int64_t(chunk) * kChunk + m * kTile + lane / 4 + lane % 2 * 8;
-    if (t >= length) return;
-    uint16_t* row = static_cast<uint16_t*>(at(a.y, direction, span.row, span.begin + t, head));
-    reinterpret_cast<uint4*>(row)[warp * 2 + lane % 4 / 2] = {word[0], word[1], word[2], word[3]};
+    if (int64_t(chunk) * kChunk + m * kTile + written_row() < length) *own = {word[0], word[1], word[2], word[3]};
   }
+  __device__ int written_row() const { return lane / 4 + lane % 2 * 8; }
+  __device__ uint4* written(int direction) const {
+    void* row = at(a.y, direction, span.row, span.begin + written_row(), head);
+    return held(static_cast<uint4*>(row) + warp * 2 + lane % 4 / 2);
+  }
+  __device__ int64_t written_step() const { return kTile * a.y.stride[2] / 8; }  // to the next row of tiles
 
   // Zeros behind the sequence, to the end of its row or up to the next one.
   __device__ void clear_padding(int direction) const {
     if (a.sequences.packed && sequence + 1 < a.sequences.count) return;
     constexpr int kPieces = Tile<kHeaddim>::kPieces;
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < (a.sequences.frames - span.end) * kPieces; i += kThreads) {
       void* row = at(a.y, direction, span.row, span.end + i / kPieces, head);
       static_cast<uint4*>(row)[i % kPieces] = {0, 0, 0, 0};
     }
   }
 
-  // y of one direction; or, summed, of both: a step for each direction of each chunk.
-  template <bool kSummed>
-  __device__ void sweep_outputs(int only) const {
-    const int steps = kSummed ? 2 * chunks : chunks;
-    const auto direction_of = [&](int i) { return kSummed ? i % 2 : only; };
-    const auto chunk_of = [&](int i) { return kSummed ? i / 2 : only == 1 ? chunks - 1 - i : i; };
-    const auto fetch_step = [&](int i) {
-      const int direction = direction_of(i), buffer = i % 2;
-      if (!kSummed || direction == 0) fetch_x(kSummed ? i / 2 % 2 : buffer, direction, chunk_of(i));
-      fetch_B(buffer, direction, chunk_of(i));
-      fetch_C(buffer, direction, chunk_of(i));
-    };
-    float D = 0;
-    if (a.D.data) D = *static_cast<const float*>(at(a.D, only, head));
-    if (a.sum_D) D += *static_cast<const float*>(at(a.D, 1, head));
-    float dt[2];
-    Accumulator state[kStateTiles] = {}, y[kSummed ? kTiles : 1];
-    if (steps > 0) {
-      fetch_step(0);
-      if (warp == 0) {
-        read_dt(only, chunk_of(0), dt);
-        make_steps(only, chunk_of(0), dt, shared.steps[0]);
-      }
-    }
-    for (int i = 0; i < steps; ++i) {
-      const int direction = direction_of(i), buffer = i % 2, chunk = chunk_of(i);
-      const bool own_state = !kSummed || direction == 0;
-      const Tile<kHeaddim> x{shared.x[kSummed ? i / 2 % 2 : buffer]};
-      const Tile<N> B{shared.B[buffer]}, C{shared.C[buffer]};
-      const Steps& now = shared.steps[buffer];
-      wait_for_copies();
-      __syncthreads();
-      // The warp with the fewest weights makes the next steps.
-      const bool makes_steps = i + 1 < steps && warp == (direction == 1 ? kWarps - 1 : 0);
-      if (i + 1 < steps) fetch_step(i + 1);
-      if (makes_steps) read_dt(direction_of(i + 1), chunk_of(i + 1), dt);
+  // One direction's part of a chunk's y: added to it if kAdded, and written to `own` if kWritten. The direction's state stays in
+  // `state`, or where that is null is read from memory. fetch_next asks for what comes next and tells which; make_next,
+  // of one warp, makes its steps.
+  template <int direction, bool kAdded, bool kWritten, class FetchNext, class MakeNext>
+  __device__ void outputs(Accumulator (*state)[kStateTiles], Accumulator (&y)[kTiles], uint4* own, float D, int chunk,
+                          const Tile<kHeaddim>& x, int buffer, FetchNext fetch_next, MakeNext make_next) const {
+    const Tile<N> B{shared.B[buffer]}, C{shared.C[buffer]};
+    const Steps& now = shared.steps[buffer];
+    wait_for_copies();
+    __syncthreads();
+    // The warp with the fewest weights makes the next steps.
+    const bool makes_steps = warp == (direction == 1 ? kWarps - 1 : 0);
+    fetch_next(makes_steps);
+    weigh<direction>(B, C, now);
+    if (makes_steps) make_next();
 
-      weigh(direction, B, C, now);
-      if (makes_steps) make_steps(direction_of(i + 1), chunk_of(i + 1), dt, shared.steps[1 - buffer]);
-
-      Fragment entering[kStateTiles];
-      Scale scale;
-      if (own_state) {
-        scale = scale_of<S>(kScaled<S> ? largest_of(state) : 0, 14);
+    RightFragment entering[kStateTiles];
+    Scale scale;
+    if (state) {
+      scale = scale_of<S>(kScaled<S> ? largest_of(*state) : 0, 14);
 #pragma unroll
-        for (int s = 0; s < kStateTiles; ++s) entering[s] = fragment_of<S>(state[s], scale.down);
+      for (int s = 0; s < kStateTiles; ++s) entering[s] = fragment_of<S, RightFragment>((*state)[s], scale.down);
+    } else {
+      const uint4* from = stored_state(chunk);
+#pragma unroll
+      for (int s = 0; s < kStateTiles; ++s) entering[s] = fragment_of<RightFragment>(from[(warp * kStateTiles + s) * kWarp + lane]);
+      if constexpr (kScaled<S>) scale.up = reinterpret_cast<const float*>(from + kStateWords<N> - 1)[warp];
+    }
+    // Scaled, sums leave no registers to keep columns in.
+    RightFragment columns[kTiles];
+    if constexpr (!kScaled<S>)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) columns[j] = columns_of(x, j);
+    const auto column = [&](int j) {
+      if constexpr (kScaled<S>) {
+        return columns_of(x, j);
       } else {
-        const uint4* from = stored_state(chunk);
-#pragma unroll
-        for (int s = 0; s < kStateTiles; ++s) entering[s] = fragment_of(from[(warp * kStateTiles + s) * kWarp + lane]);
-        if constexpr (kScaled<S>) scale.up = reinterpret_cast<const float*>(from + kStateWords<N> - 1)[warp];
+        return columns[j];
       }
-      Fragment columns[kTiles];
+    };
+    __syncthreads();  // all weights are there
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) columns[j] = x.transposed(j * kTile, warp * kTile);
-      __syncthreads();  // all weights are there
-#pragma unroll(kSummed ? kTiles : 1)
-      for (int m = 0; m < kTiles; ++m) {
-        Accumulator& rows = y[kSummed ? m : 0];
-        if (own_state) rows = {};
-        Accumulator from = {};
+    for (int m = 0; m < kTiles; ++m) {
+      if constexpr (!kAdded) y[m] = {};
+      Accumulator from = {};
 #pragma unroll
-        for (int s = 0; s < kStateTiles; ++s) multiply<S>(from, C.fragment(m * kTile, s * kTile), entering[s]);
-        const float* u = &now.u[m * kTile + lane / 4];
-        add_rows(rows, from, exp2_of(u[0]) * scale.up, exp2_of(u[8]) * scale.up);
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          if (direction == 1 ? j < m : j > m) continue;
-          const Fragment weights = fragment_of(shared.weights[m * kTiles + j][lane]);
-          if constexpr (kScaled<S>) {
-            from = {};
-            multiply<S>(from, weights, columns[j]);
-            const float up = shared.weights_scale[m * kTiles + j];
-            add_rows(rows, from, up, up);
-          } else {
-            multiply<S>(rows, weights, columns[j]);
-          }
-        }
-        if (!kSummed || direction == 1) {
-          skip(rows, x, m, D);
-          write(rows, kSummed ? 0 : direction, chunk, m);
+      for (int s = 0; s < kStateTiles; ++s) multiply<S>(from, C.fragment(m * kTile, s * kTile), entering[s]);
+      const float* u = &now.u[m * kTile + lane / 4];
+      add_rows(y[m], from, exp2_of(u[0]) * scale.up, exp2_of(u[8]) * scale.up);
+#pragma unroll(kScaled<S> ? 1 : kTiles)
+      for (int j = direction == 1 ? m : 0; j < (direction == 1 ? kTiles : m + 1); ++j) {
+        const Fragment weights = fragment_of<Fragment>(shared.weights[m * kTiles + j][lane]);
+        if constexpr (kScaled<S>) {
+          from = {};
+          multiply<S>(from, weights, column(j));
+          const float up = shared.weights_scale[m * kTiles + j];
+          add_rows(y[m], from, up, up);
+        } else {
+          multiply<S>(y[m], weights, column(j));
         }
       }
-      if (own_state) advance(state, x, B, now);
+      if constexpr (kWritten) {
+        if (a.D.data) skip(y[m], x, m, D);
+        write(y[m], own, chunk, m);
+        own += written_step();
+      }
     }
-    clear_padding(kSummed ? 0 : only);
+    if (state) advance(*state, column, B, now);
+  }
+
+  // y of one direction, which has x for itself.
+  template <int direction>
+  __device__ void sweep_direction() const {
+    const S *x = own_x(direction), *B = own_B(direction), *C = own_C(direction);
+    const float D = a.D.data ? *static_cast<const float*>(at(a.D, direction, head)) : 0;
+    uint4* own = written(direction);
+    float dt[2];
+    Accumulator state[kStateTiles] = {}, y[kTiles];
+    const auto fetch_chunk = [&](int buffer, int chunk, bool makes_steps) {
+      fetch_x(buffer, x, chunk);
+      fetch_B(buffer, B, chunk);
+      fetch_C<direction>(buffer, C, chunk);
+      if (makes_steps) read_dt<direction>(chunk, dt);
+    };
+    const auto chunk_of = [&](int i) { return direction == 1 ? chunks - 1 - i : i; };
+    if (chunks > 0) {
+      fetch_chunk(0, chunk_of(0), warp == 0);
+      if (warp == 0) make_steps<direction>(chunk_of(0), dt, shared.steps[0]);
+    }
+#pragma unroll 1
+    for (int i = 0; i < chunks; ++i) {
+      const int buffer = i % 2, chunk = chunk_of(i);
+      outputs<direction, false, true>(
+          &state, y, held(own + chunk * kTiles * written_step()), D, chunk, Tile<kHeaddim>{shared.x[buffer]}, buffer,
+          [&](bool makes_steps) {
+            if (i + 1 < chunks) fetch_chunk(1 - buffer, chunk_of(i + 1), makes_steps);
+          },
+          [&] {
+            if (i + 1 < chunks) make_steps<direction>(chunk_of(i + 1), dt, shared.steps[1 - buffer]);
+          });
+    }
+    clear_padding(direction);
+  }
+
+  // y of both directions, summed: of a chunk first the forward one's, in buffers 0, then the backward one's, in buffers 1.
+  __device__ void sweep_both() const {
+    const S *x = own_x(0), *B[2] = {own_B(0), own_B(1)}, *C[2] = {own_C(0), own_C(1)};
+    float D = a.D.data ? *static_cast<const float*>(at(a.D, 0, head)) : 0;
+    if (a.sum_D) D += *static_cast<const float*>(at(a.D, 1, head));
+    uint4* own = written(0);
+    float dt[2];
+    Accumulator state[kStateTiles] = {}, y[kTiles];
+    if (chunks > 0) {
+      fetch_x(0, x, 0);
+      fetch_B(0, B[0], 0);
+      fetch_C<0>(0, C[0], 0);
+      if (warp == 0) {
+        read_dt<0>(0, dt);
+        make_steps<0>(0, dt, shared.steps[0]);
+      }
+    }
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      uint4* own_rows = held(own + chunk * kTiles * written_step());
+      const Tile<kHeaddim> tile{shared.x[chunk % 2]};
+      outputs<0, false, false>(
+          &state, y, own_rows, D, chunk, tile, 0,
+          [&](bool makes_steps) {
+            fetch_B(1, B[1], chunk);
+            fetch_C<1>(1, C[1], chunk);
+            if (makes_steps) read_dt<1>(chunk, dt);
+          },
+          [&] { make_steps<1>(chunk, dt, shared.steps[1]); });
+      outputs<1, true, true>(
+          nullptr, y, own_rows, D, chunk, tile, 1,
+          [&](bool makes_steps) {
+            if (chunk + 1 == chunks) return;
+            fetch_x((chunk + 1) % 2, x, chunk + 1);
+            fetch_B(0, B[0], chunk + 1);
+            fetch_C<0>(0, C[0], chunk + 1);
+            if (makes_steps) read_dt<0>(chunk + 1, dt);
+          },
+          [&] {
+            if (chunk + 1 < chunks) make_steps<0>(chunk + 1, dt, shared.steps[0]);
+          });
+    }
+    clear_padding(0);
   }
 };
 
@@ -447,8 +562,14 @@ __global__ void __launch_bounds__(kThreads, 2) scan(const Arguments a) {
   constexpr int kWays = kSummed ? 1 : 2;
   const int64_t block = blockIdx.x;
   const Walk<S, N> walk(a, block % a.heads, block / a.heads / kWays);
-  if constexpr (kSummed) walk.sweep_states();
-  walk.template sweep_outputs<kSummed>(static_cast<int>(block / a.heads % kWays));
+  if constexpr (kSummed) {
+    walk.sweep_states();
+    walk.sweep_both();
+  } else if (block / a.heads % kWays == 0) {
+    walk.template sweep_direction<0>();
+  } else {
+    walk.template sweep_direction<1>();
+  }
 }
 
 // ---- The call ----

@@ -150,6 +150,15 @@ __device__ __forceinline__ double log1p_of(double x) { return log1p(x); }
 __device__ __forceinline__ float inverse_root(float x) { return 1.0f / sqrtf(x); }
 __device__ __forceinline__ double inverse_root(double x) { return 1.0 / sqrt(x); }
 
+// The same address in global memory, which the compiler then holds: it would rather work it out anew wherever it is used,
+// 64-bit products and all.
+template <class T>
+__device__ __forceinline__ T* held(T* address) {
+  asm volatile("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
 // Rounded as written, never fused with what is before or after: for what must be equal on two sides of a difference.
 __device__ __forceinline__ float product_of(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product_of(double a, double b) { return __dmul_rn(a, b); }

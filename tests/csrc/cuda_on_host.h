@@ -114,6 +114,11 @@ T inverse_root(T x) {
   return T(1) / std::sqrt(x);
 }
 
+template <class T>
+T* held(T* address) {
+  return address;
+}
+
 // x, rounded: the compiler knows nothing of it, so fuses nothing with it.
 template <class T>
 T rounded(T x) {

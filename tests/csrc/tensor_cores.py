@@ -99,12 +99,13 @@ def test_copies():
 
 @pytest.mark.parametrize("columns", [64, 128])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_fragments_of_a_tile(columns, transposed):
+@pytest.mark.parametrize("right", [False, True])
+def test_fragments_of_a_tile(columns, transposed, right):
     matrix = torch.arange(64 * columns, dtype=torch.int16).view(64, columns)
     for row in range(0, 64, 16):
         for column in range(0, columns, 16):
             out = torch.zeros(32, 8, dtype=torch.int16)
-            call("probe_load", matrix, columns, row, column, transposed, out)
+            call("probe_load", matrix, columns, row, column, transposed, right, out)
             part = matrix[row : row + 16, column : column + 16]
             assert torch.equal(out, held(part.T if transposed else part, A, 8))
 
@@ -129,12 +130,13 @@ def test_multiply(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_are_factors(dtype):
+@pytest.mark.parametrize("right", [False, True])
+def test_sums_are_factors(dtype, right):
     """Rounded to the nearest, each in its place; and what unpack finds there."""
     d = torch.randn(16, 16)
     out = torch.zeros(32, 8, dtype=dtype)
     values = held(d, sum_place, 8).contiguous()
-    call("probe_fragment_of", values, ctypes.c_float(0.25), out, dtype == torch.bfloat16)
+    call("probe_fragment_of", values, ctypes.c_float(0.25), out, dtype == torch.bfloat16, right)
     assert torch.equal(spread(out, A, 16, 16), (d * 0.25).to(dtype))
     for half in (0, 1):
         word = out.view(torch.int32)[0, 0].item() & 0xFFFFFFFF

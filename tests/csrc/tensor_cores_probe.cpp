@@ -19,13 +19,19 @@ void with_half(bool bfloat16, F&& f) {
 }
 
 template <int columns>
-void load(const uint16_t* matrix, int row, int column, bool transposed, Fragment* out) {
+void load(const uint16_t* matrix, int row, int column, bool transposed, bool right, Fragment* out) {
   warp(64 * columns * 2, [&] {
     const Tile<columns> tile{shared_memory<uint16_t>()};
     for (int r = lane(); r < 64; r += kWarp)
       for (int p = 0; p < columns / 8; ++p) std::memcpy(tile.piece(r, p), matrix + r * columns + p * 8, 16);
     __syncthreads();
-    out[lane()] = transposed ? tile.transposed(row, column) : tile.fragment(row, column);
+    Fragment& own = out[lane()];
+    if (right) {
+      const RightFragment f = transposed ? tile.right_transposed(row, column) : tile.right_fragment(row, column);
+      for (int w = 0; w < 4; ++w) own.word[left_word(w)] = f.word[w];
+    } else {
+      own = transposed ? tile.transposed(row, column) : tile.fragment(row, column);
+    }
   });
 }
 
@@ -42,7 +48,7 @@ void probe_mma(const uint32_t (*a)[4], const uint32_t (*b)[2], float (*d)[4], bo
 
 // Lane's row is the eight values from starts[lane] of memory on.
 void probe_ldmatrix(const uint16_t* memory, const int32_t* starts, uint32_t (*out)[4], bool transposed) {
-  warp(0, [&] { tensor_cores::ldmatrix(out[lane()], memory + starts[lane()], transposed); });
+  warp(0, [&] { tensor_cores::ldmatrix(out[lane()], memory, starts[lane()], transposed); });
 }
 
 // Lane's 16 bytes from one place to another, of which it copies bytes[lane]; `early` is what is there before they are
@@ -57,19 +63,31 @@ void probe_copy(const uint4* from, const int32_t* bytes, uint4* early, uint4* la
   });
 }
 
-void probe_load(const uint16_t* matrix, int columns, int row, int column, bool transposed, Fragment* out) {
-  columns == 64 ? load<64>(matrix, row, column, transposed, out) : load<128>(matrix, row, column, transposed, out);
+void probe_load(const uint16_t* matrix, int columns, int row, int column, bool transposed, bool right, Fragment* out) {
+  (columns == 64 ? load<64> : load<128>)(matrix, row, column, transposed, right, out);
 }
 
 void probe_multiply(const Fragment* a, const Fragment* b, Accumulator* d, bool bfloat16) {
   with_half(bfloat16, [&](auto storage) {
-    warp(0, [&] { multiply<decltype(storage)>(d[lane()], a[lane()], b[lane()]); });
+    warp(0, [&] {
+      RightFragment right;
+      for (int w = 0; w < 4; ++w) right.word[w] = b[lane()].word[left_word(w)];
+      multiply<decltype(storage)>(d[lane()], a[lane()], right);
+    });
   });
 }
 
-void probe_fragment_of(const Accumulator* sum, float factor, Fragment* out, bool bfloat16) {
+void probe_fragment_of(const Accumulator* sum, float factor, Fragment* out, bool bfloat16, bool right) {
   with_half(bfloat16, [&](auto storage) {
-    warp(0, [&] { out[lane()] = fragment_of(words_of(fragment_of<decltype(storage)>(sum[lane()], factor))); });
+    using S = decltype(storage);
+    warp(0, [&] {
+      if (right) {
+        const auto f = fragment_of<RightFragment>(words_of(fragment_of<S, RightFragment>(sum[lane()], factor)));
+        for (int w = 0; w < 4; ++w) out[lane()].word[left_word(w)] = f.word[w];
+      } else {
+        out[lane()] = fragment_of<Fragment>(words_of(fragment_of<S, Fragment>(sum[lane()], factor)));
+      }
+    });
   });
 }
 
