@@ -26,7 +26,7 @@ KINDS = {
     "float": "FADD|FMUL|FFMA|FMNMX|HADD2|HFMA2|HMUL2",
     "double": "DADD|DMUL|DFMA|DSETP",
     "special": "MUFU",
-    "convert": "F2F|I2F|F2I|PRMT|FRND",
+    "convert": "F2F|F2FP|I2F|I2FP|F2I|PRMT|FRND",
     "select": "FSEL|SEL|FSETP|ISETP|PLOP3|FCHK|P2R|R2P",
     "shared": "LDS|STS|LDSM|STSM|ATOMS",
     "global": "LDG|STG|LD|ST|UBLKCP|UTMA|RED|ATOM",
