@@ -147,10 +147,10 @@ def _state_strides(tensor, prefix) -> dict:
     return {f"{prefix}_{letter}": stride for letter, stride in zip("shpn", values)}
 
 
-def _states(scan: Scan, chunk: int, dy=None, dlast=None):
+def _states(scan: Scan, chunk: int, dy=None, dlast=None, dD=None):
     """(states that enter each chunk, v, step and total of each, last states, gradient of the first states).
 
-    With dy the gradients of the states that leave each chunk stand behind the states.
+    With dy the gradients of the states that leave each chunk stand behind the states, and dD takes parts of D's.
     """
     slots, tiles = scan.slots(chunk), scan.tiles
     per_chunk = (scan.directions, scan.heads, slots)
@@ -163,11 +163,12 @@ def _states(scan: Scan, chunk: int, dy=None, dlast=None):
         (slots * scan.directions, scan.heads * p_tiles * n_tiles),
         dict(
             x=scan.x, dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, B=scan.B, dy=dy, C=None if dy is None else scan.C,
-            states=states, v_of=v, step_of=step, total_of=total, **scan.sizes(slots), **_x_strides(scan.x, "x"),
-            **_dt_strides(scan), **_B_strides(scan.B, "B"), **_x_strides(dy, "dy"),
+            states=states, v_of=v, step_of=step, total_of=total, dD=dD, **scan.sizes(slots),
+            **_x_strides(scan.x, "x"), **_dt_strides(scan), **_B_strides(scan.B, "B"), **_x_strides(dy, "dy"),
             **_B_strides(None if dy is None else scan.C, "C"),
             **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", *STEP_OPTIONS, *TYPES),
             GRADIENT=dy is not None, Q=chunk, BLOCK_P=tiles.state_p, BLOCK_N=tiles.state_n,
+            D_DIRECTIONS=0 if dD is None else dD.shape[1],
         ),
         tiles.state_warps, tiles.stages,
     )  # fmt: skip
@@ -284,7 +285,13 @@ def scan_backward(scan: Scan, dy, dlast=None):
     slots, directions, heads = scan.slots(chunk), scan.directions, scan.heads
     group_heads = heads // scan.groups
     dx = scan.empty(*scan.x.shape, dtype=scan.x.dtype)
-    states, steps, _, dfirst = _states(scan, chunk, dy, dlast)
+    dD_parts, D_terms = None, 0
+    if scan.D is not None:
+        # Directions that share x and D each have its whole gradient.
+        ways, D_terms = 1 if scan.summed and scan.D.dim() == 1 else directions, triton.cdiv(scan.headdim, tiles.state_p)
+        dD_parts = scan.empty(D_terms, ways, heads, slots)
+        D_terms *= ways if scan.D.dim() == 1 else 1
+    states, steps, _, dfirst = _states(scan, chunk, dy, dlast, dD_parts)
     v, step, total = steps
     _outputs(scan, chunk, min(tiles.rows, chunk), dy, dx, states[1:], steps, gradient=True)
 
@@ -295,7 +302,7 @@ def scan_backward(scan: Scan, dy, dlast=None):
     dC_parts = scan.empty(blocks, *of_batch, scan.groups, scan.dstate)
     n_tiles = triton.cdiv(scan.dstate, tiles.gradient_n)
     ddt_parts = scan.empty(n_tiles, *of_batch, heads)
-    per_head = scan.empty(3, n_tiles, directions, heads, slots)
+    per_head = scan.empty(2, n_tiles, directions, heads, slots)
     launch(
         kernels.chunk_gradients,
         (slots * directions, n_tiles * scan.groups * blocks),
@@ -324,14 +331,12 @@ def scan_backward(scan: Scan, dy, dlast=None):
         kernels.sum_parts,
         (programs,),
         dict(
-            dB_parts=dB_parts, dC_parts=dC_parts, ddt_parts=ddt_parts, per_head=per_head, dB=dB, dC=dC, ddt=ddt, dA=dA,
-            ddt_bias=dbias, dD=dD, B_terms=blocks * terms(scan.B, 4), B_size=dB.numel(),
+            dB_parts=dB_parts, dC_parts=dC_parts, ddt_parts=ddt_parts, per_head=per_head, dD_parts=dD_parts,
+            dB=dB, dC=dC, ddt=ddt, dA=dA, ddt_bias=dbias, dD=dD, B_terms=blocks * terms(scan.B, 4), B_size=dB.numel(),
             C_terms=blocks * terms(scan.C, 4), C_size=dC.numel(), dt_terms=n_tiles * terms(scan.dt, 3),
             dt_size=ddt.numel(), A_terms=n_tiles * terms(scan.A, 1), A_size=dA.numel(),
             bias_terms=n_tiles * terms(scan.dt_bias, 1), bias_size=dbias.numel(),
-            # Directions that share x each have the whole gradient of a skip.
-            D_terms=1 if scan.summed else n_tiles * terms(scan.D, 1), D_size=dD.numel(), heads=heads, slots=slots,
-            kinds=n_tiles * directions, BLOCK=block,
+            D_terms=D_terms, D_size=dD.numel(), heads=heads, slots=slots, kinds=n_tiles * directions, BLOCK=block,
         ),
         4, 1,
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """The arithmetic of a chunk, which all Triton kernels of the scan share, for either direction of time.
 
 A direction's own order of frames is their order in time, or the reverse of it. In that order v is the inclusive prefix
-sum of A dt in the chunk, and u is v, or the exclusive sum where results are shifted by one step. Result i then takes
-e^{u_i - v_j} dt_j (C_i . B_j) x_j from frame j and e^{u_i} C_i S from the state S that enters the chunk; the state that
-leaves it takes e^{total - v_j} dt_j x_j B_j^T. Shifted, C_i is that of the frame one step before.
+sum of A dt / ln 2 in the chunk, and u is v, or the exclusive sum where results are shifted by one step. Result i takes
+2^{u_i - v_j} dt_j (C_i . B_j) x_j from frame j and 2^{u_i} C_i S from the state S that enters the chunk; the state that
+leaves it takes 2^{total - v_j} dt_j x_j B_j^T. Shifted, C_i is that of the frame one step before. A power of two is one
+instruction of a GPU, and one of e is six.
 
 Frames are cut into chunks of Q from each sequence's own first frame on, in both directions, so what a sequence gives
 does not depend on what it is batched with. A *slot* is where a chunk's intermediate results stand; the slots of packed
@@ -12,6 +13,8 @@ sequence s begin at cu_seqlens[s] // Q + s, which leaves room for every sequence
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.constexpr_function
@@ -161,14 +164,14 @@ def decays_of(
     dt, dt_bias, A, direction, row, frame, head, valid, reverse, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """(A, dt, v, total) of a chunk of one head."""
+    """(A, dt, v, total) of a chunk of one head, total the sum of A dt / ln 2."""
     _, _, step = load_step(
         dt, dt_bias, direction, row, frame, head, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h, SOFTPLUS, LOW, HIGH,
         MATH,
     )  # fmt: skip
     rate = tl.load(A + direction * A_d + head * A_h)
-    # In float64, and each direction in its own order: weights are e to the power of differences of these sums.
-    log_decay = step.to(tl.float64) * rate.to(tl.float64)
+    # In float64, and each direction in its own order: weights are powers of differences of these sums.
+    log_decay = step.to(tl.float64) * rate.to(tl.float64) * LOG2E
     total = tl.sum(log_decay, 0).to(MATH)
     v = tl.where(reverse, tl.cumsum(log_decay, 0, reverse=True), tl.cumsum(log_decay, 0)).to(MATH)
     return rate.to(MATH), step, v, total
@@ -184,33 +187,50 @@ def added_by(
 
 
 @triton.jit
+def exclusive_of(v, step, rate):
+    """The sums without their own frame's term."""
+    return v - step * (rate * LOG2E)
+
+
+@triton.jit
 def is_strict(direction, ONCE: tl.constexpr, SHIFTED: tl.constexpr):
     """1 where a direction's results take nothing of their own frame, else 0."""
     return 1 if SHIFTED else ((direction == 1).to(tl.int32) if ONCE else 0)
 
 
 @triton.jit
+def finite_power(exponent):
+    """2 to the power of it, and no overflow: what is out of sight has any exponent, and is times a score of zero."""
+    MOST: tl.constexpr = 1023.0 if exponent.dtype == tl.float64 else 127.0
+    return tl.exp2(tl.minimum(exponent, MOST))
+
+
+@triton.jit
+def scores_in_sight(scores, i, j, reverse, strict, GRADIENT: tl.constexpr):
+    """The scores (i, j) that weights are made of, the others zero; i, j count frames from the chunk's first on."""
+    if GRADIENT:
+        return tl.where(in_sight(j[None, :], i[:, None], reverse, strict), scores, 0)
+    else:
+        return tl.where(in_sight(i[:, None], j[None, :], reverse, strict), scores, 0)
+
+
+@triton.jit
 def weights_of(
-    scores, v_i, step_i, v_j, step_j, total, rate, valid_i, i, j, reverse, strict, SHIFTED: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    scores, v_i, step_i, v_j, step_j, total, rate, valid_i, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """(one direction's weights (i, j) of a chunk, the factors of what its rows take from the state).
 
-    i, j count frames from the chunk's first on. With GRADIENT, rows are frames and columns results: dx is the scan
-    turned round, with B and C in each other's place.
+    scores are those in sight. With GRADIENT, rows are frames and columns results: dx is the scan turned round, with B
+    and C in each other's place.
     """
     if GRADIENT:
-        u_j = v_j - step_j * rate if SHIFTED else v_j
-        seen = in_sight(j[None, :], i[:, None], reverse, strict)
-        exponent = u_j[None, :] - v_i[:, None]
-        weights = tl.exp(tl.where(seen, exponent, float("-inf"))) * scores * step_i[:, None]
-        return weights, tl.exp(total - v_i) * step_i
+        u_j = exclusive_of(v_j, step_j, rate) if SHIFTED else v_j
+        weights = finite_power(u_j[None, :] - v_i[:, None]) * scores * step_i[:, None]
+        return weights, tl.exp2(total - v_i) * step_i
     else:
-        u_i = v_i - step_i * rate if SHIFTED else v_i
-        seen = in_sight(i[:, None], j[None, :], reverse, strict)
-        exponent = u_i[:, None] - v_j[None, :]
-        weights = tl.exp(tl.where(seen, exponent, float("-inf"))) * scores * step_j[None, :]
-        return weights, tl.where(valid_i, tl.exp(u_i), 0)
+        u_i = exclusive_of(v_i, step_i, rate) if SHIFTED else v_i
+        weights = finite_power(u_i[:, None] - v_j[None, :]) * scores * step_j[None, :]
+        return weights, tl.where(valid_i, tl.exp2(u_i), 0)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton.language as tl
 from linconv.ops.ssd.triton_chunk import (
     added_by,
     decays_of,
+    exclusive_of,
     first_slot,
     frames_of,
     in_sight,
@@ -17,6 +18,7 @@ from linconv.ops.ssd.triton_chunk import (
     load_state,
     load_step,
     load_tile,
+    scores_in_sight,
     sequence_of,
     source_of,
     weights_of,
@@ -28,19 +30,21 @@ HEAD_STAGES = tl.constexpr(1)  # loads of the next head ahead of time would take
 
 @triton.jit
 def chunk_states(
-    x, dt, A, dt_bias, B, dy, C, states, v_of, step_of, total_of, bounds,
+    x, dt, A, dt_bias, B, dy, C, states, v_of, step_of, total_of, dD, bounds,
     frames, sequences, slots, heads,
     x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h, B_d, B_b, B_t, B_g, B_n,
     dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, D_DIRECTIONS: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to the state that leaves it and, with GRADIENT, to the gradient of the state that enters it.
 
     states (1 or 2 with GRADIENT, directions, heads, slots, headdim, dstate); v_of, step_of (directions, heads, slots,
-    Q) and total_of (directions, heads, slots) keep v, dt and the sum of A dt for the kernels that follow.
+    Q) and total_of (directions, heads, slots) keep v, dt and the chunk's total for the kernels that follow. dD, which
+    may be None (tiles of headdim, D_DIRECTIONS, heads, slots): the gradient of D by chunk.
     """
     slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
     direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
@@ -51,7 +55,15 @@ def chunk_states(
     sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
     row, begin, length = frames_of(sequence, bounds, frames, KIND)
     chunk = slot - first_slot(sequence, bounds, frames, Q, KIND)
+    at = (direction * heads + head) * slots + slot
+    p_tile = tile // n_tiles
+    n_tile = tile % n_tiles
+    if dD is not None:
+        dD += ((p_tile * D_DIRECTIONS + direction) * heads + head) * slots + slot
+        writes_dD = (n_tile == 0) & (direction < D_DIRECTIONS)
     if chunk * Q >= length:
+        if dD is not None:
+            tl.store(dD, tl.zeros([], MATH), mask=writes_dD)
         return
     reverse = is_reversed(direction, FLIP)
     position = tl.arange(0, Q)
@@ -61,13 +73,12 @@ def chunk_states(
         dt, dt_bias, A, direction, row, begin + frame, head, valid, reverse, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d,
         bias_h, SOFTPLUS, LOW, HIGH, MATH,
     )  # fmt: skip
-    at = (direction * heads + head) * slots + slot
     if tile == 0:
         tl.store(v_of + at * Q + position, v)
         tl.store(step_of + at * Q + position, step)
         tl.store(total_of + at, total)
-    p = (tile // n_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = (tile % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = p_tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     out = states + at * (headdim * dstate) + p[:, None] * dstate + n[None, :]
     kept = (p < headdim)[:, None] & (n < dstate)[None, :]
 
@@ -76,19 +87,21 @@ def chunk_states(
     factor = load_tile(
         B, direction, row, begin + frame, head // group_heads, n, valid, dstate, B_d, B_b, B_t, B_g, B_n, OPERAND, False
     )  # fmt: skip
-    added = added_by(rows, factor, tl.exp(total - v) * step, nothing, MATH, OPERAND, PRECISION)
+    added = added_by(rows, factor, tl.exp2(total - v) * step, nothing, MATH, OPERAND, PRECISION)
     tl.store(out, added.to(OPERAND), mask=kept)
     if GRADIENT:
         source, there = source_of(frame, valid, length, reverse, SHIFTED)
-        u = v - step * rate if SHIFTED else v
-        rows = load_tile(
+        u = exclusive_of(v, step, rate) if SHIFTED else v
+        dy_rows = load_tile(
             dy, direction, row, begin + frame, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, MATH, True
         )  # fmt: skip
+        if dD is not None:
+            tl.store(dD, tl.sum(tl.sum(dy_rows * rows, 0), 0), mask=writes_dD)
         factor = load_tile(
             C, direction, row, begin + source, head // group_heads, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND,
             False,
         )  # fmt: skip
-        added = added_by(rows, factor, tl.where(valid, tl.exp(u), 0), nothing, MATH, OPERAND, PRECISION)
+        added = added_by(dy_rows, factor, tl.where(valid, tl.exp2(u), 0), nothing, MATH, OPERAND, PRECISION)
         out += tl.full([], DIRECTIONS, tl.int64) * heads * slots * headdim * dstate
         tl.store(out, added.to(OPERAND), mask=kept)
 
@@ -134,7 +147,7 @@ def pass_states(
     for c in tl.range(0, chunks, num_stages=STAGES):
         chunk = tl.where(against_time, chunks - 1 - c, c).to(tl.int64)
         added = tl.load(own + chunk * size, mask=kept, other=0).to(MATH)
-        decay = tl.exp(tl.load(total_of + slot + chunk))
+        decay = tl.exp2(tl.load(total_of + slot + chunk))
         tl.store(own + chunk * size, state.to(states.dtype.element_ty), mask=kept)
         state = state * decay + added
     result = (sequence * heads + head) * size + element
@@ -167,8 +180,7 @@ def _scores(
 @triton.jit
 def _direction_weights(
     scores, A, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, A_d, A_h,
-    FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr,
-    MATH: tl.constexpr,
+    SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """One direction's weights (rows, Q) of a chunk, and the factors of what its rows take from the state."""
     at = (direction * heads + head) * slots + slot
@@ -179,10 +191,7 @@ def _direction_weights(
     step_j = tl.load(step_of + at * Q + j)
     rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
     total = tl.load(total_of + at)
-    return weights_of(
-        scores, v_i, step_i, v_j, step_j, total, rate, valid_i, q, j, is_reversed(direction, FLIP),
-        is_strict(direction, ONCE, SHIFTED), SHIFTED, GRADIENT,
-    )  # fmt: skip
+    return weights_of(scores, v_i, step_i, v_j, step_j, total, rate, valid_i, SHIFTED, GRADIENT)
 
 
 @triton.jit
@@ -262,6 +271,7 @@ def chunk_outputs(
         rows, columns, direction, row, begin, source_i, source_j, there_i, there_j, group,
         r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
     )  # fmt: skip
+    scores = scores_in_sight(scores, q, tl.arange(0, Q), reverse, is_strict(direction, ONCE, SHIFTED), GRADIENT)
     if SUMMED:
         source_i, there_i = source_of(i, valid_i, length, True, SHIFTED_ROWS)
         source_j, there_j = source_of(j, valid_j, length, True, SHIFTED_COLUMNS)
@@ -269,16 +279,18 @@ def chunk_outputs(
             rows, columns, direction + 1, row, begin, source_i, source_j, there_i, there_j, group,
             r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
         )  # fmt: skip
+        strict = is_strict(direction + 1, ONCE, SHIFTED)
+        other_scores = scores_in_sight(other_scores, q, tl.arange(0, Q), True, strict, GRADIENT)
     for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
         head = first_head + h
         weights, entered = _direction_weights(
             scores, A, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, A_d, A_h,
-            FLIP, ONCE, SHIFTED, GRADIENT, Q, MATH,
+            SHIFTED, GRADIENT, Q, MATH,
         )  # fmt: skip
         if SUMMED:
             other_weights, other_entered = _direction_weights(
                 other_scores, A, v_of, step_of, total_of, direction + 1, head, slot, slots, heads, valid_i, q, A_d, A_h,
-                FLIP, ONCE, SHIFTED, GRADIENT, Q, MATH,
+                SHIFTED, GRADIENT, Q, MATH,
             )  # fmt: skip
             weights += other_weights
         values = load_tile(
@@ -320,7 +332,7 @@ def chunk_gradients(
     """Gradients of B, C, dt and, chunk by chunk, of what heads have one of, for one direction of a chunk.
 
     dB, dC (heads / HEADS of a group, directions, batch, L, groups, dstate) are parts of sums, as are ddt (dstate /
-    BLOCK_N, directions, batch, L, heads) and per_head (3: A, dt_bias, D; dstate / BLOCK_N, directions, heads, slots).
+    BLOCK_N, directions, batch, L, heads) and per_head (2: A, dt_bias; dstate / BLOCK_N, directions, heads, slots).
     A program takes BLOCK_N columns of dstate and what these give through the states; what has no such columns counts in
     the first one.
     """
@@ -361,9 +373,7 @@ def chunk_gradients(
         tl.store(dC + dB_offset, zeros, mask=kept)
         for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
             tl.store(ddt + ddt_offset + first_head + h, tl.zeros([Q], MATH), mask=stored)
-            for which in tl.static_range(3):
-                zero = tl.zeros([1], MATH)
-                tl.store(sums + which * sums_size + (first_head + h) * slots + tl.arange(0, 1), zero)
+            tl.store(sums + (first_head + h) * slots + tl.arange(0, 2) * sums_size, tl.zeros([2], MATH))
         return
 
     source, there = source_of(i, valid, length, reverse, SHIFTED)
@@ -388,7 +398,7 @@ def chunk_gradients(
         step = tl.load(step_of + at * Q + tl.arange(0, Q))
         total = tl.load(total_of + at)
         rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
-        u = v - step * rate if SHIFTED else v
+        u = exclusive_of(v, step, rate) if SHIFTED else v
         gradient_at = at + tl.full([], DIRECTIONS, tl.int64) * heads * slots
 
         # One product after the other, though dy and x are loaded twice: all at once are more than there are registers.
@@ -401,7 +411,7 @@ def chunk_gradients(
             )  # fmt: skip
             state = load_state(states, at, p, n, headdim, dstate, False)
             dC_head = tl.dot(dy_tile, state, dC_head, input_precision=PRECISION, out_dtype=MATH)
-        dC_head *= tl.where(valid, tl.exp(u), 0)[:, None]
+        dC_head *= tl.where(valid, tl.exp2(u), 0)[:, None]
         gained = tl.sum(widened(C_tile, h, MATH) * dC_head, 1)
         dC_sum += dC_head
         # To the state that leaves, likewise.
@@ -413,7 +423,7 @@ def chunk_gradients(
             )
             dstate_tile = load_state(states, gradient_at, p, n, headdim, dstate, False)
             dB_head = tl.dot(x_tile, dstate_tile, dB_head, input_precision=PRECISION, out_dtype=MATH)
-        dB_head *= tl.exp(total - v)[:, None]
+        dB_head *= tl.exp2(total - v)[:, None]
         left = tl.sum(widened(B_tile, h, MATH) * dB_head, 1)
         dB_sum += dB_head * step[:, None]
         # Of the state before and the gradient of the one after, flat: they need not stand in registers as tiles.
@@ -424,7 +434,7 @@ def chunk_gradients(
             state = tl.load(states + at * (headdim * dstate) + element, mask=kept, other=0)
             other = tl.load(states + gradient_at * (headdim * dstate) + element, mask=kept, other=0)
             carried += state.to(MATH) * other.to(MATH)
-        total_gradient = tl.sum(step * left, 0) + tl.exp(total) * tl.sum(carried, 0)
+        through_state = tl.exp2(total) * tl.sum(carried, 0)
         # Through the chunk's weights.
         dweights = tl.zeros([Q, Q], MATH)
         for start in range(0, headdim, BLOCK_P):
@@ -436,22 +446,18 @@ def chunk_gradients(
                 x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, OPERAND, False
             )
             dweights = tl.dot(dy_tile, tl.trans(x_tile), dweights, input_precision=PRECISION, out_dtype=MATH)
-        own = sums + head * slots
-        skip = tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], dweights, 0), 1), 0)
-        tl.store(own + 2 * sums_size, tl.where(first_tile, skip, 0))
         seen = in_sight(q[:, None], q[None, :], reverse, strict)
-        flow = tl.exp(tl.where(seen, u[:, None] - v[None, :], float("-inf"))) * dweights
+        flow = tl.exp2(tl.where(seen, u[:, None] - v[None, :], float("-inf"))) * dweights
         dscores += flow * step[None, :]
         through = tl.where(first_tile, flow * widened(scores, h, MATH), 0)
         gained += tl.sum(through * step[None, :], 1)
         gave = left + tl.sum(through, 0)
 
         # The gradient of the log decay a_k = dt_k A is that of every u and v it is part of, and of the total.
-        given = -step * gave
-        change = gained + given
+        change = gained - step * gave
         prefix = tl.cumsum(change, 0)
-        suffix = tl.sum(change, 0) - prefix + change
-        log_decay = tl.where(reverse, prefix, suffix) + total_gradient
+        total_gradient = through_state + tl.sum(step * left + tl.where(reverse, 0, change), 0)
+        log_decay = tl.where(reverse, prefix, change - prefix) + total_gradient
         if SHIFTED:
             log_decay -= gained
         step_gradient = gave + rate * log_decay
@@ -464,6 +470,7 @@ def chunk_gradients(
             step_gradient *= 1 / (1 + tl.exp(-raw))
         step_gradient = tl.where(valid, step_gradient, 0)
         tl.store(ddt + ddt_offset + head, step_gradient, mask=stored)
+        own = sums + head * slots
         tl.store(own, tl.sum(tl.where(valid, step * log_decay, 0), 0))
         tl.store(own + sums_size, tl.sum(step_gradient, 0))
 
@@ -507,7 +514,7 @@ def _sum_slots(parts, out, terms, size, slots, program, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_parts(
-    dB_parts, dC_parts, ddt_parts, per_head, dB, dC, ddt, dA, ddt_bias, dD,
+    dB_parts, dC_parts, ddt_parts, per_head, dD_parts, dB, dC, ddt, dA, ddt_bias, dD,
     B_terms, B_size, C_terms, C_size, dt_terms, dt_size, A_terms, A_size, bias_terms, bias_size, D_terms, D_size,
     heads, slots, kinds, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -532,5 +539,5 @@ def sum_parts(
         _sum_slots(per_head, dA, A_terms, A_size, slots, program - A_first, BLOCK)
     elif program < D_first:
         _sum_slots(per_head + kind, ddt_bias, bias_terms, bias_size, slots, program - bias_first, BLOCK)
-    elif program < D_first + D_size:
-        _sum_slots(per_head + 2 * kind, dD, D_terms, D_size, slots, program - D_first, BLOCK)
+    elif dD_parts is not None:
+        _sum_slots(dD_parts, dD, D_terms, D_size, slots, program - D_first, BLOCK)

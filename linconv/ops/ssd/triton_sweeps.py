@@ -16,6 +16,7 @@ from linconv.ops.ssd.triton_chunk import (
     is_reversed,
     is_strict,
     load_tile,
+    scores_in_sight,
     sequence_of,
     source_of,
     weights_of,
@@ -29,7 +30,7 @@ def chunk_decays(
     DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     KIND: tl.constexpr, Q: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """v and dt into v_of and step_of (directions, heads, slots, Q), the sum of A dt into total_of (..., slots)."""
+    """v and dt into v_of and step_of (directions, heads, slots, Q), the chunk's total into total_of (..., slots)."""
     slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
     direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -104,10 +105,8 @@ def sweep(
             C, direction, row, begin + source, group, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND, False
         )
         scores = tl.dot(C_tile, tl.trans(B_tile), input_precision=PRECISION, out_dtype=MATH)
-        strict = is_strict(direction, ONCE, SHIFTED)
-        weights, entered = weights_of(
-            scores, v, step, v, step, total, rate, valid, q, q, reverse, strict, SHIFTED, False
-        )  # fmt: skip
+        scores = scores_in_sight(scores, q, q, reverse, is_strict(direction, ONCE, SHIFTED), False)
+        weights, entered = weights_of(scores, v, step, v, step, total, rate, valid, SHIFTED, False)
         result = tl.dot(C_tile, tl.trans(state.to(OPERAND)), input_precision=PRECISION, out_dtype=MATH)
         result *= entered[:, None]
         result = tl.dot(weights.to(OPERAND), x_tile, result, input_precision=PRECISION, out_dtype=MATH)
@@ -119,9 +118,9 @@ def sweep(
         if summand is not None:
             result += tl.load(summand + offset, mask=kept, other=0).to(MATH)
         tl.store(out + offset, tl.where(valid[:, None], result, 0).to(out.dtype.element_ty), mask=kept)
-        scale = tl.exp(total - v) * step
+        scale = tl.exp2(total - v) * step
         state = added_by(
-            tl.trans(x_tile).to(MATH), B_tile, scale, state * tl.exp(total), MATH, OPERAND, PRECISION
+            tl.trans(x_tile).to(MATH), B_tile, scale, state * tl.exp2(total), MATH, OPERAND, PRECISION
         )  # fmt: skip
     if KIND == "seq_lens":
         zeros = tl.zeros([Q, BLOCK_P], out.dtype.element_ty)

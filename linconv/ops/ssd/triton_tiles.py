@@ -54,7 +54,7 @@ TILES = {
         gradient_chunk=64, gradient_p=32, gradient_n=64, gradient_stages=2,
     ),
     ("bf16", 10): Tiles(
-        chunk=128, rows=32, block_p=64, block_n=64, state_p=64, state_n=64,
+        chunk=128, rows=32, block_p=64, block_n=32, state_p=64, state_n=64,
         gradient_chunk=32, gradient_p=32, gradient_n=64,
     ),
     ("tf32", 8): Tiles(
@@ -83,7 +83,7 @@ TILES = {
     ),
     # Without tensor cores more stands in registers.
     ("ieee", 8): Tiles(
-        chunk=32, rows=32, block_p=32, block_n=16, state_p=64, state_n=64,
+        chunk=32, rows=32, block_p=32, block_n=16, state_p=32, state_n=64,
         gradient_chunk=32, gradient_p=16, gradient_n=16, stages=1,
     ),
     ("ieee", 10): Tiles(
@@ -113,8 +113,7 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
     columns |= {name: min(N, getattr(tiles, name)) for name in ("block_n", "state_n", "gradient_n")}
     if N > 128:
         columns["gradient_n"] = min(columns["gradient_n"], 32)
-    # Heads that share scores spare work of dstate's size, and take registers.
-    return replace(tiles, heads=min(tiles.heads, max(1, N // 32)), **columns)
+    return replace(tiles, **columns)
 
 
 def power_of_two(size: int) -> int:
