@@ -11,10 +11,18 @@
 
 namespace linconv {
 
+// How many of `tasks`, of so many operations in all, a thread should have at least. Threads that others keep from running
+// are waited for, milliseconds on a busy machine, so what is done in microseconds is left to one.
+inline int64_t grain(int64_t tasks, int64_t operations) {
+  constexpr int64_t kLeast = 1 << 16;
+  return operations >= tasks * kLeast ? 1 : (tasks * kLeast + operations) / std::max<int64_t>(operations, 1);
+}
+
 // A kernel with its arguments: run(begin, end) does so many of `count` tasks, which depend on nothing of each other's.
 struct Tasks {
   int64_t count;
   std::function<void(int64_t begin, int64_t end)> run;
+  int64_t grain = 1;
 };
 
 // The tasks of kernels alike, one kernel's behind another's.
@@ -30,7 +38,7 @@ inline Tasks chain(std::vector<Tasks> parts) {
           }};
 }
 
-inline void run(const Tasks& tasks) { torch::stable::parallel_for(0, tasks.count, 1, tasks.run); }
+inline void run(const Tasks& tasks) { torch::stable::parallel_for(0, tasks.count, tasks.grain, tasks.run); }
 
 // Kernels that differ but depend on nothing of each other's either: each thread takes its share of every one.
 inline void run_together(const std::vector<Tasks>& all) {

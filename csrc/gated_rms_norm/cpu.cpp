@@ -2,10 +2,13 @@
 
 #include <tuple>
 
+#include "common/tasks.h"
 #include "common/tensor.h"
 
 namespace linconv {
 namespace {
+
+constexpr int64_t kOperations = 32;  // of a channel of a frame, about
 
 // The arguments both passes share, re-checked; `blocks` must outlive them.
 NormArgs arguments(const Tensor& x, const Tensor& z, const Tensor& weight, double eps, int64_t group_size,
@@ -36,7 +39,7 @@ Tensor gated_rms_norm(Tensor x, Tensor z, Tensor weight, double eps, int64_t gro
   Tensor y = empty({a.x.size[1], a.x.size[2], a.directions, a.channels}, a.x.dtype);
   y = torch::stable::transpose(torch::stable::transpose(y, 1, 2), 0, 1);
   a.y = view<4>(y, "y");
-  torch::stable::parallel_for(0, a.block_count, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, a.block_count, grain(a.block_count, kOperations * y.numel()), [&](int64_t begin, int64_t end) {
     std::vector<double> scratch(norm_scratch(a));
     LINCONV_PICK(gated_rms_norm_forward)(a, scratch.data(), begin, end);
   });

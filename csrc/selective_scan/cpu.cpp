@@ -2,11 +2,14 @@
 #include <tuple>
 
 #include "common/sums.h"
+#include "common/tasks.h"
 #include "selective_scan/arguments.h"
 #include "selective_scan/kernel.h"
 
 namespace linconv {
 namespace {
+
+constexpr int64_t kOperations = 24;  // of an entry of the state, a frame, about
 
 using Optional = const std::optional<Tensor>&;
 
@@ -46,7 +49,7 @@ std::tuple<Tensor, Tensor> selective_scan(const Tensor& x, const Tensor& dt, con
   a.final_states = view<3>(final_states, "final_states");
   if (a.channels > 0) {
     cut_for_threads(a);
-    torch::stable::parallel_for(0, a.tasks(), 1,
+    torch::stable::parallel_for(0, a.tasks(), grain(a.tasks(), kOperations * x.numel() * a.dstate),
                                 [&](int64_t begin, int64_t end) { LINCONV_PICK(selective_scan_forward)(a, begin, end); });
   }
   return {y, final_states};

@@ -2,10 +2,13 @@
 
 #include <tuple>
 
+#include "common/tasks.h"
 #include "common/tensor.h"
 
 namespace linconv {
 namespace {
+
+constexpr int64_t kOperations = 32;  // of a channel of a frame, about
 
 // The arguments both passes share, re-checked; `blocks` must outlive them.
 ConvArgs arguments(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool silu, bool reverse,
@@ -41,7 +44,8 @@ Tensor short_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, bool silu
   ConvArgs a = arguments(x, weight, bias, silu, reverse, lookahead, seq_lens, cu_seqlens, blocks);
   Tensor y = empty({a.directions, a.x.size[1], a.x.size[2], a.channels}, a.x.dtype);
   a.y = view<4>(y, "y");
-  torch::stable::parallel_for(0, a.block_count * a.channel_blocks, 1,
+  const int64_t tasks = a.block_count * a.channel_blocks;
+  torch::stable::parallel_for(0, tasks, grain(tasks, kOperations * y.numel()),
                               [&](int64_t begin, int64_t end) { LINCONV_PICK(short_conv_forward)(a, begin, end); });
   return y;
 }

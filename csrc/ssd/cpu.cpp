@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "common/sums.h"
+#include "common/tasks.h"
 #include "ssd/scan.h"
 
 namespace linconv {
@@ -10,6 +11,7 @@ namespace {
 // and C that its heads share, about this part of what one head costs.
 constexpr double kSharedCost = 0.3;
 constexpr int kMinColumns = 16;
+constexpr int64_t kOperations = 8;  // of an entry of the state, a frame, about
 
 SsdTensor frames(const Tensor& tensor, int dims, int directions, const char* name) {
   const int leading = static_cast<int>(tensor.dim()) - dims;
@@ -152,7 +154,8 @@ std::tuple<Tensor, Tensor> scan_forward(const Scan& scan) {
                                              : empty(none, held.math);
   args.final_states = scan.directions == 1 ? final_states.mutable_data_ptr() : nullptr;
   cut_for_threads(args);
-  torch::stable::parallel_for(0, args.tasks(), 1, [&](int64_t begin, int64_t end) {
+  const int64_t operations = kOperations * scan.x.numel() * args.dstate;
+  torch::stable::parallel_for(0, args.tasks(), grain(args.tasks(), operations), [&](int64_t begin, int64_t end) {
     LINCONV_PICK(ssd_forward)(args, held.math == DType::kFloat64, begin, end);
   });
   return {y, final_states};
