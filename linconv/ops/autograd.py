@@ -4,12 +4,13 @@
 not have: some 40 us, several times the least time of a scan of 1,000 frames. This is what it does but for that.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["register_autograd"]
+__all__ = ["once_differentiable", "register_autograd"]
 
 _library = torch.library.Library("linconv", "FRAGMENT")  # what it registers lives as long as it does
 # torch's own registration is made of these; a torch that has them no longer is asked to register.
@@ -82,6 +83,45 @@ def _refuse_tangents(name: str, inputs: tuple) -> None:
                 f"linconv::{name} has no derivative in forward mode (torch.func.jvp, forward_ad), wanted reverse mode: "
                 "torch.autograd.grad or backward()"
             )
+
+
+class _Refused(torch.autograd.Function):
+    """Gives back the first ``count`` of its arguments, whose derivative by any argument is an error."""
+
+    @staticmethod
+    def forward(ctx, count, *arguments):
+        # As torch's does: of gradients batched by vmap it is an error, where what is returned would depend on nothing.
+        return tuple(None if x is None else x.detach() for x in arguments[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "a second derivative of one of linconv's operators, whose gradients are once_differentiable; "
+            'wanted backend="reference", which is differentiable twice'
+        )
+
+
+def once_differentiable(gradients: Callable) -> Callable:
+    """Makes a derivative of gradients an error, by whatever they depend on.
+
+    ``torch.autograd.function.once_differentiable`` gives results that lead to the error, but not from the arguments: a
+    second derivative by one of these passes it by, and is zero or lacks a part.
+
+    Args:
+        gradients: from ctx and all tensors that the gradients depend on, those of the results and the saved ones, to a
+            tuple of gradients, None where there is none.
+    """
+
+    @functools.wraps(gradients)
+    def refusing(ctx, *arguments):
+        with torch.no_grad():
+            found = gradients(ctx, *arguments)
+        if not torch.is_grad_enabled():
+            return found
+        depended_on = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+        return _Refused.apply(len(found), *found, *depended_on)
+
+    return refusing
 
 
 # An autograd function takes tensors as arguments of their own: lists are written out, their lengths beside them, -1

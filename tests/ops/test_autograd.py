@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
+from linconv import ops
 from linconv.ops import autograd, dispatch
 
 pytestmark = pytest.mark.skipif(
@@ -99,3 +100,143 @@ def test_derivatives_in_torch_func_are_refused():
     for transform in (torch.func.grad, torch.func.jacrev):
         with pytest.raises(NotImplementedError, match=r"linconv::in_torch_func has no derivative in torch\.func"):
             transform(lambda a: operator(a, [a], 2.0, None)[0].sum())(a)
+
+
+# Of each operator: the call, the shapes of what has gradients, and of what else it takes.
+FRAMES, STEPS, GROUPS = (1, 5, 2, 3), (1, 5, 2), (1, 5, 1, 4)
+OPERATORS = {
+    "ssd": (
+        lambda backend, x, dt, A, B, C, D, bias, states: ops.ssd(
+            x, dt, A, B, C, D=D, dt_bias=bias, dt_softplus=True, initial_states=states, backend=backend
+        ),
+        (FRAMES, STEPS, (2,), GROUPS, GROUPS, (2,), (2,), (1, 2, 3, 4)),  # z's part is torch's own
+        (),
+    ),
+    "bidirectional_ssd": (
+        lambda backend, x, dt, A, B, C, D, bias: ops.bidirectional_ssd(
+            x, dt, A, B, C, D=D, dt_bias=bias, dt_softplus=True, backend=backend
+        ),
+        (FRAMES, (2, *STEPS), (2, 2), GROUPS, (2, *GROUPS), (2,), (2, 2)),
+        (),
+    ),
+    "selective_scan": (
+        lambda backend, x, dt, A, B, C, D, z, bias, states: ops.selective_scan(
+            x, dt, A, B, C, D=D, z=z, dt_bias=bias, dt_softplus=True, initial_states=states, backend=backend
+        ),
+        (STEPS, STEPS, (2, 4), GROUPS, GROUPS, (2,), STEPS, (2,), (1, 2, 4)),
+        (),
+    ),
+    "short_conv": (
+        lambda backend, *tensors: ops.short_conv(*tensors, backend=backend),
+        ((1, 5, 3), (3, 4), (3,)),
+        (),
+    ),
+    "bidirectional_short_conv": (
+        lambda backend, *tensors: ops.bidirectional_short_conv(*tensors, backend=backend),
+        ((1, 5, 3), (2, 3, 4), (2, 3)),
+        (),
+    ),
+    "gated_rms_norm": (
+        lambda backend, *tensors: ops.gated_rms_norm(*tensors, backend=backend),
+        ((2, 4, 6), (4, 6), (2, 6)),
+        (),
+    ),
+    "linformer_attention": (
+        lambda backend, *tensors: ops.linformer_attention(*tensors, backend=backend),
+        ((1, 2, 5, 3), (1, 2, 5, 3), (1, 2, 5, 3), (6, 4), (6, 4)),
+        (),
+    ),
+    "layerwise_mse": (
+        lambda backend, a, b, c, d: ops.layerwise_mse([a, b], [c, d], layer_norm=True, backend=backend),
+        ((2, 4, 6), (2, 4, 3), (2, 4, 6), (2, 4, 3)),
+        (),
+    ),
+    "kd_loss": (lambda backend, *tensors: ops.kd_loss(*tensors, backend=backend), ((4, 6), (4, 6)), ()),
+    "distillation_loss": (
+        lambda backend, s, t, *logits: ops.distillation_loss([s], [t], *logits, backend=backend),
+        ((2, 4, 6), (2, 4, 6), (2, 5), (2, 5)),
+        (),
+    ),
+    "linear_kd_loss": (
+        lambda backend, *tensors: ops.linear_kd_loss(*tensors, backend=backend),
+        ((4, 6), (5, 6)),
+        ((4, 3), (5, 3)),
+    ),
+}
+
+
+def sum_of_squares(name, backend="cpu"):
+    """A function of the operator's arguments, none of whose second derivatives is zero, and these arguments."""
+    function, shapes, others = OPERATORS[name]
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    fixed = [torch.randn(shape, dtype=torch.float64) for shape in others]
+    return lambda *tensors: function(backend, *tensors, *fixed).square().sum(), leaves
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_first_derivatives_of_which_a_graph_is_made(name):
+    function, leaves = sum_of_squares(name)
+    found = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+    for gradient, plain in zip(found, torch.autograd.grad(function(*leaves), leaves)):
+        assert torch.equal(gradient, plain) and gradient.requires_grad and not plain.requires_grad
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        result = function(*leaves)
+    for gradient, hooked in zip(found, torch.autograd.grad(result, leaves, create_graph=True)):
+        assert torch.equal(gradient, hooked)
+    function, leaves = sum_of_squares(name, "reference")
+    torch.testing.assert_close(found, torch.autograd.grad(function(*leaves), leaves))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_second_derivatives_are_refused(name):
+    """By each argument, named or not: a gradient without a way to what it depends on would make them zero."""
+    refused = pytest.raises(RuntimeError, match='once_differentiable; wanted backend="reference"')
+    function, leaves = sum_of_squares(name)
+    for i, leaf in enumerate(leaves):
+        alone = [t.detach() for t in leaves]
+
+        def of_one(tensor, i=i, alone=alone):
+            return function(*alone[:i], tensor, *alone[i + 1 :])
+
+        with refused:
+            torch.autograd.functional.hvp(of_one, leaf.detach(), torch.ones_like(leaf))
+        loss = of_one(leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with refused:
+            torch.autograd.grad(loss + gradient.square().sum(), leaf)
+        with refused:
+            gradient.sum().backward()
+    for gradient in torch.autograd.grad(function(*leaves), leaves, create_graph=True):
+        for leaf in leaves:
+            with refused:
+                torch.autograd.grad(gradient.sum(), leaf, retain_graph=True)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_reference_is_differentiable_twice(name):
+    function, leaves = sum_of_squares(name, "reference")
+    first = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.sum() for g in first), leaves)
+    assert all(g.isfinite().all() and g.any() for g in second)
+
+
+def test_second_derivatives_by_the_incoming_gradient_are_refused():
+    x, z, weight = (torch.randn(shape) for shape in ((4, 6), (4, 6), (6,)))
+    y = ops.gated_rms_norm(x.requires_grad_(), z, weight)
+    incoming = torch.ones_like(y).requires_grad_()
+    (gradient,) = torch.autograd.grad(y, x, incoming, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(gradient.sum(), incoming)
+
+
+def test_a_graph_of_batched_gradients_is_refused():
+    """It would not be known to be one, and second derivatives be zero."""
+    function, leaves = sum_of_squares("ssd")
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for aten::detach"):
+        torch.autograd.grad(function(*leaves), leaves, torch.ones(2), is_grads_batched=True, create_graph=True)
+    for gradient, plain in zip(
+        torch.autograd.grad(function(*leaves), leaves, torch.ones(2), is_grads_batched=True),
+        torch.autograd.grad(function(*leaves), leaves),
+    ):
+        torch.testing.assert_close(gradient, torch.stack([plain, plain]))

@@ -398,6 +398,7 @@ def test_what_the_fused_kernel_does_not_take_is_tritons(monkeypatch):
         (dict(C=torch.zeros(2, 9, 2, 4, dtype=torch.float64)), ValueError, "C has shape .* dstate = 3"),
         (dict(D="no"), TypeError, "D is str"),
         (dict(dt_limit=(2.0, 1.0)), ValueError, "dt_limit is"),
+        (dict(dt_limit=(1.0,)), TypeError, r"dt_limit is \(1.0,\), wanted \(low, high\), two numbers"),
         (dict(diagonal="twice"), ValueError, "diagonal is 'twice', wanted one of 'both', 'once', 'shifted'"),
         (dict(seq_lens=torch.tensor([10, 1])), ValueError, "seq_lens holds 10"),
         (dict(seq_lens=torch.tensor([1, 1]), cu_seqlens=torch.tensor([0, 9])), ValueError, "at most one"),

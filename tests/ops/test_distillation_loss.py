@@ -513,6 +513,7 @@ def test_linear_gradcheck_opcheck_compile():
         ({"weight_t": torch.zeros(8, 3)}, ValueError, r"weight_t has shape \(8, 3\)"),
         ({"hidden_t": torch.zeros(4, 3)}, ValueError, r"hidden_t has shape \(4, 3\)"),
         ({"temperature": 0}, ValueError, "temperature: got 0"),
+        ({"temperature": float("inf")}, ValueError, "temperature: got inf; want a finite number above 0"),
         ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, r"mask: got bool of shape \(4,\)"),
     ],
 )
@@ -531,6 +532,7 @@ def test_linear_bad_arguments(change, error, message):
         (torch.ones(2, 5), TypeError, "mask: got torch.float32; want bool"),
         (torch.tensor([5, 1, 1]), ValueError, r"mask: got integers of shape \(3,\); want lengths of shape \(2,\)"),
         ([True, False], TypeError, "mask: got list; want a bool or integer tensor"),
+        (torch.ones(2, 5, dtype=torch.bool).to_sparse(), ValueError, "mask: got layout torch.sparse_coo"),
     ],
 )
 def test_a_wrong_mask_has_the_name_it_was_given_by(mask, error, message):
@@ -540,6 +542,38 @@ def test_a_wrong_mask_has_the_name_it_was_given_by(mask, error, message):
         kd_loss(logits, logits, mask=mask)
     with pytest.raises(error, match=f"^logits_{message}"):
         distillation_terms(student_logits=logits, teacher_logits=logits, logits_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(weights="ab"), TypeError, "weights: got str"),
+        (dict(weights=["a"]), TypeError, "weights: got list"),
+        (dict(weights=torch.ones(1, device="meta")), ValueError, "weights: got device meta"),
+        (dict(weights=torch.ones(1, device="cpu").to_sparse()), ValueError, "weights: got layout torch.sparse_coo"),
+        (dict(weights=torch.ones(1, dtype=torch.complex64)), TypeError, "weights: got torch.complex64; want real"),
+        (dict(weights=[1.0, 2.0]), ValueError, r"weights: got shape \(2,\); want \(1,\)"),
+        (dict(student=0.5), TypeError, "student: got float; want a sequence of tensors"),
+        (dict(teacher=0.5), TypeError, "teacher: got float; want a sequence of tensors"),
+        (dict(student=torch.tensor(0.5)), TypeError, "student: got Tensor; want a sequence of tensors"),
+    ],
+)
+def test_bad_layers(change, error, message):
+    states = {"student": [torch.zeros(2, 5, 3)], "teacher": [torch.zeros(2, 5, 3)]}
+    logits = {"student_logits": torch.zeros(2, 3), "teacher_logits": torch.zeros(2, 3)}
+    for loss in (layerwise_mse, lambda **given: distillation_loss(**given, **logits)):
+        with pytest.raises(error, match=message):
+            loss(**{**states, **change})
+
+
+@pytest.mark.parametrize("name", ["student_logits", "teacher_logits"])
+def test_bad_logits(name):
+    logits = {n: torch.zeros(2, 3) for n in ("student_logits", "teacher_logits")}
+    with pytest.raises(ValueError, match=f"{name}: got layout torch.sparse_coo; want torch.strided"):
+        kd_loss(**{**logits, name: logits[name].to_sparse()})
+    for temperature in (0, float("inf"), float("nan"), "2"):
+        with pytest.raises(ValueError, match="temperature: got .*; want a finite number above 0"):
+            kd_loss(**logits, temperature=temperature)
 
 
 LOGITS = torch.zeros(2, 5, 3)

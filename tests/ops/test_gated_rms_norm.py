@@ -268,6 +268,8 @@ X, W = torch.zeros(2, 5, 6), torch.zeros(6)
         ((X, X.double(), W), {}, TypeError, "z is torch.float64 and x is torch.float32"),
         ((X, X, W), dict(group_size=4), ValueError, "group_size is 4, wanted None or a divisor of d = 6"),
         ((X, X, W), dict(eps="small"), TypeError, "eps is str"),
+        ((X, X, W), dict(eps=-1), ValueError, "eps is -1, wanted a finite number from 0 up"),
+        ((X, X, W), dict(eps=float("nan")), ValueError, "eps is nan"),
         ((X, X, W), dict(seq_lens=torch.tensor([6, 1])), ValueError, "seq_lens holds 6"),
         ((X[0], X[0], W), dict(seq_lens=torch.tensor([1])), ValueError, r"wanted \(batch, L, d\)"),
     ],

@@ -379,6 +379,7 @@ X, P = torch.zeros(2, 3, 5, 4), torch.zeros(6, 7)
         ((X.expand(2, 3, 5, 4)[..., :0],) * 3 + (P,), {}, ValueError, "headdim is 0"),
         ((X, X, X, P), dict(seq_lens=torch.tensor([6, 1])), ValueError, "seq_lens holds 6"),
         ((X, X, X, P), dict(scale="big"), TypeError, "scale is str"),
+        ((X, X, X, P), dict(normalize="x"), TypeError, "normalize is 'x', wanted a bool"),
         ((X, X, X, P), dict(dropout_p=1.0), ValueError, "dropout_p is 1.0, wanted 0 <= dropout_p < 1"),
         ((X, X, X, P), dict(dropout_p="0"), TypeError, "dropout_p is str"),
     ],

@@ -142,11 +142,48 @@ def test_one_scan_is_two_with_the_state_handed_over():
     torch.testing.assert_close(last, states)
 
 
-def test_gate():
-    arguments = scan_arguments(2, 20)
-    tensors, rest = split(arguments)
-    z = torch.randn_like(arguments["x"])
-    torch.testing.assert_close(ops.ssd(*tensors, **rest, z=z), ops.ssd(*tensors, **rest) * F.silu(z))
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gate(dtype, backend):
+    """Rounded once in plain torch, and behind a kernel, which rounds before the gate, twice."""
+    arguments = scan_arguments(2, 20, dtype=dtype)
+    z = torch.randn(2, 20, 4, 5).to(dtype if dtype == torch.float64 else torch.float32)
+    y, _ = ssd(here(backend))(arguments, z=z)
+    assert y.dtype == dtype
+    exact = oracle(to_double(arguments))[0] * F.silu(z.double())
+    roundings = torch.finfo(dtype).eps / 2 * (1 if backend == "reference" else 2)
+    bound = roundings * exact.abs() + 1e-5 if dtype.itemsize == 2 else 16 * torch.finfo(dtype).eps * exact.abs().max()
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_gate_is_not_read_in_the_padding(reverse, backend):
+    arguments = scan_arguments(2, 30, dtype=torch.float32)
+    leaves = {**arguments, "z": torch.randn(2, 30, 4, 5)}
+    incoming = torch.randn(2, 30, 4, 5)
+
+    def results(padding):
+        for name in ("x", "dt", "B", "C", "z"):
+            leaves[name][1, 17:] = padding
+        incoming[1, 17:] = padding
+        fresh = {n: t.clone().requires_grad_() for n, t in leaves.items()}
+        own = {n: t for n, t in fresh.items() if n != "z"}
+        y, _ = ssd(here(backend))(own, z=fresh["z"], seq_lens=torch.tensor([30, 17]), reverse=reverse)
+        return y.detach(), *torch.autograd.grad(y, list(fresh.values()), incoming)
+
+    for got, wanted in zip(results(float("nan")), results(0.0)):
+        assert torch.equal(got, wanted)
+    y, *_, of_z = results(float("nan"))
+    assert not y[1, 17:].any() and not of_z[1, 17:].any()
+
+
+def test_gate_of_packed_sequences():
+    arguments, bounds = scan_arguments(1, 20), torch.tensor([0, 8, 8, 20])
+    z = torch.randn(1, 20, 4, 5, dtype=torch.float64)
+    gated, _ = ssd(here())(arguments, z=z, cu_seqlens=bounds)
+    torch.testing.assert_close(gated, ssd(here())(arguments, cu_seqlens=bounds)[0] * F.silu(z))
+    torch.testing.assert_close(gated, ssd("reference")(arguments, z=z, cu_seqlens=bounds)[0])
 
 
 def test_padding_is_never_read():
@@ -176,14 +213,29 @@ def test_opcheck():
     [
         (dict(x=torch.zeros(2, 2, 9, 4, 5)), ValueError, r"x has shape .*, wanted \(batch, L, heads, headdim\)"),
         (dict(z=torch.zeros(1)), ValueError, "z has shape"),
+        (dict(z=torch.zeros(2, 9, 4, 5)), TypeError, "z is torch.float32 and x is torch.float64"),
+        (dict(z=torch.zeros(2, 9, 4, 5, dtype=torch.complex128)), TypeError, "z has dtype torch.complex128"),
+        (dict(z=torch.zeros(2, 9, 4, 5, dtype=torch.int64)), TypeError, "z has dtype torch.int64"),
+        (dict(z=[1.0]), TypeError, "z is list"),
+        (dict(dt_limit=None), TypeError, r"dt_limit is None, wanted \(low, high\)"),
+        (dict(dt_limit=0.1), TypeError, "dt_limit is 0.1"),
+        (dict(dt_limit=(0, 1, 2)), TypeError, r"dt_limit is \(0, 1, 2\)"),
+        (dict(dt_limit=(0, "1")), TypeError, r"dt_limit is \(0, '1'\)"),
         (dict(initial_states=torch.zeros(2, 4, 3, 5).double()), ValueError, "initial_states has shape"),
         (dict(initial_states=torch.zeros(2, 4, 5, 3)), TypeError, "initial_states is torch.float32"),
         (dict(cu_seqlens=torch.tensor([0, 9])), ValueError, "batch of 1"),
     ],
 )
 def test_bad_arguments(change, error, message):
-    change = {n: t.to(torch.get_default_device()) for n, t in change.items()}
+    where = torch.get_default_device()
+    change = {n: t.to(where) if isinstance(t, torch.Tensor) else t for n, t in change.items()}
     arguments = {**scan_arguments(2, 9), **change}
     tensors = [arguments.pop(n) for n in NAMES[:5]]
     with pytest.raises(error, match=message):
         ops.ssd(*tensors, **arguments)
+
+
+def test_a_gate_elsewhere_is_an_error():
+    tensors, rest = split(scan_arguments(2, 9))
+    with pytest.raises(ValueError, match="z is on meta, wanted .* as x"):
+        ops.ssd(*tensors, **rest, z=tensors[0].to("meta"))

@@ -1,9 +1,9 @@
 """State space dual scan of Mamba-2 in both directions of time, in one call."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from linconv.ops import dispatch
+from linconv.ops.autograd import once_differentiable
 from linconv.ops.bidirectional_ssd import reference
 from linconv.ops.ssd import arguments
 from linconv.ops.ssd.reference import SCANS
@@ -83,7 +83,6 @@ def _backward(ctx, dy):
     return *_gradients(ctx, dy, *ctx.saved_tensors), *[None] * 6
 
 
-# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
 @once_differentiable
 def _gradients(ctx, dy, *saved):
     *tensors, seq_lens, cu_seqlens = saved

@@ -10,11 +10,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linconv.ops import dispatch
+from linconv.ops.autograd import once_differentiable
 from linconv.ops.distillation_loss import reference
-from linconv.ops.distillation_loss.arguments import check_pair, checked_mask, valid_rows
+from linconv.ops.distillation_loss.arguments import (
+    check_pair,
+    check_temperature,
+    checked_mask,
+    checked_states,
+    checked_weights,
+    valid_rows,
+)
 from linconv.ops.distillation_loss.linear import linear_kd_loss
 
 __all__ = ["Terms", "distillation_loss", "distillation_terms", "kd_loss", "layerwise_mse", "linear_kd_loss"]
@@ -55,7 +62,7 @@ def distillation_terms(
     Raises:
         TypeError, ValueError: an argument is not what is described here; the message names it.
     """
-    student, teacher = list(student), list(teacher)
+    student, teacher = checked_states("student", student), checked_states("teacher", teacher)
     if len(student) != len(teacher):
         raise ValueError(f"teacher: got {len(teacher)} hidden states; want {len(student)}, as many as the student's")
     for i, (s, t) in enumerate(zip(student, teacher)):
@@ -76,8 +83,7 @@ def distillation_terms(
         if student and student_logits.device != student[0].device:
             got, want = student_logits.device, student[0].device
             raise ValueError(f"student_logits: got device {got}; want {want}, that of student[0]")
-    if not isinstance(temperature, int | float) or not temperature > 0:
-        raise ValueError(f"temperature: got {temperature!r}; want a number above 0")
+    check_temperature(temperature)
     if not student and student_logits is None:
         raise ValueError("student: got no hidden states and no logits; want at least one of them")
     device = student[0].device if student else student_logits.device
@@ -136,11 +142,12 @@ def layerwise_mse(
 
     Source: the layer-wise loss of CALD (arXiv 2410.06846).
     """
-    student, teacher = list(student), list(teacher)
+    student, teacher = checked_states("student", student), checked_states("teacher", teacher)
     if not student:
         raise ValueError("student: got no hidden states; want one tensor a layer")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}; want one of {', '.join(REDUCTIONS)}")
+    weights = checked_weights(weights, student)
     mse = distillation_terms(student, teacher, mask=mask, layer_norm=layer_norm, backend=backend).mse
     return _over_layers(mse, weights, reduction)
 
@@ -161,7 +168,7 @@ def kd_loss(
 
     Args:
         student_logits, teacher_logits: (batch, classes) or (batch, L, classes).
-        temperature: divides both logits.
+        temperature: divides both logits, finite and above 0.
         mask: the valid rows, bool (batch,) or (batch, L); or int (batch,) lengths for (batch, L, classes). None: all.
         scale_by_t2: multiply by the temperature squared, which keeps the gradient's size (Hinton et al.,
             arXiv 1503.02531).
@@ -220,6 +227,8 @@ def distillation_loss(
     """
     if reduction not in REDUCTIONS[:2]:
         raise ValueError(f"reduction: got {reduction!r}; want 'mean' or 'sum', for the result is one number")
+    student = checked_states("student", student)
+    weights = checked_weights(weights, student)
     terms = distillation_terms(
         student,
         teacher,
@@ -235,12 +244,9 @@ def distillation_loss(
     return alpha_kd * kd + alpha_ld * _over_layers(terms.mse, weights, reduction)
 
 
-def _over_layers(mse: Tensor, weights, reduction: str) -> Tensor:
+def _over_layers(mse: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     if weights is not None:
-        weights = torch.as_tensor(weights, device=mse.device)
-        if weights.shape != mse.shape:
-            raise ValueError(f"weights: got shape {tuple(weights.shape)}; want {tuple(mse.shape)}, one for each layer")
-        mse = mse * weights.to(mse.dtype)
+        mse = mse * weights.to(mse)
     return mse if reduction == "none" else getattr(mse, reduction)()
 
 
@@ -305,7 +311,6 @@ def _backward(ctx, grad_mse, grad_cosine, grad_kd, grad_statistics):
     return list(found[:n]), list(found[n : 2 * n]), None, None, *found[2 * n :], None, None
 
 
-# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
 @once_differentiable
 def _gradients(ctx, grad_mse, grad_kd, *saved):
     student, teacher = list(saved[: ctx.layers]), list(saved[ctx.layers : 2 * ctx.layers])

@@ -1,11 +1,21 @@
 """Checks of what the distillation losses are given."""
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from linconv.ops import checks
 
-__all__ = ["check_pair", "checked_mask", "valid_rows"]
+__all__ = ["check_pair", "check_temperature", "checked_mask", "checked_states", "checked_weights", "valid_rows"]
+
+
+def checked_states(name: str, states) -> list:
+    """Hidden states in a list, one for each layer; what they are is not looked at."""
+    if not isinstance(states, Iterable) or (isinstance(states, Tensor) and states.ndim == 0):
+        raise TypeError(f"{name}: got {type(states).__name__}; want a sequence of tensors, one a layer")
+    return list(states)
 
 
 def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -14,6 +24,7 @@ def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
             raise TypeError(f"{n}: got {type(t).__name__}; want a tensor")
         if not t.is_floating_point():
             raise TypeError(f"{n}: got {t.dtype}; want a floating-point dtype")
+        _check_layout(n, t)
         if t.ndim < 2 or t.shape[-1] == 0:
             raise ValueError(f"{n}: got shape {tuple(t.shape)}; want (..., width) with at least two axes and width > 0")
     if tensor.shape != other.shape:
@@ -28,6 +39,7 @@ def checked_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: got {type(mask).__name__}; want a bool or integer tensor")
+    _check_layout(name, mask)
     rows = like.shape[:-1]
     if mask.device != like.device:
         raise ValueError(f"{name}: got device {mask.device}; want {like.device}")
@@ -45,6 +57,35 @@ def checked_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor | None:
         if wrong:
             raise ValueError(f"{name}: got a length of {wrong[0]}; want 0 to L = {rows[1]}")
     return mask
+
+
+def check_temperature(temperature: float) -> None:
+    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature!r}; want a finite number above 0")
+
+
+def checked_weights(weights, student: list) -> Tensor | None:
+    """Factors of the layers, (layers,) of real numbers, on any device that has them."""
+    if weights is None:
+        return None
+    try:
+        weights = torch.as_tensor(weights)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(weights).__name__
+        raise TypeError(f"weights: got {got}, {error}; want a tensor or numbers, one for each layer") from error
+    if weights.is_complex():
+        raise TypeError(f"weights: got {weights.dtype}; want real numbers")
+    _check_layout("weights", weights)
+    if weights.shape != (len(student),):
+        raise ValueError(f"weights: got shape {tuple(weights.shape)}; want {(len(student),)}, one for each layer")
+    if weights.is_meta and not all(isinstance(x, Tensor) and x.is_meta for x in student):
+        raise ValueError("weights: got device meta; want one that holds numbers, as the student's")
+    return weights
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: got layout {tensor.layout}; want {torch.strided}")
 
 
 def valid_rows(mask: Tensor | None, like: Tensor) -> Tensor | None:

@@ -5,12 +5,11 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linconv.ops import checks, dispatch
-from linconv.ops.autograd import register_autograd
+from linconv.ops.autograd import once_differentiable, register_autograd
 from linconv.ops.distillation_loss import reference
-from linconv.ops.distillation_loss.arguments import checked_mask, valid_rows
+from linconv.ops.distillation_loss.arguments import check_temperature, checked_mask, valid_rows
 
 __all__ = ["linear_kd_loss"]
 
@@ -69,8 +68,7 @@ def linear_kd_loss(
     checks.shape("weight_t", weight_t, (weight_s.shape[0], hidden_t.shape[-1]), "(classes, width of hidden_t)")
     if weight_s.shape[0] == 0 or hidden_t.shape[-1] == 0:
         raise ValueError(f"weight_t has shape {tuple(weight_t.shape)}, wanted at least one class and a width above 0")
-    if not isinstance(temperature, int | float) or not temperature > 0:
-        raise ValueError(f"temperature: got {temperature!r}; want a number above 0")
+    check_temperature(temperature)
     valid = valid_rows(checked_mask("mask", mask, hidden_s), hidden_s)
     backend = dispatch.pick("distillation_loss", hidden_s.device, backend)
     hidden_t, weight_t = hidden_t.detach(), weight_t.detach()

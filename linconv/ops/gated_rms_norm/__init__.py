@@ -2,9 +2,8 @@
 
 import math
 
-from torch.autograd.function import once_differentiable
-
 from linconv.ops import checks, dispatch
+from linconv.ops.autograd import once_differentiable
 from linconv.ops.gated_rms_norm import reference
 
 __all__ = ["gated_rms_norm"]
@@ -43,6 +42,8 @@ def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None, ba
         raise ValueError(f"group_size is {group_size!r}, wanted None or a divisor of d = {d}")
     if not isinstance(eps, int | float):
         raise TypeError(f"eps is {type(eps).__name__}, wanted a float")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}, wanted a finite number from 0 up")
     if seq_lens is not None:
         if len(lead) != 2:
             shape = "(2, batch, L, d)" if per_direction else "(batch, L, d)"
@@ -96,7 +97,6 @@ def _backward(ctx, grad):
     return *_gradients(ctx, grad, *ctx.saved_tensors), None, None, None
 
 
-# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
 @once_differentiable
 def _gradients(ctx, grad, x, z, weight, seq_lens):
     return ctx.backward_operator(grad, x, z, weight, *ctx.options, seq_lens)

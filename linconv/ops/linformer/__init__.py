@@ -8,9 +8,9 @@ Two operators make it up, each with its own gradients. ``linformer_project`` sum
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from linconv.ops import checks, dispatch
+from linconv.ops.autograd import once_differentiable
 from linconv.ops.linear import linear
 from linconv.ops.linformer import reference
 
@@ -56,6 +56,7 @@ def linformer_attention(
     proj_k, proj_v = _projections(proj_k, proj_v, heads, length, q)
     _check_columns("headdim", headdim)
     checks.sequence_bounds(seq_lens, None, batch, length, q.device)
+    _check_normalize(normalize)
     scale = _scale(scale, headdim)
     seed = _seed(dropout_p, q.device)
     projected = [_project(x, proj, normalize, seq_lens, backend) for x, proj in ((k, proj_k), (v, proj_v))]
@@ -118,6 +119,7 @@ def linformer_self_attention(
         # An exported program is one for all lengths: in the order that the longest one wants.
         decisive = proj_k.shape[1] if isinstance(length, torch.SymInt) and torch.compiler.is_exporting() else length
         rewrite = not per_head and rewrite_pays(decisive, proj_k.shape[2], d, width, shared=shared)
+    _check_normalize(normalize)
     scale = _scale(scale, headdim)
     seed = _seed(dropout_p, hidden.device)
     if rewrite and seed is None and _at_once(hidden, (wq, bq, wk, bk, wv, bv, proj_k, proj_v), backend):
@@ -215,6 +217,11 @@ def _check_columns(name, columns):
         raise ValueError(f"{name} is {columns}, wanted 1 to {MOST_COLUMNS}")
 
 
+def _check_normalize(normalize):
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize is {normalize!r}, wanted a bool")
+
+
 def _scale(scale, headdim):
     if scale is None:
         return 1 / math.sqrt(headdim)
@@ -272,7 +279,6 @@ def _project_backward(ctx, grad):
     return *_project_gradients(ctx, grad, *ctx.saved_tensors), None, None
 
 
-# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
 @once_differentiable
 def _project_gradients(ctx, grad, x, proj, seq_lens):
     return ctx.backward_operator(grad, x, proj, ctx.normalize, seq_lens)

@@ -1,8 +1,7 @@
 """Selective scan of Mamba in one direction."""
 
-from torch.autograd.function import once_differentiable
-
 from linconv.ops import checks, dispatch
+from linconv.ops.autograd import once_differentiable
 from linconv.ops.selective_scan import reference
 from linconv.ops.ssd.arguments import MAX_SIZE, in_math_dtype, math_dtype, new_gradients, only_present
 
@@ -109,7 +108,6 @@ def _backward(ctx, dy, dfinal_states):
     return *of_tensors, None, of_states, None, None, None
 
 
-# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
 @once_differentiable
 def _gradients(ctx, dy, dfinal_states, *saved):
     *tensors, initial_states, seq_lens, cu_seqlens = saved

@@ -1,8 +1,7 @@
 """Short depthwise convolution over time, causal, anti-causal or both in one pass, with an optional SiLU."""
 
-from torch.autograd.function import once_differentiable
-
 from linconv.ops import checks, dispatch
+from linconv.ops.autograd import once_differentiable
 from linconv.ops.short_conv import reference
 
 __all__ = ["bidirectional_short_conv", "short_conv"]
@@ -133,7 +132,6 @@ def _backward(ctx, grad):
     return *grads, None, None, None, None, None
 
 
-# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
 @once_differentiable
 def _gradients(ctx, grad, x, weight, bias, seq_lens, cu_seqlens):
     grad_x, grad_weight, grad_bias = ctx.backward_operator(grad, x, weight, bias, *ctx.options, seq_lens, cu_seqlens)

@@ -1,9 +1,9 @@
 """State space dual scan of Mamba-2 in one direction."""
 
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from linconv.ops import dispatch
+from linconv.ops import checks, dispatch
+from linconv.ops.autograd import once_differentiable
 from linconv.ops.ssd import arguments, reference
 
 INF = float("inf")
@@ -26,7 +26,7 @@ def ssd(
         A: (heads,), the rate of the state, negative where it decays.
         B, C: (batch, L, groups, dstate), dstate 1 to 256; heads / groups heads share one group.
         D: (heads,), the weight of x_t in y_t.
-        z: as x; the result is multiplied by silu(z).
+        z: as x, the gate: the result is multiplied by silu(z). A kernel's is rounded to x's dtype before that too.
         dt_bias: (heads,), added to dt.
         dt_softplus: whether softplus is applied to dt + dt_bias.
         dt_limit: (low, high), what dt is clamped to after that.
@@ -47,16 +47,19 @@ def ssd(
     """
     sizes = arguments.check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, directions=1)
     arguments.check_states(initial_states, sizes, cu_seqlens, x)
-    if z is not None and z.shape != x.shape:
-        raise ValueError(f"z has shape {tuple(z.shape)}, wanted that of x, {tuple(x.shape)}")
+    if z is not None:
+        checks.floating_tensor("z", z)
+        checks.shape("z", z, tuple(x.shape), "the shape of x")
+        checks.like("z", z, "x", x)
     # The CUDA kernel takes one frame after another with the state in registers: best for a decode step only.
     one_frame = sizes["L"] == 1
     backend = dispatch.pick("ssd", x.device, backend, prefer=("cuda", "triton") if one_frame else None)
     if backend in reference.SCANS:
+        # Before a gate y stays in the math dtype: one rounding.
         y, states = reference.ssd(
-            x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
-            initial_states=initial_states, seq_lens=seq_lens, cu_seqlens=cu_seqlens, reverse=reverse,
-            scan=reference.SCANS[backend],
+            x if z is None else x.to(arguments.math_dtype(x)), dt, A, B, C, D, dt_bias=dt_bias,
+            dt_softplus=dt_softplus, dt_limit=dt_limit, initial_states=initial_states, seq_lens=seq_lens,
+            cu_seqlens=cu_seqlens, reverse=reverse, scan=reference.SCANS[backend],
         )  # fmt: skip
     else:
         A, D, dt_bias, initial_states = arguments.in_math_dtype(x, A, D, dt_bias, initial_states)
@@ -76,8 +79,16 @@ def ssd(
             reverse,
         )
     if z is not None:
-        y = y * F.silu(z)
+        y = _gated(y, z, seq_lens, x.dtype)
     return (y, states) if return_final_states else y
+
+
+def _gated(y, z, seq_lens, dtype):
+    """y silu(z), rounded to dtype."""
+    if seq_lens is not None:  # before the product: 0 * NaN is NaN, in gradients too
+        z = z.masked_fill(~reference.frame_mask(seq_lens, z.shape[1])[..., None, None], 0)
+    math = arguments.math_dtype(y)
+    return (y.to(math) * F.silu(z.to(math))).to(dtype)
 
 
 def _fake(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens, cu_seqlens, reverse):
@@ -101,7 +112,6 @@ def _backward(ctx, dy, dfinal_states):
     return *of_tensors, None, None, None, of_states, None, None, None
 
 
-# Its arguments are all that the result depends on: a second derivative by any of them is an error, not silently zero.
 @once_differentiable
 def _gradients(ctx, dy, dfinal_states, *saved):
     *tensors, initial_states, seq_lens, cu_seqlens = saved

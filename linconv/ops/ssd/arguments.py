@@ -42,11 +42,18 @@ def check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, *, directi
             raise ValueError(f"{dim} is {sizes[dim]} ({'x' if dim == 'headdim' else 'B'}), wanted 1 to {MAX_SIZE}")
     if sizes["groups"] < 1 or sizes["heads"] % sizes["groups"]:
         raise ValueError(f"B has {sizes['groups']} groups, wanted a divisor of the {sizes['heads']} heads of x")
+    _check_limit(dt_limit)
+    checks.sequence_bounds(seq_lens, cu_seqlens, sizes["batch"], sizes["L"], x.device)
+    return sizes
+
+
+def _check_limit(dt_limit):
+    pair = isinstance(dt_limit, tuple | list) and len(dt_limit) == 2
+    if not pair or not all(isinstance(value, int | float) for value in dt_limit):
+        raise TypeError(f"dt_limit is {dt_limit!r}, wanted (low, high), two numbers")
     low, high = dt_limit
     if not low <= high:
         raise ValueError(f"dt_limit is {tuple(dt_limit)}, wanted (low, high) with low <= high")
-    checks.sequence_bounds(seq_lens, cu_seqlens, sizes["batch"], sizes["L"], x.device)
-    return sizes
 
 
 def _wanted(dims, directions, known=()):
