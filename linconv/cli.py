@@ -1,7 +1,9 @@
 """The command line: ``linconv inspect | convert | finetune | distill | eval | report | bench | demo | env``."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 from linconv.errors import UserError, check_output, unknown
 from linconv.flags import Parser, above_zero, seed
@@ -19,7 +21,7 @@ _RECIPE_FLAGS = (
     ("--teacher", "model.teacher", str, "fine-tuned checkpoint: written by finetune, read by distill"),
     ("--output", "output", str, "folder for the student"),
     ("--mixer", "conversion.mixer", str, "what takes attention's place"),
-    ("--layers", "conversion.layers", str, "which layers, as 0,1,5 or 0-5; all or none"),
+    ("--layers", "conversion.layers", str, "which layers, as 0,1,5 or 0-5, =-1 for the last; all or none"),
     ("--mode", "guide.name", str, "unguided, target_guided, trajectory_guided, waypoint_guided or hybrid"),
     ("--seed", "seed", int, "seed of every random draw"),
 )
@@ -110,7 +112,7 @@ def _build_parser() -> Parser:
 def _add_model_flags(sub: Parser) -> None:
     sub.add_argument("model", metavar="MODEL", help="checkpoint folder, or model on the hub")
     sub.add_argument("--mixer", default="bimamba2", help="what takes attention's place (default bimamba2)")
-    sub.add_argument("--layers", help="which layers, as 0,1,5 or 0-5; all (default) or none")
+    sub.add_argument("--layers", help="which layers, as 0,1,5 or 0-5, =-1 for the last; all (default) or none")
     _add_set(sub, "an option of the mixer, such as d_state=64")
 
 
@@ -152,6 +154,9 @@ def _convert(arguments) -> None:
 
     _only_our_bars()
     check_output(arguments.output, "--output", MODEL=arguments.model)
+    output = Path(arguments.output)
+    if output.is_dir() and any(output.iterdir()):  # what it holds, such as a trained student, would be half overwritten
+        raise UserError(f"--output: {output} is not empty; want a new folder, or an empty one")
     model = load_model(arguments.model, "model")
     transformers.set_seed(arguments.seed)
     converted = _checked_conversion(convert, model, arguments)
@@ -272,18 +277,17 @@ def _key_value(text: str) -> tuple:
 
 
 def _layers(text: str | None) -> list[int] | None:
-    """0,1,5 or 0-5 as a list; None for all."""
+    """0,1,5 or 0-5 as a list, -1 for the last layer as in conversion.layers; None for all."""
     if text in (None, "all"):
         return None
     if text == "none":
         return []
-    try:
-        ranges = [(int(first), int(last or first)) for first, _, last in (p.partition("-") for p in text.split(","))]
-        if any(first > last for first, last in ranges):  # which would be no layer
-            raise ValueError
-        return [i for first, last in ranges for i in range(first, last + 1)]
-    except ValueError:
-        raise UserError(f"--layers: got {text!r}; want such as 0,1,5 or 0-5, or all, or none") from None
+    found = [re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", part) for part in text.replace(" ", "").split(",")]
+    ranges = [(int(part[1]), int(part[2] or part[1])) for part in found if part]
+    # A range that goes down would be no layer; one from below 0 upwards starts near the end and goes on at the front.
+    if None in found or any(first > last or first < 0 <= last for first, last in ranges):
+        raise UserError(f"--layers: got {text!r}; want such as 0,1,5 or 0-5, -1 for the last, or all, or none")
+    return [i for first, last in ranges for i in range(first, last + 1)]
 
 
 def _only_our_bars() -> None:

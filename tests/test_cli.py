@@ -11,7 +11,7 @@ import yaml
 from audio_folder import make_folder
 
 from linconv import pipeline
-from linconv.cli import main
+from linconv.cli import _layers, main
 from linconv.recipe import load_recipe
 
 WAV2VEC2 = {
@@ -287,6 +287,7 @@ def test_what_is_read_is_not_written_over(trained, tmp_path, capsys):
         (("finetune", path, "--set", f"model.source={teacher}", "--set", "model.config={}", "--teacher", teacher),
          f"model.teacher: {teacher} is model.source too"),
         (("convert", teacher, "--output", teacher), f"--output: {teacher} is MODEL too"),
+        (("convert", teacher, "--output", folder / "student"), f"--output: {folder / 'student'} is not empty; want"),
         (("convert", teacher, "--output", file), f"--output: {file} is a file; want a folder"),
         (("distill", path, "--output", file, "--dry-run"), f"output: {file} is a file"),
     ):  # fmt: skip
@@ -355,7 +356,7 @@ def test_ctc_by_way_of_the_command_line(tmp_path, data, capsys):
     assert scores["test_cer"] > 0
 
 
-def ctc_model(folder, letters):
+def ctc_model(folder, letters, outputs=None, **markers):
     """An untrained model with a tokenizer of these letters."""
     from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2ForCTC
 
@@ -363,10 +364,14 @@ def ctc_model(folder, letters):
     vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "|", *letters])}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     Wav2Vec2CTCTokenizer(
-        str(folder / "vocab.json"), pad_token="[PAD]", unk_token="[UNK]", bos_token=None, eos_token=None
+        str(folder / "vocab.json"),
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        **{"bos_token": None, "eos_token": None, **markers},
     ).save_pretrained(folder)
     config = {k: v for k, v in WAV2VEC2.items() if k != "model_type"}
-    Wav2Vec2ForCTC(Wav2Vec2Config(**config, vocab_size=len(vocabulary), pad_token_id=0)).save_pretrained(folder)
+    config["vocab_size"] = outputs or len(vocabulary)
+    Wav2Vec2ForCTC(Wav2Vec2Config(**config, pad_token_id=0)).save_pretrained(folder)
     return folder
 
 
@@ -385,6 +390,37 @@ def test_transcripts_are_spelled_as_the_tokenizer_does(tmp_path, data, capsys):
         pipeline.distill(load_recipe(path, [("model.teacher", str(most))]))
     linconv("distill", path, "--teacher", ctc_model(tmp_path / "greek", "αβγ"), status=2)
     assert "has no token for any character of the transcripts: " in capsys.readouterr().err
+
+
+def test_a_tokenizers_ids_have_an_output_each(tmp_path, data, capsys):
+    import string
+
+    path, letters = recipe(tmp_path, data, task="ctc"), string.ascii_lowercase
+    narrow = ctc_model(tmp_path / "narrow", letters, outputs=20)
+    wrong = "model: its tokenizer's ids go up to 28; want them below 20, its outputs"
+    for argv in (["distill", path, "--teacher", narrow], ["distill", path, "--teacher", narrow, "--dry-run"],
+                 ["eval", narrow, path]):  # fmt: skip
+        linconv(*argv, status=2)
+        assert wrong in capsys.readouterr().err
+    # Markers are no part of a transcript: transformers adds them to vocabularies that come without.
+    marked = ctc_model(tmp_path / "marked", letters, bos_token="<s>", eos_token="</s>")
+    run = pipeline.distill(load_recipe(path, [("model.teacher", str(marked))]))
+    assert len(run.trainer.processing_class.tokenizer) == run.trainer.model.config.vocab_size + 2
+
+
+@pytest.mark.parametrize("command", ["distill", "finetune"])
+def test_a_tracker_or_hub_out_of_reach_is_told_in_one_line(trained, tmp_path, monkeypatch, command, capsys):
+    from transformers.integrations import integration_utils
+
+    _, path = trained
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    for key, value, message in (
+        ("report_to", "wandb", "report_to: WandbCallback requires wandb to be installed"),
+        ("push_to_hub", "true", "push_to_hub: Cannot reach "),
+    ):
+        linconv(command, path, "--set", f"{command}.{key}={value}", "--dry-run", status=2)
+        said = capsys.readouterr().err.strip()
+        assert said.startswith(f"linconv: error: {message}") and len(said.splitlines()) == 1
 
 
 def test_clips_too_short_for_their_transcripts_are_told_before_training(tmp_path, data, capsys):
@@ -460,6 +496,21 @@ def test_inspect_and_convert(trained, tmp_path, capsys):
     model = AutoModelForAudioClassification.from_pretrained(tmp_path / "out")
     assert model.config.linconv["layers"] == [0, 1]
     assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").sampling_rate == 16000
+
+
+@pytest.mark.parametrize(
+    "text, layers",
+    [
+        ("all", None),
+        ("none", []),
+        ("0,1, 5", [0, 1, 5]),
+        ("0-2", [0, 1, 2]),
+        ("-1", [-1]),
+        ("0,-3--1", [0, -3, -2, -1]),
+    ],
+)
+def test_layers_are_counted_from_either_end(text, layers):
+    assert _layers(text) == layers
 
 
 def test_inspect_says_where_a_model_has_no_positions(trained, tmp_path, capsys):
@@ -538,6 +589,24 @@ MISTAKES = {
     "layers": (["distill", "RECIPE", "--layers", "first"], "--layers: got 'first'"),
     "layers from the end": (["convert", "FOLDER/teacher", "--output", "FOLDER/x", "--layers", "1-0"],
                             "--layers: got '1-0'; want such as 0,1,5 or 0-5"),
+    "layers over the end": (["distill", "RECIPE", "--layers=-1-1"], "--layers: got '-1-1'; want such as 0,1,5 or 0-5"),
+    "layer before the first": (["distill", "RECIPE", "--layers=-3"], "layers has -3, wanted -2 to 1"),
+    "number of layer weights": (["distill", "RECIPE", "--set", "distill.layer_weights=[1]", "--dry-run"],
+                                "layer_weights: got 1; want 2, one for each hidden state"),
+    "layer weights and embeddings": (
+        ["distill", "RECIPE", "--set", "distill.layer_weights=[1,1]", "--set", "distill.include_embeddings=true"],
+        "layer_weights: got 2; want 3, one for each hidden state",
+    ),
+    "negative layer weights": (["distill", "RECIPE", "--set", "distill.layer_weights=[1,-2]", "--dry-run"],
+                               "layer_weights: got [1.0, -2.0]; want numbers from 0 up"),
+    "nothing to learn from": (
+        ["distill", "RECIPE", *(f"--set=distill.alpha_{loss}=0" for loss in ("ce", "kd", "ld")), "--dry-run"],
+        "alpha_ce, alpha_kd, alpha_ld: got 0, 0, 0; want one above 0 that the mode TargetGuided(init='target') uses",
+    ),
+    "no loss that a mode uses": (
+        ["finetune", "RECIPE", "--set", "finetune.alpha_ce=0"],
+        "alpha_ce, alpha_kd, alpha_ld: got 0, 1, 15; want one above 0 that the mode Unguided() uses",
+    ),
     "batch": (["distill", "RECIPE", "--set", "distill.per_device_train_batch_size=0"],
               "per_device_train_batch_size: got 0; want a whole number above 0"),
     "no steps": (["distill", "RECIPE", "--set", "distill.max_steps=0"],

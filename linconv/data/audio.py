@@ -16,12 +16,14 @@ def read_audio(file: str | Path | bytes, sampling_rate: int) -> np.ndarray:
     """The sound in a file (or in the bytes of one) as mono float32 at ``sampling_rate``.
 
     Raises:
-        UserError: it holds no samples, or is not a sound file; the message names it.
+        UserError: it holds no samples, or some that are not finite, or is not a sound file; the message names it.
     """
     with _opened(file) as sound:
         samples, rate = sound.read(dtype="float32"), sound.samplerate
     if not len(samples):
         raise UserError(f"{_name(file)}: no samples in it")
+    if not np.isfinite(samples).all():  # a single one makes every weight NaN
+        raise UserError(f"{_name(file)}: got samples that are NaN or infinite; want finite ones")
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
     if rate == sampling_rate:

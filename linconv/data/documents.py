@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from linconv.data.sentences import FOLDER, Sentences, decoded, load_rows
+from linconv.data.sentences import FOLDER, Sentences, load_rows
+from linconv.data.tables import decoded
 from linconv.errors import UserError
 from linconv.recipe import Data
 

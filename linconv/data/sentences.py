@@ -1,9 +1,6 @@
 """Where sentences come from. A row is ``{"text": one or two strings, "target": the name of its class}``."""
 
-import csv
 import hashlib
-import io
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,13 +9,13 @@ import torch
 
 from linconv.data.holdout import hold_out
 from linconv.data.hub import class_name, class_names, load_from_hub
+from linconv.data.tables import SEPARATORS, read_table
 from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
 from linconv.recipe import Data
 
-__all__ = ["FOLDER", "Sentences", "decoded", "load_rows", "load_sentences"]
+__all__ = ["FOLDER", "Sentences", "load_rows", "load_sentences"]
 
 SPLITS = ("train", "validation", "test")
-SEPARATORS = {".tsv": "\t", ".csv": ","}
 FOLDER = "/"  # among the suffixes of files
 
 Reader = Callable[[Path], "Sentences"]
@@ -94,14 +91,6 @@ def load_rows(
     return splits
 
 
-def decoded(path: Path) -> str:
-    """A file's text, its line ends as they are."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error}") from error
-
-
 def _from_folder(folder: Path, data: Data, readers: dict[str, Reader]) -> dict[str, Sentences | None]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -128,19 +117,11 @@ def _from_folder(folder: Path, data: Data, readers: dict[str, Reader]) -> dict[s
 def _read_table(table: Path, key: str, columns: list[str], label: str | None) -> Sentences:
     if not columns:
         raise UserError(f"{key}: not given; want the column of the text in {table}")
-    tabs = table.suffix == ".tsv"  # GLUE's have quotation marks in their text, unpaired ones too
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than its 128 KB
-    lines = io.StringIO(decoded(table), newline="")
-    rows = list(csv.DictReader(lines, delimiter=SEPARATORS[table.suffix], quoting=csv.QUOTE_NONE if tabs else 0))
-    if not rows:
-        raise UserError(f"{table}: no rows in it")
+    rows = read_table(table)
     named = [(key, column) for column in columns] + ([] if label is None else [("data.label", label)])
     for what, name in named:
         if name not in rows[0]:
             raise unknown(f"{what}: columns of {table}", name, rows[0])
-    for number, row in enumerate(rows, 2):
-        if any(row[column] is None for _, column in named):
-            raise UserError(f"{table}, line {number}: fewer columns than the first line names")
     texts = [tuple(row[column].strip() for column in columns) for row in rows]
     return Sentences(texts, ["" if label is None else row[label] for row in rows])
 

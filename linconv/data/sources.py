@@ -1,7 +1,8 @@
 """Where clips come from. A clip is ``{"audio": float32 samples, "target": what is said or who or which}``."""
 
-import csv
 import hashlib
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from linconv.data.documents import Blocks, load_documents
 from linconv.data.holdout import hold_out
 from linconv.data.hub import class_name, class_names, load_from_hub
 from linconv.data.sentences import Sentences, load_sentences
+from linconv.data.tables import read_table
 from linconv.errors import UserError, first_of, may_be_on_hub, no_folder, unknown
 from linconv.recipe import Data
 
@@ -189,10 +191,7 @@ def _from_folder(folder: Path, data: Data, column: str) -> dict:
     table = folder / "metadata.csv"
     if not table.is_file():
         raise UserError(f"{folder}: no metadata.csv in it")
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise UserError(f"{table}: no rows in it")
+    rows = read_table(table)
     target = getattr(data, column)
     wanted = {f"data.{column}": target, "metadata.csv": "file_name", **{f"data.where.{key}": key for key in data.where}}
     if not data.holdout:
@@ -200,10 +199,6 @@ def _from_folder(folder: Path, data: Data, column: str) -> dict:
     for what, name in wanted.items():
         if name not in rows[0]:
             raise unknown(what, name, rows[0])
-    columns = set(wanted.values())
-    short = [f"line {number}" for number, row in enumerate(rows, 2) if any(row[name] is None for name in columns)]
-    if short:
-        raise UserError(f"{table}: fewer columns than the first line names: {first_of(short)}")
     for key, value in data.where.items():
         values = value if isinstance(value, list) else [value]
         if any(isinstance(v, bool) for v in values):
@@ -215,9 +210,10 @@ def _from_folder(folder: Path, data: Data, column: str) -> dict:
         rows = [row for row in rows if row[key] in allowed]
     names = {split: getattr(data, split) for split in SPLITS}
     if not data.holdout:
-        found = {row[data.split_column] for row in rows}
+        found = Counter(row[data.split_column] for row in rows)
         if data.train not in found:
             raise unknown("data.train", data.train, found)
+        _warn_of_other_splits({name: count for name, count in found.items() if name not in names.values()}, data)
         rows = [row for row in rows if row[data.split_column] in names.values()]
     missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
     if missing:
@@ -236,6 +232,17 @@ def _from_folder(folder: Path, data: Data, column: str) -> dict:
         files, targets = [folder / row["file_name"] for row in part], [row[target] for row in part]
         splits[split] = AudioClips(files, targets, data.sampling_rate) if part else None
     return splits
+
+
+def _warn_of_other_splits(found: dict[str, int], data: Data) -> None:
+    """A table may have splits that a recipe does not use; but a mistyped one looks the same."""
+    if found:
+        counts = first_of([f"{count:,} of {name!r}" for name, count in found.items()])
+        warnings.warn(
+            f"data.split_column: {sum(found.values()):,} rows are left out, for they are of other splits: {counts}; "
+            f"want {data.train!r}, {data.validation!r} or {data.test!r} (data.train, data.validation, data.test)",
+            stacklevel=2,
+        )
 
 
 def _hold_out(rows: list[dict], target: str, data: Data) -> list[str]:

@@ -130,7 +130,10 @@ class _CTC(Head):
         return frame_mask
 
     def task_loss(self, outputs, inputs, frame_mask, config):
-        labels = self.labels(inputs)
+        labels, vocabulary = self.labels(inputs), outputs.logits.shape[-1]
+        # ctc_loss does not look, and reads out of bounds.
+        if labels.numel() and (largest := int(labels.max())) >= vocabulary:
+            raise ValueError(f"labels: got {largest}; want ids below {vocabulary}, the size of the vocabulary")
         # (L, batch, vocabulary)
         log_probs = outputs.logits.log_softmax(-1, dtype=torch.float32).transpose(0, 1)
         present = labels >= 0

@@ -133,6 +133,17 @@ def fill_in_padding(config, tokenizer) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
+def check_vocabulary(config, tokenizer, task: str) -> None:
+    """Raises UserError where text may become an id that the model has no output for."""
+    ids = set(tokenizer.get_vocab().values())
+    if task == "ctc":  # a transcript has no markers, which transformers adds to a vocabulary that comes without them
+        ids -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if (largest := max(ids)) >= config.vocab_size:
+        raise UserError(
+            f"model: its tokenizer's ids go up to {largest:,}; want them below {config.vocab_size:,}, its outputs"
+        )
+
+
 def save_preprocessing(source: str, folder: str) -> None:
     """Copies the feature extractor and the tokenizer of a checkpoint, as far as it has them, to ``folder``."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # it has none

@@ -14,7 +14,7 @@ from linconv.data import BlockCollator, Collator, SentenceCollator, Splits, in_b
 from linconv.data.metrics import Metrics, Perplexity
 from linconv.distillation import DistillationArguments
 from linconv.errors import UserError, unknown
-from linconv.pipeline.checkpoints import OF_TEXT, family_of, positions
+from linconv.pipeline.checkpoints import OF_TEXT, check_vocabulary, family_of, positions
 from linconv.pipeline.processes import by_main_process
 from linconv.recipe import Recipe
 
@@ -50,6 +50,7 @@ def make_preprocessing(recipe: Recipe, splits: Splits, config, extractor, tokeni
             length = min(n for n in (recipe.data.max_length, positions(config), 1 << 20) if n)
             return Preprocessing(SentenceCollator(tokenizer, encode, length), Metrics(), tokenizer)
         return Preprocessing(Collator(extractor, encode), Metrics(), extractor)
+    check_vocabulary(config, tokenizer, recipe.task)
     processor = transformers.Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer)
     spell = _spelling(tokenizer, recipe.data)
     for name in SPLITS:
@@ -124,8 +125,7 @@ def cut_into_blocks(recipe: Recipe, splits: Splits, config, tokenizer, args: Dis
         raise UserError(f"data.max_length: got {length}; want 2 {upper}")
     if tokenizer.eos_token is None:
         raise UserError("model: its tokenizer has no end of text, which stands between documents; want one that has")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"model: its tokenizer has {len(tokenizer):,} tokens; want {config.vocab_size:,}, as the model")
+    check_vocabulary(config, tokenizer, recipe.task)
     there = [name for name in SPLITS if splits[name] is not None]
     blocks = by_main_process(args, lambda: {name: in_blocks(splits[name], tokenizer, length, name) for name in there})
     return replace(splits, **blocks)

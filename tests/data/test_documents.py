@@ -466,7 +466,7 @@ def test_wrong_checkpoints_are_named(tmp_path, corpus, checkpoint, trained):
     word_tokenizer(eos_token=None, pad_token="[UNK]").save_pretrained(tmp_path / "endless")
     with pytest.raises(UserError, match="no end of text, which stands between documents"):
         finetune(tmp_path / "endless")
-    with pytest.raises(UserError, match="its tokenizer has 11 tokens; want 5"):
+    with pytest.raises(UserError, match="its tokenizer's ids go up to 10; want them below 5"):
         finetune(save_checkpoint(tmp_path / "narrow", vocab_size=5))
     folder, path = trained
     with pytest.raises(UserError, match="task: got text_classification, but checkpoint .* want language_modeling"):

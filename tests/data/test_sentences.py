@@ -53,6 +53,18 @@ def test_a_table_for_each_split(folder):
     assert pairs.train.texts == [("one, two", "three"), ("four", 'five "six"')] and pairs.labels == ["x", "y"]
 
 
+@pytest.mark.parametrize("suffix, separator", [("tsv", "\t"), ("csv", ",")])
+def test_rows_of_other_columns_than_the_first_line_are_named(tmp_path, suffix, separator):
+    for row in ("bad", "bad, and poor,0"):
+        rows = ["sentence,label", "good,1", row]
+        (tmp_path / f"train.{suffix}").write_text("\n".join(rows).replace(",", separator))
+        columns = row.count(",") + 1
+        with pytest.raises(
+            UserError, match=f"train.{suffix}: the first line names 2 columns, but line 3 has {columns};"
+        ):
+            splits(tmp_path)
+
+
 def test_limit_is_a_fixed_part_and_holdout_is_stratified(folder):
     few, more = (splits(folder, limit={"train": n}).train for n in (5, 9))
     assert (

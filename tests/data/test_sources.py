@@ -1,4 +1,5 @@
 import shutil
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -35,7 +36,8 @@ def test_splits_of_a_folder_follow_its_table(folder):
 
 
 def test_a_split_may_be_missing_and_named_otherwise(folder):
-    got = splits(folder, train="test", validation="none", test="train")
+    with pytest.warns(UserWarning, match="3 rows are left out, .* 3 of 'validation'; want 'test', 'none' or 'train'"):
+        got = splits(folder, train="test", validation="none", test="train")
     assert (len(got.train), got.validation, len(got.test)) == (6, None, 9)
 
 
@@ -102,6 +104,16 @@ def test_files_that_are_not_clips_are_named(tmp_path, read):
         read(tmp_path / "c.flac")
 
 
+@pytest.mark.parametrize("sample", [np.nan, np.inf])
+def test_clips_with_samples_that_are_not_finite_are_named(tmp_path, sample):
+    samples = np.zeros((800, 2))
+    samples[7, 1] = sample
+    soundfile.write(tmp_path / "a.wav", samples, 8000, subtype="FLOAT")
+    for rate in (8000, 16000):
+        with pytest.raises(UserError, match="a.wav: got samples that are NaN or infinite; want finite ones"):
+            read_audio(tmp_path / "a.wav", rate)
+
+
 def test_all_that_is_wrong_with_clips_is_counted(folder):
     good = (folder / "one_0.flac").read_bytes()
     seconds = duration(good)
@@ -160,12 +172,49 @@ def test_wrong_folders_are_named(folder, tmp_path):
         splits(broken, where={"word": ["one", "two"]}, train="validation", test="none", max_seconds=1.0)
 
 
-def test_rows_that_lack_columns_are_named(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "short")
-    table = tmp_path / "short" / "metadata.csv"
-    table.write_text(table.read_text() + "one_0.flac,one\n")
-    with pytest.raises(UserError, match="metadata.csv: fewer columns than the first line names: line 20"):
-        splits(tmp_path / "short")
+@pytest.fixture
+def metadata(folder, tmp_path):
+    """The table of a copy of the folder, to be damaged."""
+    shutil.copytree(folder, tmp_path / "words")
+    return tmp_path / "words" / "metadata.csv"
+
+
+@pytest.mark.parametrize("row, columns", [("one_0.flac,one", 2), ("one_0.flac,one,Say one, twice!,s0,train", 6)])
+def test_rows_of_other_columns_than_the_first_line_are_named(metadata, row, columns):
+    text = metadata.read_text()
+    metadata.write_text(text + f"\n{row}\n")  # line 20 is blank
+    with pytest.raises(
+        UserError, match=f"metadata.csv: the first line names 5 columns, but line 21 has {columns}; want as many in"
+    ):
+        splits(metadata.parent)
+    metadata.write_text(text.replace("twice", "and\nagain", 1) + f"{row}\n" * 5)
+    with pytest.raises(UserError, match=f"line 21 has {columns}; line 22 .*; and 2 more; want as many in each, and"):
+        splits(metadata.parent)
+
+
+def test_columns_of_one_name_are_refused(metadata):
+    metadata.write_text(metadata.read_text().replace("speaker", "word", 1))
+    with pytest.raises(UserError, match="metadata.csv: got two columns 'word'; want one of that name"):
+        splits(metadata.parent)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_table_in_another_encoding_is_named(metadata, encoding):
+    metadata.write_bytes(metadata.read_text().replace("Say one", "Säg one").encode(encoding))
+    with pytest.raises(UserError, match="metadata.csv: not UTF-8: "):
+        splits(metadata.parent)
+
+
+def test_rows_of_other_splits_are_counted(metadata):
+    text = metadata.read_text()
+    metadata.write_text(text.replace(",test", ",tset", 2) + "unread.flac,one,Say one!,s0,\n")
+    with pytest.warns(UserWarning, match="3 rows are left out, .*: 2 of 'tset'; 1 of ''; want 'train', 'validation' o"):
+        got = splits(metadata.parent)
+    assert (len(got.train), len(got.test)) == (9, 4)
+    metadata.write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        splits(metadata.parent)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -405,6 +405,15 @@ def test_wrong_labels_are_named(tmp_path):
         losses(guided, batch)
 
 
+@pytest.mark.parametrize("largest", [VOCABULARY, 100_000_000])
+def test_labels_beyond_the_vocabulary_of_ctc_are_named(tmp_path, largest):
+    teacher = transformers.Wav2Vec2ForCTC(config(vocab_size=VOCABULARY))
+    student = linconv.convert(teacher, d_state=8, headdim=8)
+    batch = {"input_values": torch.randn(2, 800), "labels": torch.tensor([[largest, 3], [5, -100]])}
+    with pytest.raises(ValueError, match=rf"labels: got {largest}; want ids below {VOCABULARY}, the size of the vocab"):
+        losses(trainer(tmp_path, student, teacher, []), batch)
+
+
 def stock_classes():
     return [family.stock_class(name) for family in families.FAMILIES.values() for name in family.heads.values()]
 
