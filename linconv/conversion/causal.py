@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from linconv.conversion.masks import AttentionSlot
+from linconv.conversion.masks import AttentionSlot, check_size
 
 
 class StateLayer(CacheLayerMixin):
@@ -118,12 +118,13 @@ class CausalSlot(AttentionSlot):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **arguments):
         """hidden_states (batch, L, d), attention_mask as `valid_tokens` takes it. Padding may be on either side."""
         batch, length, _ = hidden_states.shape
-        cache, given = arguments.get(self.cache), {}
+        cache, given, past = arguments.get(self.cache), {}, 0
         if cache is not None:
             layer = StateLayer.of(cache, self.index)
             given["state"] = layer.state_on(self.mixer, batch, hidden_states.device)
+            past = layer.tokens
             layer.tokens += length
-        valid = valid_tokens(attention_mask, length)
+        valid = valid_tokens(attention_mask, batch, length, past)
         if valid is None:
             mixed = self.mixer(hidden_states, **given)
         else:
@@ -133,23 +134,26 @@ class CausalSlot(AttentionSlot):
         return mixed, *[arguments.get(name) for name in self.outputs]
 
 
-def valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
+def valid_tokens(attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
     """(batch, length), True at the tokens that are not padding; None where none is.
 
     Args:
         attention_mask: (batch, past + length), True, or 1, at the valid tokens; or (batch, 1, length, past + length),
             whose last query sees all of these, True at them or, in floating point, 0 at them and below elsewhere. None:
             all are valid.
+        batch, length: of the hidden states.
+        past: tokens before them, in a cache.
 
     Raises:
-        ValueError: a mask of another form, or one with padding between valid tokens; its values are read on the CPU
-            only, for elsewhere that would stall the device.
+        ValueError: a mask of another form or size, or one with padding between valid tokens; its values are read on the
+            CPU only, for elsewhere that would stall the device.
     """
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
         got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask is {got}, wanted (batch, L)")
+    check_size(attention_mask, batch, past + length)
     if attention_mask.dim() == 4:
         attention_mask = attention_mask[:, 0, -1]
         if attention_mask.is_floating_point():

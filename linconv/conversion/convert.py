@@ -1,6 +1,7 @@
 """A pretrained transformer with linear-time mixers for attention."""
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 
@@ -38,12 +39,18 @@ def convert(
     Raises:
         TypeError: a model that cannot be converted, an option the mixer does not have or of another type, or layers
             of another type.
-        ValueError: an unknown mixer, one that looks ahead where the model attends to the past only, a layer that is not
-            there, or options that are out of range or do not fit the model's width.
+        ValueError: an unknown mixer, one that looks ahead where the model attends to the past only, one that does not
+            in all layers of a model whose head reads the first token alone, a layer that is not there, options that
+            are out of range or do not fit the model's width, or a teacher whose weights are offloaded.
+
+    Warns:
+        UserWarning: a mixer that sees the past only in a model that attends both ways.
     """
     family = convertible_family(teacher)
     check_mixer(mixer, family)
+    check_weights(teacher)
     recipe = Recipe(mixer, layer_indices(layers, len(family.blocks(teacher))), mixer_kwargs)
+    check_direction(teacher, mixer, recipe.layers, family)
 
     entries = teacher.config.to_dict()
     del entries["model_type"]
@@ -67,6 +74,7 @@ def convertible_family(teacher: PreTrainedModel) -> families.Family:
         TypeError: a model that cannot; the message has those that can.
     """
     family, stock = families.of(teacher), type(teacher)
+    heads = [family.stock_class(name) for name in family.heads.values()]
     if isinstance(teacher, ConvertedModel):
         if Recipe.from_config(teacher.config).layers:
             raise TypeError(
@@ -76,8 +84,13 @@ def convertible_family(teacher: PreTrainedModel) -> families.Family:
     decoder = family.cache is None and getattr(teacher.config, "is_decoder", False)
     if decoder and not getattr(teacher.config, "is_encoder_decoder", False):
         raise TypeError(f"teacher is a {stock.__name__} with is_decoder, wanted one that attends both ways")
-    if not any(stock is family.stock_class(name) for name in family.heads.values()):
-        raise TypeError(f"teacher is a {stock.__name__}, wanted one of {', '.join(family.heads.values())}")
+    if stock not in heads:
+        known = next((base.__name__ for base in stock.__mro__ if base in heads), None)
+        hint = known and (
+            f"; it is a subclass of {known}, whose additions conversion does not know: convert a {known} with its "
+            "weights (load_state_dict), and add them to the result"
+        )
+        raise TypeError(f"teacher is a {stock.__name__}, wanted one of {', '.join(family.heads.values())}{hint or ''}")
     return family
 
 
@@ -95,6 +108,49 @@ def check_mixer(mixer: str, family: families.Family) -> type[mixers.Mixer]:
             f"one: {wanted}"
         )
     return found
+
+
+def check_weights(teacher: PreTrainedModel) -> None:
+    """The weights are there to be copied. A model made on the meta device, without accelerate's hooks, gives sizes.
+
+    Raises:
+        ValueError: weights that accelerate has offloaded.
+    """
+    meta = [name for name, parameter in teacher.named_parameters() if parameter.is_meta]
+    if meta and any(hasattr(module, "_hf_hook") for module in teacher.modules()):
+        raise ValueError(
+            f"teacher has {meta[0]} on the meta device, wanted all weights in memory: load it without offloading, save "
+            "what convert makes of it, and load that with a device_map"
+        )
+
+
+def check_direction(teacher: PreTrainedModel, mixer: str, layers: tuple[int, ...], family: families.Family) -> None:
+    """A mixer that sees the past only is in a model that does so too.
+
+    Raises:
+        ValueError: it is in all layers of a model that attends both ways and whose head reads the first token, of which
+            the text behind it would be hidden.
+
+    Warns:
+        UserWarning: it is in another model that attends both ways.
+    """
+    if family.cache is not None or not mixers.get(mixer).causal or not layers:
+        return
+    wanted = ", ".join(name for name in mixers.names() if not mixers.get(name).causal)
+    name, everywhere = type(teacher).__name__, len(layers) == len(family.blocks(teacher))
+    first_token_heads = tuple(family.stock_class(family.heads[auto]) for auto in family.first_token_heads)
+    if everywhere and isinstance(teacher, first_token_heads):
+        raise ValueError(
+            f"mixer is {mixer!r}, which sees the past only, in all layers of a {name}, whose head reads the first "
+            f"token alone: it would see nothing of the text; wanted one that sees both ways ({wanted}), or fewer layers"
+        )
+    pooled = " The first token, which a pooler reads, sees itself alone." if everywhere and first_token_heads else ""
+    warnings.warn(
+        f"mixer is {mixer!r}, which sees the past only, and {name} attends both ways: what comes behind a frame or "
+        f"token is hidden from it in the converted layers.{pooled} Mixers that see both ways: {wanted}",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def layer_indices(layers: str | Sequence[int] | None, count: int) -> tuple[int, ...]:

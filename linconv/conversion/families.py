@@ -36,6 +36,7 @@ class Family:
     inner: classes within a head that are converted too, models or modules of one, other than the bare model.
     overrides: module with a class of the same name for every stock class whose forward conversion changes, or None.
         Where there is one, masks keep padding out of what the stock model lets it into.
+    first_token_heads: Auto classes of the heads that read the first token alone.
     """
 
     model_type: str
@@ -56,6 +57,7 @@ class Family:
     layer_drop: str | None = None
     inner: tuple[str, ...] = ()
     overrides: str | None = None
+    first_token_heads: tuple[str, ...] = ()
 
     def stock_class(self, name: str) -> type:
         return getattr(importlib.import_module(self.modeling), name)
@@ -154,6 +156,7 @@ _BERT_BLOCK = dict(
     ),
 )
 _TOKENS = dict(input_name="input_ids", frame_lengths=lambda model, lengths: lengths, frames_per_second=None)
+_FIRST_TOKEN_HEADS = ("AutoModelForSequenceClassification", "AutoModelForMultipleChoice")
 
 FAMILIES = {
     family.model_type: family
@@ -221,6 +224,7 @@ FAMILIES = {
             modeling="transformers.models.bert.modeling_bert",
             config="BertConfig",
             heads=_text_heads("Bert", *_BERT_HEADS, "PreTraining", "NextSentencePrediction"),
+            first_token_heads=(*_FIRST_TOKEN_HEADS, "AutoModelForNextSentencePrediction"),
             **_BERT_BLOCK,
             **_TOKENS,
         ),
@@ -229,6 +233,7 @@ FAMILIES = {
             modeling="transformers.models.roberta.modeling_roberta",
             config="RobertaConfig",
             heads=_text_heads("Roberta", *_BERT_HEADS),
+            first_token_heads=_FIRST_TOKEN_HEADS,
             **_BERT_BLOCK,
             **_TOKENS,
         ),
@@ -237,6 +242,7 @@ FAMILIES = {
             modeling="transformers.models.xlm_roberta.modeling_xlm_roberta",
             config="XLMRobertaConfig",
             heads=_text_heads("XLMRoberta", *_BERT_HEADS),
+            first_token_heads=_FIRST_TOKEN_HEADS,
             **_BERT_BLOCK,
             **_TOKENS,
         ),
@@ -245,6 +251,7 @@ FAMILIES = {
             modeling="transformers.models.distilbert.modeling_distilbert",
             config="DistilBertConfig",
             heads=_text_heads("DistilBert", *_BERT_HEADS),
+            first_token_heads=_FIRST_TOKEN_HEADS,
             layers="transformer.layer",
             attention="attention",
             projections=dict(

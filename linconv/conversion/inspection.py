@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from linconv.conversion.convert import check_mixer, convertible_family, layer_indices
+from linconv.conversion.convert import check_direction, check_mixer, convertible_family, layer_indices
 from linconv.conversion.crossover import MeasuredCrossover, measured_crossover
 
 
@@ -91,6 +91,7 @@ def inspect(
     mixer_class = check_mixer(mixer, family)
     blocks = family.blocks(teacher)
     indices = layer_indices(layers, len(blocks))
+    check_direction(teacher, mixer, indices, family)
     attentions = [block.get_submodule(family.attention) for block in blocks]
     width = teacher.config.hidden_size
     sizes_only = [copy.deepcopy(family.self_attention(blocks[i])).to("meta") for i in indices or (0,)]

@@ -34,7 +34,11 @@ def _padding_mask(stock_mask):
                 return stock_mask(
                     *args, mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs
                 )
-        if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
+        if attention_mask is None:
+            return None
+        # Of the queries, as in self-attention: without a cache transformers takes kv_length from the mask itself.
+        check_size(attention_mask, kwargs["batch_size"], kwargs["q_offset"] + kwargs["q_length"])
+        if not torch.compiler.is_compiling() and attention_mask.all():
             return None
         return attention_mask
 
@@ -70,22 +74,38 @@ def register() -> None:
         AttentionMaskInterface.register(PREFIX + name, _padding_mask(mask))
 
 
-def seq_lens(attention_mask: Tensor | None) -> Tensor | None:
+def check_size(attention_mask: Tensor, batch: int, length: int) -> None:
+    """A mask, its first axis the batch and its last one frames, fits ``batch`` rows of ``length`` frames.
+
+    Raises:
+        ValueError: it is of another size.
+    """
+    if (attention_mask.shape[0], attention_mask.shape[-1]) != (batch, length):
+        between = "1, L, " if attention_mask.dim() == 4 else ""
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, wanted ({batch}, {between}{length}), one entry "
+            "for each token or frame, those in a cache included"
+        )
+
+
+def seq_lens(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """(batch,) valid frames of a mask.
 
     Args:
         attention_mask: (batch, L), True, or 1, at the valid frames; or (batch, 1, any, L), the same for every query,
             True at them or, in floating point, 0 at them and below elsewhere. None: all frames are valid.
+        batch, length: of the hidden states.
 
     Raises:
-        ValueError: a mask of another form, or one with valid frames behind padding ones; its values are read on the CPU
-            only, for elsewhere that would stall the device.
+        ValueError: a mask of another form or size, or one with valid frames behind padding ones; its values are read on
+            the CPU only, for elsewhere that would stall the device.
     """
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
         got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask is {got}, wanted (batch, L)")
+    check_size(attention_mask, batch, length)
     readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
     if attention_mask.dim() == 4:
         if readable and not (attention_mask == attention_mask[:, :1, :1]).all():
@@ -123,4 +143,5 @@ class AttentionSlot(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **arguments):
         """hidden_states (batch, L, d), attention_mask (batch, L) or None. Attention weights there are none."""
-        return self.mixer(hidden_states, seq_lens(attention_mask)), *[arguments.get(name) for name in self.outputs]
+        lengths = seq_lens(attention_mask, *hidden_states.shape[:2])
+        return self.mixer(hidden_states, lengths), *[arguments.get(name) for name in self.outputs]

@@ -146,7 +146,7 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
         else:
             slot = causal.CausalSlot(mixer, family.attention_outputs, family.cache, index)
         slot.train(attention.training)
-        if not next(slot.parameters()).is_meta:
+        if not any(parameter.is_meta for parameter in slot.parameters()):
             for module in slot.modules():
                 module._is_hf_initialized = True  # else a later init_weights would start it afresh
         family.replace_attention(blocks[index], slot)

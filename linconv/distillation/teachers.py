@@ -12,15 +12,28 @@ from safetensors.torch import load_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linconv.conversion import encoder_layers, families
 from linconv.distillation.augmentation import SharedSpecAugment
 from linconv.distillation.checkpoint_names import accept_checkpoint_names
+from linconv.distillation.heads import Head
 from linconv.distillation.learning_rate import teacher_scheduler
 from linconv.distillation.schedules import Mode, TrajectoryGuided, WaypointGuided
 
-__all__ = ["FixedTeacher", "TrajectoryTeacher", "WaypointTeacher", "make_teacher"]
+__all__ = ["FixedTeacher", "TrajectoryTeacher", "WaypointTeacher", "check_fits", "check_trainable", "make_teacher"]
 
 FOLDER = "teacher"  # in a checkpoint of the student
 OPTIMIZER_FILE = "teacher_optimizer.pt"
+# Where the config says how many classes an answer has, by the end of the head's class name.
+_CLASSES = {
+    "ForCTC": "vocab_size",
+    "ForMaskedLM": "vocab_size",
+    "ForCausalLM": "vocab_size",
+    "ForConditionalGeneration": "vocab_size",
+    "ForSequenceClassification": "num_labels",
+    "ForAudioClassification": "num_labels",
+    "ForAudioFrameClassification": "num_labels",
+    "ForTokenClassification": "num_labels",
+}
 
 
 class FixedTeacher:
@@ -108,7 +121,7 @@ class TrajectoryTeacher(FixedTeacher):
             frame_mask = trainer._frame_mask(inputs)
             augment = SharedSpecAugment(self.model, frame_mask)
             with trainer.accelerator.autocast(), augment.applied_to(self.model):
-                outputs = self.model(**trainer.head.model_inputs(inputs), **augment.arguments)
+                outputs = self.model(**trainer.inputs_for(self.model, inputs), **augment.arguments)
                 loss = trainer.head.task_loss(outputs, inputs, frame_mask, self.model.config) / counts[0]
             loss.backward()
             total = total + loss.detach()
@@ -139,6 +152,68 @@ class TrajectoryTeacher(FixedTeacher):
         state = torch.load(Path(folder) / OPTIMIZER_FILE, weights_only=True, map_location=self.trainer.args.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def check_trainable(name: str, model: PreTrainedModel) -> None:
+    """The weights that are trained are in single precision at least.
+
+    Raises:
+        ValueError: they are in half precision, where small steps are rounded away; ``name`` is the argument's.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.element_size() < 4:
+            raise ValueError(
+                f"{name}: got weights in {parameter.dtype}; want float32, by {name}.float() or dtype=torch.float32 "
+                "in from_pretrained, and bf16=True in the arguments for speed"
+            )
+
+
+def check_fits(student: PreTrainedModel, teacher: PreTrainedModel, *, kd: bool) -> None:
+    """The teacher hears what the student hears, and what it says of it can be compared.
+
+    Args:
+        kd: whether outputs are compared, too.
+
+    Raises:
+        ValueError: it cannot be, as far as configs and classes tell.
+    """
+    got, want = len(encoder_layers(teacher)), len(encoder_layers(student))
+    if got != want:
+        raise ValueError(f"teacher: got a model of {got} layers; want {want}, as many as the student has")
+    named, pattern = type(teacher).__name__, type(student).__name__
+    got, want = families.of(teacher).input_name, families.of(student).input_name
+    if got != want:
+        raise ValueError(f"teacher: got a {named}, which takes {got}; want one that takes {want}, as the student")
+    got, want = teacher.config.hidden_size, student.config.hidden_size
+    if got != want:
+        raise ValueError(f"teacher: got hidden states of width {got}; want {want}, as the student's")
+    got, want = _kind_of_head(teacher), _kind_of_head(student)
+    if got is not want:
+        raise ValueError(f"teacher: got a {named}; want a model with a head like that of the student, a {pattern}")
+    if families.of(student).input_name == "input_ids" and teacher.config.vocab_size != student.config.vocab_size:
+        got, want = teacher.config.vocab_size, student.config.vocab_size
+        raise ValueError(f"teacher: got a vocabulary of {got} tokens; want the student's, of {want}")
+    got, want = _classes(teacher), _classes(student)
+    if kd and got != want:
+        raise ValueError(
+            f"teacher: got a head of {got} classes; want {want}, as the student's, or alpha_kd=0, which leaves the "
+            "outputs out"
+        )
+
+
+def _kind_of_head(model: PreTrainedModel) -> type[Head] | None:
+    try:
+        return type(Head.of(model))
+    except ValueError:  # a model without a head, or with one for pretraining
+        return None
+
+
+def _classes(model: PreTrainedModel) -> int | None:
+    for base in type(model).__mro__:
+        for end, entry in _CLASSES.items():
+            if base.__name__.endswith(end):
+                return getattr(model.config, entry)
+    return None
 
 
 def make_teacher(model: PreTrainedModel, mode: Mode, trainer) -> FixedTeacher:

@@ -18,7 +18,8 @@ from linconv.distillation.heads import Head
 from linconv.distillation.hooks import LayerStates
 from linconv.distillation.learning_rate import exponential_decay
 from linconv.distillation.schedules import Mode, TargetGuided, TrajectoryGuided, Unguided
-from linconv.distillation.teachers import FixedTeacher, make_teacher
+from linconv.distillation.teachers import FixedTeacher, check_fits, check_trainable, make_teacher
+from linconv.mixers import Mixer
 from linconv.ops.distillation_loss import distillation_terms
 
 __all__ = ["METRICS_FILE", "DistillationTrainer"]
@@ -46,19 +47,24 @@ class DistillationTrainer(Trainer):
     - Resuming from a checkpoint gives the same losses as a run never stopped, bit for bit on one CPU.
 
     Args:
-        model: the student.
+        model: the student, its weights in float32. None where ``model_init`` makes it.
         args: :class:`DistillationArguments`.
-        teacher: a model with as many transformer layers as the student, and of the same widths. It may be None when
-            ``mode`` is Unguided; if given then, it is only measured against. For TrajectoryGuided the pretrained model,
-            with a head for the task; for WaypointGuided any of the snapshots.
+        teacher: a model with as many transformer layers as the student, of the same widths, and with a head for the
+            same task; in any dtype, unless it is trained. It may be None when ``mode`` is Unguided; if given then, it
+            is only measured against. For TrajectoryGuided the pretrained model; for WaypointGuided any of the
+            snapshots.
         mode: None is ``TargetGuided()`` with a teacher, ``Unguided()`` without.
         **kwargs: as for transformers' Trainer.
+
+    Raises:
+        TypeError, ValueError: an argument that is not what is described here, as far as classes and configs tell; the
+            message names it.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: DistillationArguments,
+        model: PreTrainedModel | None = None,
+        args: DistillationArguments | None = None,
         *,
         teacher: PreTrainedModel | None = None,
         mode: Mode | None = None,
@@ -74,21 +80,20 @@ class DistillationTrainer(Trainer):
             mode = Unguided() if teacher is None else TargetGuided()
         if teacher is None and not isinstance(mode, Unguided):
             raise ValueError(f"teacher: got None; want a model, for the mode is {mode}")
-        accept_checkpoint_names(model)
+        if model is not None:
+            accept_checkpoint_names(model)
+        self.mode = mode
+        self.guide: FixedTeacher | None = None
         super().__init__(model, args, **kwargs)
         # Both say that compute_loss has divided by what is in the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self.mode = mode
-        self.head = Head.of(model)
-        self.student_layers = encoder_layers(model)
-        self.guide: FixedTeacher | None = None
+        self._take(self.model, teacher)
         if teacher is not None:
-            self._check_teacher(teacher)
             self.guide = make_teacher(teacher.to(args.device), mode, self)
         self.cache: ActivationCache | None = None
         if args.teacher_cache is not None:
-            check_cacheable(model, teacher, mode)
+            check_cacheable(self.model, teacher, mode)
             precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "own"
             options = {"precision": precision, "embeddings": args.include_embeddings}
             self.cache = ActivationCache(args.teacher_cache, self.teacher, self.head, **options)
@@ -101,15 +106,26 @@ class DistillationTrainer(Trainer):
     def teacher(self) -> PreTrainedModel | None:
         return None if self.guide is None else self.guide.model
 
-    def _check_teacher(self, teacher: PreTrainedModel) -> None:
+    def call_model_init(self, trial=None):
+        """The student that ``model_init`` makes: one at construction, a new one for each call of ``train``."""
+        model = super().call_model_init(trial)
+        accept_checkpoint_names(model)
+        self._take(model, self.teacher)
+        return model
+
+    def _take(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        """Makes ``model`` the student."""
+        self.head = Head.of(model)
+        self.student_layers = encoder_layers(model)
+        check_trainable("model", model)
+        if teacher is None:
+            return
+        check_fits(model, teacher, kd=self.args.alpha_kd > 0 and self.mode.lessons(0).kd)
         self.teacher_layers = encoder_layers(teacher)
-        if len(self.teacher_layers) != len(self.student_layers):
-            got, want = len(self.teacher_layers), len(self.student_layers)
-            raise ValueError(f"teacher: got a model of {got} layers; want {want}, as many as the student has")
-        if {id(p) for p in teacher.parameters()} & {id(p) for p in self.model.parameters()}:
+        if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
             raise ValueError("teacher: it shares parameters with the student; freezing it would freeze the student")
-        holders = [m for m in self.model.modules() if self.student_layers[0] in m.modules()]
-        for owner in (self.model.config, *holders):
+        holders = [m for m in model.modules() if self.student_layers[0] in m.modules()]
+        for owner in (model.config, *holders):
             for name in ("layerdrop", "encoder_layerdrop"):
                 if getattr(owner, name, 0.0):
                     logger.warning("%s of the student is set to 0: every layer follows the teacher's", name)
@@ -117,6 +133,8 @@ class DistillationTrainer(Trainer):
         moving = isinstance(self.mode.guide, TrajectoryGuided)
         if moving and (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16):
             raise ValueError(f"{self.mode}: not supported with DeepSpeed, FSDP or fp16; bf16 is")
+        if moving:
+            check_trainable("teacher", teacher)
 
     def leave_process_group(self) -> None:
         """Ends a run over several processes: the last call of a script, without effect in a single process.
@@ -155,12 +173,19 @@ class DistillationTrainer(Trainer):
                     self._measure(teacher_loss=loss)
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def inputs_for(self, model: PreTrainedModel, inputs: dict) -> dict:
+        """What the student or the teacher is given of a batch: the signal in the dtype of that model's weights."""
+        given, name = self.head.model_inputs(inputs), model.main_input_name
+        if name in given and given[name].is_floating_point():
+            given[name] = given[name].to(model.dtype)
+        return given
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """In training, this micro-batch's share of the loss of its optimizer step; else the task's mean loss."""
         frame_mask = self._frame_mask(inputs)  # (sequences, L)
         answers = self.head.valid_answers(inputs, frame_mask)
         if not model.training:
-            outputs = model(**self.head.model_inputs(inputs))
+            outputs = model(**self.inputs_for(self.model, inputs))
             loss = self.head.task_loss(outputs, inputs, frame_mask, self.model.config) / answers.sum().clamp(min=1)
             return (loss, outputs) if return_outputs else loss
 
@@ -170,7 +195,7 @@ class DistillationTrainer(Trainer):
         augment = SharedSpecAugment(self.model, frame_mask)
         student = LayerStates(self.student_layers)
         with student, augment.applied_to(self.model):
-            outputs = model(**self.head.model_inputs(inputs), **augment.arguments)
+            outputs = model(**self.inputs_for(self.model, inputs), **augment.arguments)
 
         logits = self.head.logits(outputs)
         loss = logits.new_zeros((), dtype=torch.float32)
@@ -179,6 +204,11 @@ class DistillationTrainer(Trainer):
             loss = loss + self.args.alpha_ce * task
             self._measure(task_loss=task)
         with_layers, with_kd = lessons.layers and self.args.alpha_ld > 0, lessons.kd and self.args.alpha_kd > 0
+        if self.head.labels(inputs) is None and not (with_layers or with_kd):
+            raise ValueError(
+                f"labels: got None, and at step {self.state.global_step} nothing is learnt from a teacher; want "
+                "labels, or a teacher with alpha_kd or alpha_ld above 0"
+            )
         measured = self.teacher is not None and self._logs_this_step()
         if with_layers or with_kd or measured:
             with_states = with_layers or measured
@@ -228,7 +258,7 @@ class DistillationTrainer(Trainer):
     def _ask(self, inputs, augment: SharedSpecAugment) -> tuple[list[Tensor], Tensor]:
         states = LayerStates(self.teacher_layers)
         with states, augment.applied_to(self.teacher), self.accelerator.autocast():
-            outputs = self.teacher(**self.head.model_inputs(inputs), **augment.arguments)
+            outputs = self.teacher(**self.inputs_for(self.teacher, inputs), **augment.arguments)
         return self._states(states), self.head.logits(outputs)
 
     def _layer_weights(self, like: Tensor) -> Tensor:
@@ -284,7 +314,16 @@ class DistillationTrainer(Trainer):
             logits = self.head.predictions(logits, self._frame_mask(self._prepare_inputs(inputs)), self.model.config)
         return loss, logits, labels
 
-    # ---- The learning rate
+    # ---- The optimizer
+
+    def get_decay_parameter_names(self, model):
+        """As the stock Trainer, less what mixers name: the rates, skips and steps of a state."""
+        # By the mixers' own lists too, for copies of a parameter have lost mamba_ssm's mark.
+        spared = {name for name, parameter in model.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
+        for path, module in model.named_modules():
+            if isinstance(module, Mixer):
+                spared.update(f"{path}.{name}" for name in module.no_weight_decay)
+        return [name for name in super().get_decay_parameter_names(model) if name not in spared]
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.args.exponential_decay_to is None:

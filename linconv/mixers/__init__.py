@@ -54,10 +54,14 @@ def register(name: str, mixer: type[Mixer]) -> None:
     """Makes ``mixer`` known as ``name``, to `linconv.convert` and to checkpoints that name it.
 
     Raises:
-        TypeError: not a subclass of `Mixer`.
-        ValueError: a name already taken by another class.
+        TypeError: a name that is no str, or not a subclass of `Mixer`.
+        ValueError: a name already taken by another class; a new definition of the same class takes its place.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}, wanted a str")
     if not (isinstance(mixer, type) and issubclass(mixer, Mixer)):
         raise TypeError(f"mixer is {mixer!r}, wanted a subclass of linconv.mixers.Mixer")
-    if _REGISTRY.setdefault(name, mixer) is not mixer:
-        raise ValueError(f"name is {name!r}, already the mixer {_REGISTRY[name].__name__}")
+    taken = _REGISTRY.get(name, mixer)
+    if (taken.__module__, taken.__qualname__) != (mixer.__module__, mixer.__qualname__):
+        raise ValueError(f"name is {name!r}, already the mixer {taken.__name__}")
+    _REGISTRY[name] = mixer

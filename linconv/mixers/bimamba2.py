@@ -53,7 +53,7 @@ class BiMamba2(DualMixer):
         self.check_hidden_states(hidden_states)
         zxBCdt = self.in_proj(hidden_states).unflatten(-1, (2, self.d_in_proj)).movedim(-2, 0)  # (2, b, L, d_in_proj)
         z, xBC, dt = zxBCdt.split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
-        xBC = ops.bidirectional_short_conv(xBC, self.conv1d.weight, self.conv1d.bias, seq_lens=seq_lens)
+        xBC = ops.bidirectional_short_conv(xBC, *self.conv1d(), seq_lens=seq_lens)
         x, B, C = xBC.split((self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state), dim=-1)
         y = ops.bidirectional_ssd(
             x.unflatten(-1, (self.nheads, self.headdim)),  # (2, b, L, heads, headdim)
@@ -68,7 +68,7 @@ class BiMamba2(DualMixer):
         )
         del x, B, C, xBC  # views of the largest tensor here: let it go before the norm's result is allocated
         group_size = self.d_inner // self.ngroups
-        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm.weight, group_size=group_size, seq_lens=seq_lens)
+        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm()[0], group_size=group_size, seq_lens=seq_lens)
         return self.out_proj(y.movedim(0, -2).flatten(-2))  # (b, L, 2 d_inner), a view
 
     def flops(self, length):

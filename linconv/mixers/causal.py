@@ -3,8 +3,10 @@
 import dataclasses
 
 import torch
+from torch import nn
 
 from linconv import ops
+from linconv.mixers.protocol import Weights
 from linconv.ops import checks
 
 
@@ -20,10 +22,17 @@ class MambaState:
     ssm: torch.Tensor
 
 
+class CausalConv(Weights, nn.Conv1d):
+    """Holds the weights of a short convolution as mamba_ssm does, in a torch.nn.Conv1d with a channel a group."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__(channels, channels, width, groups=channels)
+
+
 class CausalMixer:
     """The causal side of a `StateSpaceMixer`; a subclass sets ``conv1d``, and ``state_shape`` of its scan.
 
-    conv1d is a torch.nn.Conv1d with a channel a group; it holds the weights, the convolution is that of `linconv.ops`.
+    conv1d is a `CausalConv`; it holds the weights, the convolution is that of `linconv.ops`.
     """
 
     causal = True
@@ -31,7 +40,8 @@ class CausalMixer:
 
     def convolve(self, x, seq_lens, state: MambaState | None):
         """The short convolution and SiLU of (batch, L, channels); ``state`` goes on to each row's last valid frame."""
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        weight, bias = self.conv1d()
+        weight = weight.squeeze(1)
         if state is None:
             return ops.short_conv(x, weight, bias, seq_lens=seq_lens)
         past, length = self.d_conv - 1, x.shape[1]
@@ -46,11 +56,12 @@ class CausalMixer:
         return ops.short_conv(x, weight, bias, seq_lens=seq_lens)[:, past:]
 
     def new_state(self, batch: int) -> MambaState:
-        """The state before the first frame."""
-        weight = self.conv1d.weight
+        """The state before the first frame, on the CPU where the weights are offloaded."""
+        weight, A = self.conv1d.weight, self.A
+        device = "cpu" if weight.is_meta else weight.device
         return MambaState(
-            conv=weight.new_zeros(batch, self.d_conv - 1, weight.shape[0]),
-            ssm=self.A.new_zeros(batch, *self.state_shape),
+            conv=torch.zeros(batch, self.d_conv - 1, weight.shape[0], dtype=weight.dtype, device=device),
+            ssm=torch.zeros(batch, *self.state_shape, dtype=A.dtype, device=device),
         )
 
     def step(self, hidden_states: torch.Tensor, state: MambaState) -> torch.Tensor:

@@ -38,9 +38,7 @@ class Hydra(DualMixer):
     def forward(self, hidden_states, seq_lens=None):
         self.check_hidden_states(hidden_states)
         z, xBC, dt = self.in_proj(hidden_states).split((self.d_inner, self.conv_dim, 2 * self.nheads), dim=-1)
-        xBC = ops.short_conv(
-            xBC, self.conv1d.weight, self.conv1d.bias, lookahead=self.d_conv // 2, seq_lens=seq_lens
-        )  # (b, L, conv_dim)
+        xBC = ops.short_conv(xBC, *self.conv1d(), lookahead=self.d_conv // 2, seq_lens=seq_lens)  # (b, L, conv_dim)
         x, BC = xBC.split((self.d_inner, 4 * self.ngroups * self.d_state), dim=-1)
         BC = BC.unflatten(-1, (2, 2, self.ngroups, self.d_state))  # (b, L, direction, B or C, groups, d_state)
         B, C = BC.movedim(2, 0).unbind(3)  # (2, b, L, groups, d_state) each
@@ -58,7 +56,7 @@ class Hydra(DualMixer):
         )
         del x, B, C, BC, xBC
         group_size = self.d_inner // self.ngroups
-        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm.weight, group_size=group_size, seq_lens=seq_lens)
+        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm()[0], group_size=group_size, seq_lens=seq_lens)
         return self.out_proj(y)
 
     def flops(self, length):

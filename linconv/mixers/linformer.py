@@ -131,15 +131,20 @@ class LinformerAttention(Mixer):
         length = hidden_states.shape[1]
         if length > self.max_length:
             raise ValueError(f"hidden_states has {length} frames, wanted at most max_length = {self.max_length}")
+        proj_k = self._holder[0].proj_k if self._holder else self.proj_k
+        if proj_k.is_meta and not hidden_states.is_meta:
+            raise ValueError(
+                'sharing is "layerwise", and proj_k of the layer that holds it is offloaded when another one wants it; '
+                "wanted that layer in memory, by a device_map, or another sharing"
+            )
+        # An adapter in the place of a projection is not one that gives its weights: it is passed over.
+        q, k, v = (m() if isinstance(m, Linear) else (m.weight, m.bias) for m in self._projections()[:3])
         y = ops.linformer_self_attention(
             hidden_states,
-            self.q_proj.weight,
-            self.q_proj.bias,
-            self.k_proj.weight,
-            self.k_proj.bias,
-            self.v_proj.weight,
-            self.v_proj.bias,
-            self._holder[0].proj_k if self._holder else self.proj_k,
+            *q,
+            *k,
+            *v,
+            proj_k,
             self.proj_v,
             num_heads=self.num_heads,
             seq_lens=seq_lens,

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from linconv import ops
-from linconv.mixers.causal import CausalMixer, MambaState
+from linconv.mixers.causal import CausalConv, CausalMixer, MambaState
 from linconv.mixers.protocol import Linear, check_integer
 from linconv.mixers.state_space import StateSpaceMixer, draw_steps
 from linconv.ops.linear import linear
@@ -38,7 +38,7 @@ class Mamba(CausalMixer, StateSpaceMixer):
         self.A_log = nn.Parameter(torch.empty(self.state_shape))
         self.D = nn.Parameter(torch.empty(self.d_inner))
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias=False)
-        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)
+        self.conv1d = CausalConv(self.d_inner, d_conv)
         self.x_proj = Linear(self.d_inner, dt_rank + 2 * d_state, bias=False)
         self.dt_proj = Linear(dt_rank, self.d_inner)
         self.out_proj = Linear(self.d_inner, d_model, bias=False)
@@ -61,15 +61,16 @@ class Mamba(CausalMixer, StateSpaceMixer):
         x, z = self.in_proj(hidden_states).split(self.d_inner, dim=-1)
         x = self.convolve(x, seq_lens, state)
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        weight, dt_bias = self.dt_proj()
         y, last = ops.selective_scan(
             x,
-            linear(dt, self.dt_proj.weight, None),  # its bias is the scan's to add, in fp32
+            linear(dt, weight, None),  # its bias is the scan's to add, in fp32
             self.A,
             B.unsqueeze(2),  # (b, L, 1, d_state)
             C.unsqueeze(2),
             D=self.D,
             z=z,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=dt_bias,
             dt_softplus=True,
             initial_states=None if state is None else state.ssm,
             return_final_states=True,

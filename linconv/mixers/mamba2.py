@@ -1,9 +1,7 @@
 """One causal Mamba-2 layer (Dao and Gu, arXiv 2405.21060)."""
 
-from torch import nn
-
 from linconv import ops
-from linconv.mixers.causal import CausalMixer, MambaState
+from linconv.mixers.causal import CausalConv, CausalMixer, MambaState
 from linconv.mixers.protocol import Linear
 from linconv.mixers.state_space import DualMixer, GatedRMSNorm, scan_flops
 
@@ -23,7 +21,7 @@ class Mamba2(CausalMixer, DualMixer):
         self.conv_dim = self.d_inner + 2 * ngroups * d_state
         self.state_shape = (self.nheads, headdim, d_state)
         self.in_proj = Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=False)
-        self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim)
+        self.conv1d = CausalConv(self.conv_dim, d_conv)
         self.norm = GatedRMSNorm(self.d_inner)
         self.out_proj = Linear(self.d_inner, d_model, bias=False)
         self.reset_parameters()
@@ -50,7 +48,7 @@ class Mamba2(CausalMixer, DualMixer):
         if state is not None:
             state.ssm = last.detach()
         group_size = self.d_inner // self.ngroups
-        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm.weight, group_size=group_size, seq_lens=seq_lens)
+        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm()[0], group_size=group_size, seq_lens=seq_lens)
         return self.out_proj(y)
 
     def flops(self, length):

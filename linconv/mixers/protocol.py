@@ -17,18 +17,25 @@ class Mixer(nn.Module, abc.ABC):
     A subclass takes ``d_model`` first and everything else as keywords with defaults: those keywords are its options.
     It sets ``causal`` and implements `forward`, `flops` and `reset_parameters`; a causal one also has
     ``new_state(batch)``, a dataclass of tensors with the batch first, a `forward` that goes on from such a ``state``
-    and changes it, and ``step`` for one frame.
+    and changes it, and ``step`` for one frame. ``no_weight_decay`` names its own parameters that are not to decay.
 
     Raises:
         TypeError, ValueError: a d_model that is no integer from 1 up.
     """
 
     causal = False
+    no_weight_decay: tuple[str, ...] = ()
 
     def __init__(self, d_model: int):
         super().__init__()
         check_integer("d_model", d_model)
         self.d_model = d_model
+
+    def register_parameter(self, name, param):
+        """As torch.nn.Module; marks what is not to decay, as mamba_ssm does, for optimizers that look for the mark."""
+        super().register_parameter(name, param)
+        if name in self.no_weight_decay and param is not None:
+            param._no_weight_decay = True
 
     @classmethod
     def from_attention(cls, attention: nn.Module, config, **options) -> "Mixer":
@@ -121,8 +128,19 @@ def check_number(name: str, value) -> None:
         raise TypeError(f"{name} is {value!r}, wanted a number")
 
 
-class Linear(nn.Linear):
+class Weights:
+    """A module that gives its weights when it is called without an input, for a mixer that computes with them itself.
+
+    A mixer calls it, where it could read ``weight`` and ``bias``: hooks run before a call only, and those of accelerate
+    fetch weights that are offloaded.
+    """
+
+    def forward(self):
+        return self.weight, self.bias
+
+
+class Linear(nn.Linear, Weights):
     """torch.nn.Linear whose frames do not depend on how many there are: see `linconv.ops.linear.linear`."""
 
-    def forward(self, input):
-        return linear(input, self.weight, self.bias)
+    def forward(self, input=None):
+        return Weights.forward(self) if input is None else linear(input, self.weight, self.bias)

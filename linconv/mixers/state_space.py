@@ -5,12 +5,12 @@ import math
 import torch
 from torch import nn
 
-from linconv.mixers.protocol import Mixer, check_integer, check_number
+from linconv.mixers.protocol import Mixer, Weights, check_integer, check_number
 from linconv.ops.short_conv import WIDTHS
 from linconv.ops.ssd.arguments import MAX_SIZE
 
 
-class DepthwiseConv(nn.Module):
+class DepthwiseConv(Weights, nn.Module):
     """Holds the weights of a short convolution; the mixer computes it through `linconv.ops`.
 
     weight (*shape, width), bias (*shape), where shape is (channels,), or (2, channels) for both directions.
@@ -28,8 +28,10 @@ class DepthwiseConv(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
 
-class GatedRMSNorm(nn.Module):
+class GatedRMSNorm(Weights, nn.Module):
     """Holds the weight (*shape) of a gated RMS norm; the mixer computes it through `linconv.ops`."""
+
+    bias = None
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -45,6 +47,9 @@ class StateSpaceMixer(Mixer):
     Raises:
         TypeError, ValueError: options of another type or out of range; the message names the option.
     """
+
+    # Decay would pull the rates to -1 and the steps to softplus(0), both long and short memories towards one.
+    no_weight_decay = ("A_log", "D", "dt_bias")
 
     def __init__(self, d_model, d_state, d_conv, expand):
         super().__init__(d_model)

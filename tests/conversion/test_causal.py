@@ -2,6 +2,7 @@
 
 import inspect
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -248,6 +249,14 @@ def test_text_generation_pipeline(tmp_path):
     assert all(len(text.split()) > len(prompt.split()) for text, prompt in zip(single, prompts))
 
 
+@OF_BOTH
+def test_generation_with_offloaded_weights(options):
+    student, inputs = linconv.convert(make(), **options), tokens("left")
+    wanted = student.generate(**inputs, max_new_tokens=6)
+    accelerate.cpu_offload(student)
+    assert torch.equal(student.generate(**inputs, max_new_tokens=6), wanted)
+
+
 def test_caches_that_will_not_do_are_refused():
     teacher = make()
     student, ids = linconv.convert(teacher, **MIXER), tokens()["input_ids"]
@@ -271,6 +280,10 @@ def test_what_mixers_cannot_honour_is_refused(layers):
     inputs["attention_mask"][:, 5:8] = 0
     with pytest.raises(ValueError, match="padding between valid tokens"):
         student(**inputs)
+    if layers is None:
+        for length in (20, 22):
+            with pytest.raises(ValueError, match=rf"attention_mask has shape \(2, {length}\), wanted \(2, 21\)"):
+                student(inputs["input_ids"], attention_mask=torch.ones(2, length))
     packed = torch.tensor([[*range(10), *range(11)]])
     with pytest.raises(ValueError, match="position_ids start anew within a row, wanted one sequence a row"):
         student(inputs["input_ids"], position_ids=packed, use_cache=False)

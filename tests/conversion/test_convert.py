@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -523,6 +524,81 @@ def test_wrong_teachers_are_named(function):
         function(linconv.convert(make(Wav2Vec2ForCTC), **MIXER), **MIXER)
     with pytest.raises(TypeError, match="teacher is a WhisperEncoder, wanted one of WhisperModel"):
         function(make(WhisperModel).encoder)
+
+    class Own(Wav2Vec2ForCTC):
+        pass
+
+    with pytest.raises(TypeError, match="teacher is a Own, .*; it is a subclass of Wav2Vec2ForCTC, .*load_state_dict"):
+        function(make(Own))
+
+
+def test_mixers_that_see_the_past_only_are_warned_of():
+    teacher = make(Wav2Vec2ForCTC)
+    for function in (linconv.convert, linconv.inspect):
+        with pytest.warns(UserWarning, match="mixer is 'mamba2', which sees the past only.*bimamba2, hydra") as warned:
+            function(teacher, mixer="mamba2", **MIXER)
+        assert warned[0].filename == __file__ and "first token" not in str(warned[0].message)
+
+
+class Running(mixers.Mixer):
+    """The mean of all frames: nothing to learn."""
+
+    def forward(self, hidden_states, seq_lens=None):
+        return hidden_states.mean(1, keepdim=True).expand_as(hidden_states)
+
+    def flops(self, length):
+        return length * self.d_model
+
+    def reset_parameters(self):
+        pass
+
+
+def test_a_mixer_without_parameters_converts_and_loads(monkeypatch, tmp_path):
+    monkeypatch.setattr(mixers, "_REGISTRY", {**mixers._REGISTRY, "running": Running})
+    student = linconv.convert(make(Wav2Vec2ForCTC), mixer="running")
+    student.save_pretrained(tmp_path)
+    inputs = inputs_for(Wav2Vec2ForCTC)
+    loaded = transformers.AutoModelForCTC.from_pretrained(tmp_path)
+    assert torch.equal(output_of(loaded, inputs), output_of(student, inputs))
+
+
+OFFLOADED = {"linformer": dict(r=8, max_length=500), "mamba": dict(d_state=8)}
+
+
+@pytest.mark.filterwarnings("ignore:mixer is .*, which sees the past only")
+@pytest.mark.parametrize("where", ["cpu_offload", "disk_offload", "device_map"])
+@pytest.mark.parametrize("mixer", mixers.names())
+def test_offloaded_weights_are_fetched(mixer, where, tmp_path):
+    student = linconv.convert(make(Wav2Vec2ForCTC), mixer=mixer, **OFFLOADED.get(mixer, MIXER))
+    inputs = inputs_for(Wav2Vec2ForCTC, lengths=[1000, 700])
+    wanted = output_of(student, inputs)
+    if where == "cpu_offload":
+        accelerate.cpu_offload(student)
+    elif where == "disk_offload":
+        accelerate.disk_offload(student, tmp_path)
+    else:
+        student.save_pretrained(tmp_path / "student")
+        student = transformers.AutoModelForCTC.from_pretrained(
+            tmp_path / "student", device_map={"": "disk"}, offload_folder=tmp_path / "weights"
+        )
+    assert all(p.is_meta for name, p in student.named_parameters() if ".mixer." in name)
+    assert torch.equal(output_of(student, inputs), wanted)
+
+
+def test_a_projection_of_all_layers_that_is_offloaded_is_named():
+    student = linconv.convert(make(Wav2Vec2ForCTC), mixer="linformer", sharing="layerwise", **OFFLOADED["linformer"])
+    accelerate.cpu_offload(student)
+    with pytest.raises(ValueError, match='sharing is "layerwise", and proj_k .* is offloaded'):
+        student(**inputs_for(Wav2Vec2ForCTC))
+
+
+def test_an_offloaded_teacher_is_refused():
+    teacher = make(Wav2Vec2ForCTC)
+    accelerate.cpu_offload(teacher)
+    with pytest.raises(
+        ValueError, match="teacher has wav2vec2.masked_spec_embed on the meta device, wanted all weights"
+    ):
+        linconv.convert(teacher)
 
 
 def test_inspect_counts_and_reads():

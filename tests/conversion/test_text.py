@@ -201,6 +201,62 @@ def test_decoders_are_refused():
         linconv.convert(causal)
 
 
+CAUSAL = [dict(mixer="mamba2", **STATE_SPACE), dict(mixer="mamba", d_state=8)]
+
+
+@pytest.mark.parametrize("options", CAUSAL, ids=["mamba2", "mamba"])
+@pytest.mark.parametrize("family, auto", HEADS)
+def test_mixers_that_see_the_past_only_are_warned_of_or_refused(family, auto, options):
+    teacher, wanted = make(family, auto), "Mixers that see both ways: bimamba2, hydra, linformer"
+    with pytest.warns(UserWarning, match=f"sees the past only, and .* attends both ways.*{wanted}") as warned:
+        student = linconv.convert(teacher, layers=[0, 1], **options)
+    assert warned[0].filename == __file__
+    inputs = inputs_for(auto)
+    first = {**inputs, "input_ids": torch.cat([inputs["input_ids"][..., :1], inputs["input_ids"][..., 1:].flip(0)], -1)}
+    if auto in FAMILIES[family].first_token_heads:  # what is left attends, and the first token sees the text
+        assert not torch.equal(output_of(student, inputs), output_of(student, first))
+        for function in (linconv.convert, linconv.inspect):
+            with pytest.raises(
+                ValueError, match=f"mixer is '{options['mixer']}'.* see nothing of the text; wanted .*hydra"
+            ):
+                function(teacher, **options)
+    else:
+        with pytest.warns(UserWarning, match="The first token, which a pooler reads, sees itself alone"):
+            linconv.convert(teacher, **options)
+
+
+@pytest.mark.filterwarnings("ignore:mixer is 'mamba2', which sees the past only")
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_head_of_the_first_token_is_known_as_one(family):
+    """Those and no others give the same for every text with the same first token where all layers are causal."""
+    for auto in FAMILIES[family].heads:
+        teacher, inputs = make(family, auto), inputs_for(auto, lengths=(21, 21))
+        base = linconv.convert(teacher.base_model, **CAUSAL[0])
+        setattr(teacher, teacher.base_model_prefix, base) if teacher.base_model is not teacher else None
+        model = base if teacher.base_model is teacher else teacher
+        ids = inputs["input_ids"]
+        changed = {**inputs, "input_ids": torch.cat([ids[..., :1], (ids[..., 1:] + 7) % 50 + 3], -1)}
+        same = torch.equal(output_of(model, inputs), output_of(model, changed))
+        assert same == (auto in FAMILIES[family].first_token_heads), auto
+
+
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
+@pytest.mark.parametrize("length", [20, 22])
+@pytest.mark.parametrize("fill", [0, 1])
+def test_masks_of_another_length_are_refused(layers, length, fill):
+    student, inputs = linconv.convert(make("bert"), layers=layers, **LINFORMER), inputs_for()
+    mask = torch.full((2, length), fill)
+    mask[:, :5] = 1
+    with pytest.raises(ValueError, match=rf"attention_mask has shape \(2, {length}\), wanted \(2, 21\)"):
+        student(**inputs | {"attention_mask": mask})
+
+
+def test_masks_of_another_length_in_four_axes_are_refused():
+    student, inputs = linconv.convert(make("bert"), **LINFORMER), inputs_for()
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 1, 20\), wanted \(2, 1, L, 21\)"):
+        student(**inputs | {"attention_mask": torch.ones(2, 1, 1, 20, dtype=torch.bool)})
+
+
 def test_more_tokens_than_the_projection_has_are_refused():
     student = linconv.convert(make("bert"), max_length=20, **LINFORMER)
     with pytest.raises(ValueError, match="hidden_states has 21 frames, wanted at most max_length = 20"):

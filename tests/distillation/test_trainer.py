@@ -6,19 +6,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForTokenClassification,
     TrainingArguments,
     Wav2Vec2ConformerForAudioFrameClassification,
     Wav2Vec2ConformerForSequenceClassification,
     Wav2Vec2ForAudioFrameClassification,
     Wav2Vec2ForCTC,
+    Wav2Vec2ForPreTraining,
     Wav2Vec2ForSequenceClassification,
+    Wav2Vec2Model,
     WhisperConfig,
     WhisperForAudioClassification,
 )
 
 import linconv
 from linconv.conversion import encoder_layers, frame_lengths
-from linconv.distillation import DistillationArguments, DistillationTrainer, Hybrid, LayerStates, TargetGuided, Unguided
+from linconv.distillation import (
+    DistillationArguments,
+    DistillationTrainer,
+    Hybrid,
+    LayerStates,
+    TargetGuided,
+    TrajectoryGuided,
+    Unguided,
+)
 from linconv.ops.distillation_loss import kd_loss, layerwise_mse
 
 from .run import Noise, arguments, collate, config, models
@@ -385,6 +398,110 @@ def test_evaluation_reports_the_task_and_ctc_answers_blank_in_padding(tmp_path):
     answers = got.predictions.argmax(-1)
     padding = np.arange(answers.shape[1]) >= lengths.numpy()[:, None]
     assert (answers[padding] == student.config.pad_token_id).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_teacher_may_have_another_dtype(tmp_path, dtype):
+    losses = []
+    for kind in (torch.float32, dtype):
+        teacher, student = models()
+        trainer(tmp_path / str(kind), student, teacher.to(kind), max_steps=2).train()
+        assert teacher.dtype == kind
+        losses.append([r["loss"] for r in records(tmp_path / str(kind))])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_student_of_model_init_is_that_student(tmp_path):
+    teacher, student = models()
+    made = []
+
+    def model_init():
+        made.append(copy.deepcopy(student))
+        return made[-1]
+
+    trainer(tmp_path / "model", copy.deepcopy(student), teacher, max_steps=2).train()
+    args = arguments(tmp_path / "init", max_steps=2)
+    run = DistillationTrainer(
+        args=args, teacher=teacher, model_init=model_init, train_dataset=Noise(), data_collator=collate
+    )
+    run.train()
+    assert run.model is made[-1] and len(made) == 2
+    assert [r["loss"] for r in records(tmp_path / "init")] == [r["loss"] for r in records(tmp_path / "model")]
+    with pytest.raises(ValueError, match="`model` or `model_init` argument, but not both"):
+        DistillationTrainer(student, args, teacher=teacher, model_init=model_init)
+    with pytest.raises(RuntimeError, match="`model` or `model_init`"):
+        DistillationTrainer(args=args, teacher=teacher)
+
+
+def test_rates_skips_and_steps_of_a_state_do_not_decay(tmp_path):
+    teacher, student = models()
+    student = copy.deepcopy(student)  # whose parameters have lost the mark
+    run = trainer(tmp_path, student, teacher, weight_decay=0.1)
+    run.create_optimizer()
+    names = {id(p): name for name, p in student.named_parameters()}
+    spared = {names[id(p)] for g in run.optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    decayed = {names[id(p)] for g in run.optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
+    mixer = {name for name in names.values() if ".mixer." in name}
+    of_state = {name for name in mixer if name.endswith((".A_log", ".D", ".dt_bias"))}
+    assert len(of_state) == 6 and of_state <= spared
+    assert decayed & mixer == {name for name in mixer if name.endswith(("_proj.weight", "conv1d.weight"))}
+    teacher, _ = models()
+    teacher.lm_head.weight._no_weight_decay = True
+    assert "lm_head.weight" not in run.get_decay_parameter_names(teacher)
+
+
+def without_labels(clips):
+    return {name: x for name, x in collate(clips).items() if name != "labels"}
+
+
+def test_without_labels_a_teacher_is_wanted(tmp_path):
+    teacher, student = models()
+    trainer(tmp_path, student, teacher, collator=without_labels, max_steps=1).train()
+    assert "task_loss" not in records(tmp_path)[0]
+    for options in ({}, {"teacher": teacher, "alpha_kd": 0.0, "alpha_ld": 0.0}):
+        with pytest.raises(ValueError, match="labels: got None, and at step 0 nothing is learnt from a teacher; want"):
+            trainer(tmp_path, student, collator=without_labels, **options).train()
+
+
+def test_students_and_trained_teachers_in_half_precision_are_refused(tmp_path):
+    teacher, student = models()
+    with pytest.raises(ValueError, match=r"model: got weights in torch.bfloat16; want float32, by model.float\(\)"):
+        trainer(tmp_path, copy.deepcopy(student).bfloat16(), teacher)
+    with pytest.raises(ValueError, match="teacher: got weights in torch.float16; want float32"):
+        trainer(tmp_path, student, teacher.half(), mode=TrajectoryGuided())
+
+
+TOKENS = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+
+
+@pytest.mark.parametrize(
+    "teacher, match",
+    [
+        (lambda: Wav2Vec2Model(config()), "got a Wav2Vec2Model; want a model with a head like that of the student"),
+        (lambda: Wav2Vec2ForPreTraining(config()), "got a Wav2Vec2ForPreTraining; want a model with a head"),
+        (lambda: Wav2Vec2ForSequenceClassification(config()), "got a Wav2Vec2ForSequenceClassification; want a model"),
+        (lambda: RobertaForMaskedLM(RobertaConfig(**TOKENS)), "got a RobertaForMaskedLM, which takes input_ids; want"),
+        (lambda: Wav2Vec2ForCTC(config(hidden_size=32)), "got hidden states of width 32; want 16"),
+        (lambda: Wav2Vec2ForCTC(config(vocab_size=9)), "got a head of 9 classes; want 8"),
+    ],
+    ids=["bare", "pretraining", "head", "modality", "width", "vocabulary"],
+)
+def test_teachers_that_do_not_fit_are_refused_at_construction(tmp_path, teacher, match):
+    _, student = models()
+    with pytest.raises(ValueError, match=f"teacher: {match}"):
+        trainer(tmp_path, student, teacher())
+
+
+def test_a_teacher_of_text_has_the_tokens_of_the_student(tmp_path):
+    student, teacher = (RobertaForTokenClassification(RobertaConfig(vocab_size=size, **TOKENS)) for size in (60, 70))
+    with pytest.raises(ValueError, match="teacher: got a vocabulary of 70 tokens; want the student's, of 60"):
+        trainer(tmp_path, student, teacher)
+
+
+def test_other_classes_are_fine_where_outputs_are_not_compared(tmp_path):
+    _, student = models()
+    trainer(tmp_path, student, Wav2Vec2ForCTC(config(vocab_size=9)), alpha_kd=0.0, max_steps=1).train()
+    assert "layer_loss" in records(tmp_path)[0]
 
 
 def test_stale_records_are_dropped_when_a_run_starts_again(tmp_path):

@@ -393,6 +393,35 @@ def test_registry():
         mixers.register("bimamba2", mixers.Hydra)
     with pytest.raises(TypeError, match="subclass of linconv.mixers.Mixer"):
         mixers.register("linear", nn.Linear)
+    with pytest.raises(TypeError, match="name is 3, wanted a str"):
+        mixers.register(3, mixers.Hydra)
+
+
+def test_a_class_that_is_defined_again_takes_its_own_place(monkeypatch):
+    """As when the cell of a notebook is run again."""
+    monkeypatch.setattr(mixers, "_REGISTRY", dict(mixers._REGISTRY))
+
+    def define():
+        class Own(mixers.Hydra):
+            pass
+
+        return Own
+
+    first, second = define(), define()
+    for own in (first, first, second):
+        mixers.register("own", own)
+        assert mixers.get("own") is own
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_rates_skips_and_steps_of_a_state_are_marked_not_to_decay(name):
+    mixer = mixers.get(name)(64)
+    marked = {n for n, p in mixer.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    own = {n for n, _ in mixer.named_parameters(recurse=False)}
+    assert marked == (set() if name == "linformer" else own & {"A_log", "D", "dt_bias"})
+    assert name == "linformer" or {"A_log", "D"} <= marked
+    mixer.A_log = nn.Parameter(torch.zeros(2))  # as loading a checkpoint does
+    assert getattr(mixer.A_log, "_no_weight_decay", False) == (name != "linformer")
 
 
 @pytest.mark.parametrize(
