@@ -1,3 +1,5 @@
+import atexit
+import gc
 import os
 
 # No test reaches for the network, and none shares the processor with its neighbours more than it must.
@@ -12,6 +14,17 @@ from hypothesis import Phase, settings
 
 # On a GPU a new shape may be minutes of compilation: the first example that fails is told as it is.
 settings.register_profile("gpu", phases=(Phase.explicit, Phase.reuse, Phase.generate))
+
+
+def pytest_collection_modifyitems(items):
+    """What takes long comes first: at the end one process would work while the others have nothing to do."""
+    items.sort(key=lambda item: item.path.name != "test_triton.py")
+
+
+def pytest_collection_finish():
+    """What was imported stays, so searches for garbage, one after each training, need not go through it."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # for what is told of objects that outlive Python
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t context;
   jmp_buf resume;
-  bool started;
+  bool started = false;
   State state;
   unsigned exchanges;
   std::vector<Copy> open;                 // not yet committed
@@ -62,13 +62,16 @@ void leave(State state) {
   if (_setjmp(fiber->resume) == 0) _longjmp(block.scheduler, 1);
 }
 
+// One thread after another: that of the next block is entered where this one left.
 void body() {
-  try {
-    (*block.kernel)();
-  } catch (...) {
-    block.failure = std::current_exception();
+  for (;;) {
+    try {
+      (*block.kernel)();
+    } catch (...) {
+      block.failure = std::current_exception();
+    }
+    leave(State::kDone);
   }
-  leave(State::kDone);
 }
 
 void enter(Fiber& fiber) {
@@ -145,7 +148,7 @@ void run(dim3 grid, int threads, int64_t shared_bytes, const std::function<void(
     for (int t = 0; t < threads; ++t) {
       Fiber& fiber = *block.fibers[t];
       fiber.thread = {dim3(t, 0, 0), at, grid, dim3(threads), shared.data()};
-      fiber.started = false;
+      fiber.started = fiber.started && fiber.state == State::kDone;  // a kernel that failed is left where it stands
       fiber.exchanges = 0;
       fiber.open.clear();
       fiber.groups.clear();

@@ -8,6 +8,7 @@ without it too. In the interpreter sanitizer.py checks every launch. By hand:
 """
 
 import os
+import types
 from unittest import mock
 
 import numpy as np
@@ -58,11 +59,38 @@ def _mend_interpreter():
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
+def _patch_language_once():
+    """The interpreter would replace what triton.language offers at every launch and every call of a helper anew, which
+    takes as long as what the kernels compute. Nothing here needs it as it was before."""
+    from triton.runtime import interpreter
+
+    tl = interpreter.tl
+    interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    nothing_to_restore = interpreter._LangPatchScope()
+    interpreter._patch_lang = lambda kernel: nothing_to_restore
+
+
+def _remember_dtypes():
+    """The interpreter would make its table of them for each block that it makes."""
+    from triton.runtime import interpreter
+
+    look_up, found = interpreter._get_np_dtype, {}
+
+    def np_dtype(dtype):
+        if dtype.name not in found:
+            found[dtype.name] = look_up(dtype)
+        return found[dtype.name]
+
+    interpreter._get_np_dtype = np_dtype
+
+
 if INTERPRETING:
     import sanitizer
     from triton.runtime import interpreter as _interpreter
 
     _mend_interpreter()
+    _patch_language_once()
+    _remember_dtypes()
     sanitizer.install(_interpreter)
 
 
