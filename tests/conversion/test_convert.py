@@ -74,6 +74,7 @@ def test_conversion_swaps_attention_and_nothing_else(head):
         assert getattr(module, "config", student.config) is student.config
 
 
+@pytest.mark.filterwarnings("ignore:mixer is .*, which sees the past only")
 @pytest.mark.parametrize("mixer", mixers.names())
 def test_every_mixer_in_every_layer_trains(head, mixer):
     options = {"linformer": dict(r=8, max_length=500), "mamba": dict(d_state=8)}.get(mixer, MIXER)
