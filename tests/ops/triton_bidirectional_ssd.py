@@ -207,6 +207,15 @@ def test_offsets_past_32_bits():
     assert torch.equal(kernels(dict(arguments, x=far), "sweeps"), kernels(near, "sweeps"))
 
 
+@pytest.mark.parametrize("regime, diagonal", [("separate", "shifted"), ("hydra", "both"), ("tied", "once")])
+@by_each_plan
+def test_steep_decays(plan, regime, diagonal):
+    """Out of sight, the power of a difference is beyond float32. Headdim is more than one tile."""
+    arguments = on_device(scan_arguments(1, 20, 1, 20, 1, 3, per_direction=REGIMES[regime]))
+    arguments["A"] = arguments["A"] - 200
+    assert_matches_the_recurrence(arguments, plan, dt_softplus=True, dt_limit=(0.2, 1.5), diagonal=diagonal)
+
+
 def test_no_frames_and_no_rows():
     for batch, length in ((0, 5), (2, 0)):
         arguments = on_device(scan_arguments(batch, length))
