@@ -3,8 +3,10 @@
     python benchmarks/compile_ahead.py                       # all, into docs/kernels/triton_builds_<Triton>.md
     python benchmarks/compile_ahead.py --arch 90 --only ssd  # some, to standard output alone
 
-Registers and spills come from the compiled code (cuobjdump), shared memory from Triton. A kernel that spills registers
-or takes more shared memory than the GPU has is an error: exit status 1, and the table is left as it was.
+Registers and spills come from the compiled code (cuobjdump), shared memory from Triton, lost matrix products from the
+assembly (nvdisasm): ptxas 12.8, which Triton 3.6 brings, deletes some of sm_90's warpgroup products (wgmma) without a
+word, and the kernel takes their results for zero. A kernel that spills more registers than it may, loses a matrix
+product or takes more shared memory than the GPU has is an error: exit status 1, and the table is left as it was.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import inspect
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,8 +33,8 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a block
 HEAD = """# Triton kernels as compiled
 
 Written by `python benchmarks/compile_ahead.py` (Triton {version}, sources `{sources}`), without a GPU: every build that
-`linconv/ops/*/triton.py` ships. Registers are of a thread, of 255; stack is what it spills, in bytes; shared memory is
-of a block.
+`linconv/ops/*/triton.py` ships. Registers are of a thread, of 255; stack is what it spills, in bytes, and at most may,
+where a GPU was found to be faster so; shared memory is of a block.
 """
 
 
@@ -54,24 +57,54 @@ def builds_of(name: str, capability: int):
     return list(found.values())
 
 
+def told(cubin: bytes, *command: str) -> str:
+    """What a tool, which reads files, says of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
+
 def resources(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack) of a thread of the one kernel in a cubin."""
     from triton import knobs
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()
+    usage = told(cubin, knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return int(registers), int(stack)
 
 
-def compiled(build, capability: int) -> tuple[int, int, int, float]:
-    """(registers, stack, shared bytes, seconds it took) of a build."""
+def disassembler() -> str:
+    found = shutil.which("nvdisasm")
+    if found:
+        return found
+    from triton import knobs
+
+    return knobs.nvidia.nvdisasm.path
+
+
+def assembly(cubin: bytes) -> str:
+    return told(cubin, disassembler(), "-c")
+
+
+def loses_product(code: str) -> bool:
+    """Whether ptxas has deleted a whole group of warpgroup products.
+
+    What waits for the group then waits for an empty product in its place, into no register. Where nobody needs the
+    result that is right, but then the kernel should not ask for it. The number of products would not tell: a loop that
+    ptxas unrolls has more of them than the PTX.
+    """
+    return re.search(r"\bHGMMA\S*\s+RZ,\s*gdesc\[URZ\]", code) is not None
+
+
+def compiled(build, capability: int) -> tuple[int, int, int, bool, float]:
+    """(registers, stack, shared bytes, whether it loses a matrix product, seconds it took) of a build."""
     begun = time.perf_counter()
     kernel = build.compile(capability)
-    return *resources(kernel.asm["cubin"]), kernel.metadata.shared, time.perf_counter() - begun
+    cubin = kernel.asm["cubin"]
+    # Only where it can be, since a large kernel takes half a second to disassemble.
+    loses = "wgmma.mma_async" in kernel.asm["ptx"] and loses_product(assembly(cubin))
+    return *resources(cubin), kernel.metadata.shared, loses, time.perf_counter() - begun
 
 
 _work: list = []  # what processes that are forked compile: a build is no message
@@ -92,10 +125,15 @@ def all_compiled(builds, capability: int, jobs: int):
 
 
 def rows(builds, capability: int, progress=sys.stderr, jobs: int = 1):
-    """(name, label, warps, stages, registers, stack, shared bytes, problem or "") for each build."""
+    """(name, label, warps, stages, registers, stack, stack it may have, shared bytes, problem or "") for each build."""
     builds = list(builds)
-    for build, (registers, stack, shared, seconds) in zip(builds, all_compiled(builds, capability, jobs)):
-        problem = "spills" if stack else "too much shared memory" if shared > SHARED_BYTES[capability] else ""
+    for build, (registers, stack, shared, loses, seconds) in zip(builds, all_compiled(builds, capability, jobs)):
+        problems = {
+            "spills": stack > build.stack,
+            "loses a matrix product": loses,
+            "too much shared memory": shared > SHARED_BYTES[capability],
+        }
+        problem = ", ".join(name for name, found in problems.items() if found)
         if progress:
             print(
                 f"sm_{capability} {build.name} {build.label}: {registers} registers, {stack} bytes of stack, "
@@ -103,7 +141,9 @@ def rows(builds, capability: int, progress=sys.stderr, jobs: int = 1):
                 file=progress,
                 flush=True,
             )
-        yield build.name, build.label, build.num_warps, build.num_stages, registers, stack, shared, problem
+        yield (
+            build.name, build.label, build.num_warps, build.num_stages, registers, stack, build.stack, shared, problem,
+        )  # fmt: skip
 
 
 def main(argv=None) -> int:
@@ -119,7 +159,8 @@ def main(argv=None) -> int:
     for name in modules(options.only):
         for capability in options.arch:
             builds = [b for b in builds_of(name, capability) if re.search(options.label, f"{b.name} {b.label}")]
-            lines = ["| kernel | for | warps | stages | registers | stack | shared |", "|---|---|---|---|---|---|---|"]
+            titles = ("kernel", "for", "warps", "stages", "registers", "stack", "at most", "shared")
+            lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
             for *cells, problem in rows(builds, capability, jobs=options.jobs):
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
                 if problem:

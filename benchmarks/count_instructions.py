@@ -11,13 +11,12 @@ csrc/*/cuda.cu.
 
 import argparse
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-from compile_ahead import builds_of
+from compile_ahead import assembly, builds_of
 from compile_ahead_cuda import ROOT, flags, readable
 
 # What an instruction is for, by how its name begins; the first that fits. The rest are sums on addresses and the like.
@@ -46,19 +45,9 @@ def kind_of(name: str) -> str:
     return "global" if name.startswith(("LDG", "STG")) else "integer"
 
 
-def disassembler() -> str:
-    found = shutil.which("nvdisasm")
-    if found:
-        return found
-    from triton import knobs
-
-    return knobs.nvidia.nvdisasm.path
-
-
-def listing(cubin: Path) -> dict[str, list[str]]:
+def listing(cubin: bytes) -> dict[str, list[str]]:
     """Lines of assembly by kernel."""
-    text = subprocess.run([disassembler(), "-c", cubin], capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"\.section\s+\.text\.(\S+?),.*\n", text)
+    parts = re.split(r"\.section\s+\.text\.(\S+?),.*\n", assembly(cubin))
     names = subprocess.run(["c++filt"], input="\n".join(parts[1::2]), capture_output=True, text=True, check=True).stdout
     names = [readable(name.removeprefix("void ").replace(" ", "_")) for name in names.splitlines()]
     return {name: part.splitlines() for name, part in zip(names, parts[2::2])}
@@ -85,21 +74,21 @@ def counts(lines: list[str]) -> list[tuple[str, Counter]]:
     return whole + [(f"loop {first}-{end - 1}", Counter(kinds[first:end])) for first, end in loops]
 
 
-def compiled_cuda(operator: str, arch: str, only: str, folder: Path):
-    cubin = folder / "kernels.cubin"
+def compiled_cuda(operator: str, arch: str, only: str):
     source = ROOT / "csrc" / operator / "cuda.cu"
-    command = ["nvcc", *flags(), f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", source, "-o", cubin]
-    subprocess.run(command, check=True)
-    yield from ((name, lines) for name, lines in listing(cubin).items() if re.search(only, name))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = ["nvcc", *flags(), f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", source, "-o", cubin]
+        subprocess.run(command, check=True)
+        kernels = listing(cubin.read_bytes())
+    yield from ((name, lines) for name, lines in kernels.items() if re.search(only, name))
 
 
-def compiled_triton(operator: str, arch: str, only: str, folder: Path):
+def compiled_triton(operator: str, arch: str, only: str):
     capability = int(arch.rstrip("a"))
     for build in builds_of(f"linconv.ops.{operator}.triton", capability):
         if re.search(only, f"{build.name} {build.label}"):
-            cubin = folder / "kernel.cubin"
-            cubin.write_bytes(build.compile(capability).asm["cubin"])
-            for lines in listing(cubin).values():
+            for lines in listing(build.compile(capability).asm["cubin"]).values():
                 yield f"{build.name} {build.label}, {build.num_warps} warps", lines
 
 
@@ -110,14 +99,13 @@ def main() -> None:
     parser.add_argument("--arch", default="90a", help="(default: %(default)s)")
     parser.add_argument("--only", default="", help="a regular expression that a kernel's name or label has in it")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = compiled_cuda if options.language == "cuda" else compiled_triton
-        for name, lines in compiled(options.operator, options.arch, options.only, Path(folder)):
-            print(f"\n## {name}, sm_{options.arch}\n")
-            print("| | all | " + " | ".join(ORDER) + " |\n|" + "---|" * (len(ORDER) + 2))
-            for what, by_kind in counts(lines):
-                cells = [what, by_kind.total(), *(by_kind[kind] for kind in ORDER)]
-                print("| " + " | ".join(map(str, cells)) + " |")
+    compiled = compiled_cuda if options.language == "cuda" else compiled_triton
+    for name, lines in compiled(options.operator, options.arch, options.only):
+        print(f"\n## {name}, sm_{options.arch}\n")
+        print("| | all | " + " | ".join(ORDER) + " |\n|" + "---|" * (len(ORDER) + 2))
+        for what, by_kind in counts(lines):
+            cells = [what, by_kind.total(), *(by_kind[kind] for kind in ORDER)]
+            print("| " + " | ".join(map(str, cells)) + " |")
 
 
 if __name__ == "__main__":

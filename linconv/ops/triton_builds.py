@@ -37,6 +37,7 @@ class Build:
         aligned: arguments that are divisible by 16: pointers as torch allocates them, and most sizes and strides.
             None stands for every pointer and every integer.
         label: what tells this build from others of its kernel, in tables.
+        stack: bytes of registers that a thread may spill, where a GPU was found to be faster so.
     """
 
     kernel: Any
@@ -47,6 +48,7 @@ class Build:
     aligned: tuple | None = None
     label: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    stack: int = 0
 
     @property
     def name(self) -> str:
