@@ -11,8 +11,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <sstream>
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/view.h"
@@ -22,13 +23,18 @@ namespace linconv {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A part of a message, a number or text. No stream: where a compiler links its C++ library in, a second one beside
+// torch's, a stream does not find how to write numbers and the process may crash.
+template <class Part>
+std::string text(const Part& part) {
+  if constexpr (std::is_arithmetic_v<Part>) return std::to_string(part);
+  else return std::string(part);
+}
+
 // Throws (a RuntimeError in Python) unless ok; the parts make the message.
 template <class... Parts>
 void require(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  if (!ok) throw std::runtime_error((text(parts) + ...));
 }
 
 DType dtype_of(const Tensor& tensor, const char* name);

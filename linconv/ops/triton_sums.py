@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from linconv.ops.triton_launch import launch
+from linconv.ops.triton_math import pairwise_sum
 
 __all__ = ["column_sums", "sum_parts"]
 
@@ -13,14 +14,17 @@ PARTS, COLUMNS = 64, 32  # of a step of a program
 
 @triton.jit
 def column_sums(parts, count, size, block, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(columns, sums over parts (count, size) of them) of a block of COLUMNS; those behind the last are zero."""
+    """(columns, sums over parts (count, size) of them) of a block of COLUMNS; those behind the last are zero.
+
+    In an order that is written here: parts of what is padded and of the same alone, whose sizes differ, sum up alike.
+    """
     column = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((PARTS, COLUMNS), parts.dtype.element_ty)
     for part in range(0, count, PARTS):
         row = part + tl.arange(0, PARTS).to(tl.int64)
         there = (row < count)[:, None] & (column < size)[None, :]
         total += tl.load(parts + row[:, None] * size + column[None, :], mask=there, other=0)
-    return column, tl.sum(total, 0)
+    return column, pairwise_sum(tl.trans(total))
 
 
 @triton.jit

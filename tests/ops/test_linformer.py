@@ -349,9 +349,11 @@ def test_opcheck(lengths):
 
 def test_compile():
     inputs, upstream = [t.float() for t in tensors(2, 2, 20, 8, 6)], random(2, 2, 20, 8)
+    # Made out here: compiled by torch 2.11, torch.tensor takes no notice of a default device.
+    lengths = torch.tensor([20, 11])
 
     def attention(q, k, v, proj_k, proj_v):
-        return linformer_attention(2 * q, k, v, proj_k, proj_v, seq_lens=torch.tensor([20, 11]), backend=here())
+        return linformer_attention(2 * q, k, v, proj_k, proj_v, seq_lens=lengths, backend=here())
 
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(

@@ -1,5 +1,6 @@
 import functools
 import os
+from collections import defaultdict
 
 import pytest
 import torch
@@ -142,21 +143,31 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_against_torch(dtype):
-    """At most twice the error of plain torch at the same precision, thrice in gradients."""
-    arguments = arguments_of(2, 300, 96, 1, 16, dtype=dtype, states=2)
-    exact, exact_gradients = with_gradients(oracle, to_double(arguments), dt_softplus=True)
-    ours, our_gradients = with_gradients(scan(), arguments, dt_softplus=True)
-    torchs, torch_gradients = with_gradients(scan("reference"), arguments, dt_softplus=True)
-    assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
+    """At most twice the error of plain torch at the same precision, thrice in gradients.
 
-    def error(got, wanted):
-        return (got.double() - wanted).abs().max() / wanted.abs().max()
+    Of several draws the worst, on a GPU, where plain torch is fast: the largest error of a draw is that of the one or
+    two largest elements of thousands, and so of a dozen roundings.
+    """
 
-    for i in range(2):
-        assert error(ours[i], exact[i]) <= 2 * error(torchs[i], exact[i])
-    for name, wanted in exact_gradients.items():
-        assert our_gradients[name].dtype == arguments[name].dtype
-        assert error(our_gradients[name], wanted) <= 3 * error(torch_gradients[name], wanted), name
+    def results(function, arguments):
+        (y, states), gradients = with_gradients(function, arguments, dt_softplus=True)
+        return {"y": y, "states": states, **{f"gradient of {name}": g for name, g in gradients.items()}}
+
+    ours, torchs = defaultdict(float), defaultdict(float)
+    for seed in range(8 if torch.get_default_device().type == "cuda" else 1):
+        torch.manual_seed(seed)
+        arguments = arguments_of(2, 300, 96, 1, 16, dtype=dtype, states=2)
+        exact = results(oracle, to_double(arguments))
+        for worst, backend in ((ours, scan()), (torchs, scan("reference"))):
+            found = results(backend, arguments)
+            assert found["y"].dtype == dtype and found["states"].dtype == torch.float32
+            for name, argument in arguments.items():
+                assert found[f"gradient of {name}"].dtype == argument.dtype
+            for name, wanted in exact.items():
+                error = (found[name].double() - wanted).abs().max() / wanted.abs().max()
+                worst[name] = max(worst[name], error.item())
+    for name in ours:
+        assert ours[name] <= (3 if "gradient" in name else 2) * torchs[name], name
 
 
 def test_rates_of_any_sign_and_size():
@@ -184,29 +195,33 @@ def test_one_scan_is_two_with_the_state_handed_over():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_padded_is_alone(reverse, dtype):
-    """Bit for bit, gradients too; what stands in the padding is never read, and leaves it as zero."""
-    arguments = arguments_of(2, 100, 80, 2, 16, dtype=dtype, states=2)
+@pytest.mark.parametrize("length", [37, 90])
+def test_padded_is_alone(length, reverse, dtype):
+    """Bit for bit, gradients too; what stands in the padding is never read, and leaves it as zero.
+
+    Rows of one chunk and of several, which begin where no multiple of 16 bytes is.
+    """
+    arguments = arguments_of(2, 99, 78, 2, 16, dtype=dtype, states=2)
     for name in FRAMES:
-        arguments[name][1, 37:] = float("nan")
+        arguments[name][1, length:] = float("nan")
 
     def run(arguments, upstream, **options):
         leaves = {n: t.detach().requires_grad_() for n, t in arguments.items()}
         y, states = scan()(leaves, dt_softplus=True, reverse=reverse, **options)
         return y, states, dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream)))
 
-    upstream = torch.randn(2, 100, 80).to(dtype)
-    upstream[1, 37:] = float("nan")
-    y, states, gradients = run(arguments, upstream, seq_lens=torch.tensor([100, 37]))
-    own = {n: t[1:, :37] if n in FRAMES else t for n, t in arguments.items()}
+    upstream = torch.randn(2, 99, 78).to(dtype)
+    upstream[1, length:] = float("nan")
+    y, states, gradients = run(arguments, upstream, seq_lens=torch.tensor([99, length]))
+    own = {n: t[1:, :length] if n in FRAMES else t for n, t in arguments.items()}
     own["initial_states"] = arguments["initial_states"][1:]
-    alone, alone_states, alone_gradients = run(own, upstream[1:, :37])
-    same_bits(y[1:, :37], alone)
+    alone, alone_states, alone_gradients = run(own, upstream[1:, :length])
+    same_bits(y[1:, :length], alone)
     same_bits(states[1:], alone_states)
-    assert not y[1, 37:].any()
+    assert not y[1, length:].any()
     for name in FRAMES:
-        same_bits(gradients[name][1:, :37], alone_gradients[name])
-        assert not gradients[name][1, 37:].any()
+        same_bits(gradients[name][1:, :length], alone_gradients[name])
+        assert not gradients[name][1, length:].any()
     same_bits(gradients["initial_states"][1:], alone_gradients["initial_states"])
     assert all(g.isfinite().all() for g in gradients.values())
 

@@ -139,10 +139,12 @@ def test_error_against_torch(monkeypatch, dtype):
     cases.test_error_against_torch(dtype)
 
 
-@pytest.mark.parametrize("reverse, dtype", [(False, torch.float32), (True, torch.bfloat16)])
-def test_padded_is_alone(monkeypatch, reverse, dtype):
+@pytest.mark.parametrize(
+    "length, reverse, dtype", [(37, False, torch.float32), (37, True, torch.bfloat16), (90, False, torch.float32)]
+)
+def test_padded_is_alone(monkeypatch, length, reverse, dtype):
     use(monkeypatch, dataclasses.replace(LARGE, steps=64, channels=64, gradient_steps=64, gradient_channels=64))
-    cases.test_padded_is_alone(reverse, dtype)
+    cases.test_padded_is_alone(length, reverse, dtype)
 
 
 def test_packed_is_alone(monkeypatch):

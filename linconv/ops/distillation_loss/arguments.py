@@ -69,7 +69,8 @@ def checked_weights(weights, student: list) -> Tensor | None:
     if weights is None:
         return None
     try:
-        weights = torch.as_tensor(weights)
+        # A tensor stays where it is: as_tensor would take it to a default device.
+        weights = weights if isinstance(weights, Tensor) else torch.as_tensor(weights)
     except (TypeError, ValueError, RuntimeError) as error:
         got = type(weights).__name__
         raise TypeError(f"weights: got {got}, {error}; want a tensor or numbers, one for each layer") from error

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from linconv.ops.triton_frames import frame_of, length_of, load_frames, store_frames
-from linconv.ops.triton_math import sigmoid
+from linconv.ops.triton_math import pairwise_sum, sigmoid, sum_of_products
 from linconv.ops.triton_numbers import number_of
 
 
@@ -64,7 +64,7 @@ def normalize(
                 x, x_strides, z, z_strides, direction, row, start, t, valid, origin + column, column < group_size, MATH,
                 VECTOR,
             )  # fmt: skip
-            squares += tl.sum(gated * gated, 1)
+            squares += sum_of_products(gated, gated)
         r = _inverse_root(squares, group_size, eps, MATH)
         for first in range(0, group_size, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
@@ -95,8 +95,8 @@ def _sums(
         upstream = frame_of(grad, g_strides, direction, row, start, channel, VECTOR)
         dy = load_frames(upstream, g_strides[2], t, valid, there, MATH, VECTOR)
         w = tl.load(weight + direction * w_strides[0] + channel * w_strides[1], mask=there, other=0).to(MATH)
-        squares += tl.sum(gated * gated, 1)
-        products += tl.sum(dy * w[None, :] * gated, 1)
+        squares += sum_of_products(gated, gated)
+        products += sum_of_products(dy * w[None, :], gated)
     return squares, products
 
 
@@ -142,8 +142,8 @@ def differentiate(
             gated = a * silu
             u = dy * weights[i]
             if HELD:
-                squares = tl.sum(gated * gated, 1)
-                products = tl.sum(u * gated, 1)
+                squares = sum_of_products(gated, gated)
+                products = sum_of_products(u, gated)
             else:
                 squares, products = _sums(
                     grad, g_strides, x, x_strides, z, z_strides, weight, w_strides, i, row, start, t, valid, origin,
@@ -152,7 +152,8 @@ def differentiate(
             # Of padding it would be infinite where eps is 0.
             r = tl.where(valid, _inverse_root(squares, group_size, eps, MATH), 0)
             k = r * r * r * (products / tl.full([], group_size, MATH))
-            d = tl.where(valid[:, None], r[:, None] * u - k[:, None] * gated, 0)
+            # Written out: of two products the compiler could fuse either with the sum.
+            d = tl.where(valid[:, None], tl.fma(r[:, None], u, -k[:, None] * gated), 0)
             next_dweight += (dweight[i] + dy * gated * r[:, None],)
             # What directions share is complete, and rounded, after the last one.
             x_total = x_total + d * silu if SHARED_X else d * silu
@@ -166,4 +167,4 @@ def differentiate(
         dweight = next_dweight
     channels = groups * group_size
     for i in tl.static_range(DIRECTIONS):
-        tl.store(parts + (part * DIRECTIONS + i) * channels + channel, tl.sum(dweight[i], 0), mask=there)
+        tl.store(parts + (part * DIRECTIONS + i) * channels + channel, pairwise_sum(tl.trans(dweight[i])), mask=there)

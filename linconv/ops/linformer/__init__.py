@@ -132,7 +132,8 @@ def linformer_self_attention(
         hidden = hidden.masked_fill(~reference.valid_frames(seq_lens, length)[..., None], 0)
 
     def heads(x):
-        return x.unflatten(-1, (num_heads, headdim)).transpose(1, 2)  # (batch, heads, frames, headdim)
+        # The function: before torch 2.15 the method does not compile under a default device.
+        return torch.unflatten(x, -1, (num_heads, headdim)).transpose(1, 2)  # (batch, heads, frames, headdim)
 
     def summed(x, proj):
         return _project(x, proj, normalize, seq_lens, backend)
@@ -176,7 +177,7 @@ def _sum_then_project(hidden, wk, bk, wv, bv, proj_k, proj_v, summed, projected)
     """Projected keys and values, (batch, r, width) each, from sums of hidden states; proj_v is None where shared."""
     d = hidden.shape[-1]
     blocks = next(n for n in range(1, d + 1) if d % n == 0 and d // n <= 64)
-    columns = hidden.unflatten(-1, (blocks, d // blocks)).transpose(1, 2)  # (batch, blocks, L, d / blocks)
+    columns = torch.unflatten(hidden, -1, (blocks, d // blocks)).transpose(1, 2)  # (batch, blocks, L, d / blocks)
     ones = hidden.new_ones(()).expand(hidden.shape[0], 1, hidden.shape[1], 1)
     biased = bk is not None or bv is not None
 

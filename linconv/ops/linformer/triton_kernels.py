@@ -317,11 +317,12 @@ def attend_keys(
     size = _split_frames(length, SPLIT, MOST, MULTIPLE)
     begin = (split * size).to(tl.int32)
     end = tl.minimum(length, split * size + size).to(tl.int32)
+    # Not within the branch, which may not give a name a value of another type.
+    scale = _number(scale, MATH)
+    keep_scale = _number(keep_scale, MATH)
     if begin < end or split == 0:
         ranks = tile * BR + tl.arange(0, BR)
         columns = tl.arange(0, BD)
-        scale = _number(scale, MATH)
-        keep_scale = _number(keep_scale, MATH)
         keys = _rows(k + row * k_b + head * k_h, ranks, columns, ranks < rank, headdim, k_r, k_c, OPERAND, PRECISION)
         values = _rows(v + row * v_b + head * v_h, ranks, columns, ranks < rank, headdim, v_r, v_c, OPERAND, PRECISION)
         dkeys = tl.zeros((BR, BD), MATH)

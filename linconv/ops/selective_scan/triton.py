@@ -18,6 +18,7 @@ from linconv.ops.triton_launch import ALL_REGISTERS, MATH, empty, launch, launch
 from linconv.ops.triton_replay import replayed
 
 PASSED, SUMMED = 256, 32  # elements of a program that passes states from chunk to chunk, or sums parts
+AS_WRITTEN = {"enable_fp_fusion": False}  # an option: the kernels say themselves which multiply-adds are fused
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Call:
             ),
             warps,
             **ALL_REGISTERS,
+            **AS_WRITTEN,
         )  # fmt: skip
 
     def between(self, dy=None, dlast=None):
@@ -137,7 +139,7 @@ class Call:
                 channels=self.channels, dstate=self.dstate, **self.places(), **_strides("cn", A=self.A),
                 **_strides("scn", initial=self.initial_states, dlast=dlast), BLOCK=PASSED, STAGES=4,
             ),
-            2, 4,
+            2, 4, **AS_WRITTEN,
         )  # fmt: skip
         return states
 

@@ -8,13 +8,16 @@ multiply-adds as the recurrence has, in registers, and what goes through memory 
 Steps are counted in a direction's own order, from each sequence's own first on, so what a sequence gives depends on
 nothing it is batched with. A slot is where a chunk's intermediate results stand, as in ssd/triton_chunk.py. Steps that
 a tile does not have are of no time and add nothing. Decays are powers of two, of rates times log2(e).
+
+No product is fused with a sum but by tl.fma. Left to a compiler, which ones are may change with what else there is in a
+build, such as lengths or states that enter, and with it the last bits of what a sequence gives.
 """
 
 import triton
 import triton.language as tl
 
 from linconv.ops.ssd.triton_chunk import divides, first_slot, frames_of, sequence_of, softplus
-from linconv.ops.triton_math import sigmoid
+from linconv.ops.triton_math import pairwise_sum, sigmoid
 from linconv.ops.triton_sums import column_sums
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634074), tl.constexpr(0.69314718055994530942)
@@ -112,7 +115,7 @@ def _store_state(pointer, n, c, left, dstate: tl.constexpr, s_n, s_c, state):
 @triton.jit
 def _then(kept, added, kept_next, added_next):
     """Steps that make kept h + added of a state h, and those that follow them, as one."""
-    return kept * kept_next, kept_next * added + added_next
+    return kept * kept_next, tl.fma(kept_next, added, added_next)
 
 
 @triton.jit
@@ -120,9 +123,9 @@ def _then_showing(kept, added, factor, term, kept_next, added_next, factor_next,
     """The same, of steps of which the last one shows factor h + term of the state before it."""
     return (
         kept * kept_next,
-        kept_next * added + added_next,
+        tl.fma(kept_next, added, added_next),
         kept * factor_next,
-        factor_next * added + term_next,
+        tl.fma(factor_next, added, term_next),
     )
 
 
@@ -151,10 +154,11 @@ def _inputs(
 
 
 @triton.jit
-def _states(decay, added, position, state):
-    """(what is left of the state before, and the states) after each of a tile's steps."""
-    added += tl.where((position == 0)[:, None, None], decay * state, 0)
-    return tl.associative_scan((decay, added), 0, _then)
+def _states(decay, added, position, state, passed=1):
+    """(what is left of `passed`, and the states) after each of a tile's steps."""
+    first = (position == 0)[:, None, None]
+    added = tl.where(first, tl.fma(decay, state, added), added)
+    return tl.associative_scan((tl.where(first, decay * passed, decay), added), 0, _then)
 
 
 @triton.jit
@@ -168,7 +172,7 @@ def _gradient_of_gate(
     else:
         gate = _load_rows(z, frame, c, valid, left, WHOLE, z_t, z_c, MATH)
         opened = sigmoid(gate)
-        return upstream * gate * opened, upstream * (opened + gate * opened * (1 - opened))
+        return upstream * gate * opened, upstream * tl.fma(gate * opened, 1 - opened, opened)
 
 
 # ---- Chunk to chunk
@@ -221,14 +225,14 @@ def advance(
             x, dt, bias, rate, frame, valid, c, left, WHOLE, x_t, x_c, dt_t, dt_c, SOFTPLUS, MATH
         )
         B_tile = _load_rows(B, frame, n, valid, dstate, divides(N, dstate), B_t, B_n, MATH)
-        kept, after = _states(decay, (time * values)[:, None, :] * B_tile[:, :, None], position, state)
+        kept, after = _states(decay, (time * values)[:, None, :] * B_tile[:, :, None], position, state, passed)
         state = _at(after, position, T - 1)
-        total += tl.sum(time, 0)
+        total += pairwise_sum(tl.trans(time))
         if GRADIENT:
             upstream, _ = _gradient_of_gate(dy, z, frame, valid, c, left, WHOLE, dy_t, dy_c, z_t, z_c, MATH)
             C_tile = _load_rows(C, frame, n, valid, dstate, divides(N, dstate), C_t, C_n, MATH)
-            gradient += passed * tl.sum(kept * (C_tile[:, :, None] * upstream[:, None, :]), 0, keep_dims=True)
-            passed *= _at(kept, position, T - 1)
+            gradient += tl.sum(kept * (C_tile[:, :, None] * upstream[:, None, :]), 0, keep_dims=True)
+            passed = _at(kept, position, T - 1)
     own = states + slot * channels * dstate + first
     _store_state(own, n, c, left, dstate, channels, 1, state)
     if GRADIENT:
@@ -276,7 +280,7 @@ def pass_states(
         made = tl.load(states + chunk * size, mask=kept, other=0)
         time = tl.load(time_of + chunk * channels, mask=kept, other=0)
         tl.store(states + chunk * size, state, mask=kept)
-        state = state * tl.exp2(time * rate) + made
+        state = tl.fma(state, tl.exp2(time * rate), made)
 
 
 @triton.jit
@@ -350,7 +354,7 @@ def scan(
         state = _at(after, position, T - 1)
         result = tl.sum(C_tile[:, :, None] * after, 1)
         if D is not None:
-            result += skip[None, :] * values
+            result = tl.fma(skip[None, :], values, result)
         if z is not None:
             gate = _load_rows(z, frame, c, valid, left, WHOLE, z_t, z_c, MATH)
             result *= gate * sigmoid(gate)
@@ -457,16 +461,16 @@ def differentiate(
         # What a step keeps of the state before it is what its decay is differentiated by.
         from_start = tl.where((position == 0)[:, None, None], decay * _at(starts, index, i), 0)
         _, after, _, kept = tl.associative_scan(
-            (decay, added[:, None, :] * B_tile[:, :, None] + from_start, decay, from_start), 0, _then_showing
+            (decay, tl.fma(added[:, None, :], B_tile[:, :, None], from_start), decay, from_start), 0, _then_showing
         )
         of_C = tl.sum(upstream[:, None, :] * after, 2)
         _store_rows(dC, frame, n, stored, dstate, divides(N, dstate), groups * dstate, of_C)
         if z is not None:
-            result = tl.sum(C_tile[:, :, None] * after, 1) + skip[None, :] * values
+            result = tl.fma(skip[None, :], values, tl.sum(C_tile[:, :, None] * after, 1))
             _store_rows(dz, frame, c, stored, left, WHOLE, channels, tl.where(valid[:, None], of_gate * result, 0))
         # Against time: of the gradient of the state behind a step and what C gives, the step keeps its decay.
-        given = C_tile[:, :, None] * upstream[:, None, :]
-        given += tl.where((position == T - 1)[:, None, None], gradient, 0)
+        behind = tl.where((position == T - 1)[:, None, None], gradient, 0)
+        given = tl.fma(C_tile[:, :, None], upstream[:, None, :], behind)
         # A scan in reverse would turn round what is in other threads too.
         decay, given = tl.flip(decay, 0), tl.flip(given, 0)
         _, before, _, of_state = tl.associative_scan(
@@ -480,8 +484,8 @@ def differentiate(
         of_exponent = of_state * kept
         through_decay = tl.sum(of_exponent * rate, 1) * LN_2
         of_rates += tl.sum(of_exponent * time[:, None, :], 0, keep_dims=True)
-        of_x = skip[None, :] * upstream + time * through_state
-        of_dt = values * through_state + through_decay
+        of_x = tl.fma(time, through_state, skip[None, :] * upstream)
+        of_dt = tl.fma(values, through_state, through_decay)
         if SOFTPLUS:
             of_dt *= sigmoid(raw)
         of_dt = tl.where(valid[:, None], of_dt, 0)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from linconv.ops.triton_frames import frame_of, length_of, load_frames, store_frames
-from linconv.ops.triton_math import sigmoid
+from linconv.ops.triton_math import pairwise_sum, sigmoid
 
 # ---- Frames
 
@@ -239,5 +239,5 @@ def differentiate(
         at = (direction + i) * channels + channel
         for j in tl.static_range(WIDTH):
             tap = tl.where(mirrored, WIDTH - 1 - j, j)
-            tl.store(parts + at * WIDTH + tap, tl.sum(sums[i][j], 0), mask=there)
-        tl.store(parts + of_bias * WIDTH + at, tl.sum(sums[i][WIDTH], 0), mask=there)
+            tl.store(parts + at * WIDTH + tap, pairwise_sum(tl.trans(sums[i][j])), mask=there)
+        tl.store(parts + of_bias * WIDTH + at, pairwise_sum(tl.trans(sums[i][WIDTH])), mask=there)
