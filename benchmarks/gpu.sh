@@ -12,7 +12,7 @@
 #
 # A part runs to its end and then fails if anything in it did. Tests are stopped in time for what has failed to be told.
 # PYTHON: which Python, else python3. JOBS: processes that tests run in where pytest-xdist is installed, else one for each
-# core up to 16: most of their time goes into compiling kernels.
+# core up to 16: most of their time goes into compiling kernels. LIMIT: seconds that tests may take, else 540.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -37,7 +37,7 @@ tests() {
   local jobs=() cores
   cores=$(nproc)
   "$python" -c "import xdist" 2>/dev/null && jobs=(-n "${JOBS:-$((cores < 16 ? cores : 16))}")
-  OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30 540 \
+  OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30 "${LIMIT:-540}" \
     "$python" -m pytest --hypothesis-profile=gpu --tb=short --durations=10 "${jobs[@]}" "$@"
 }
 

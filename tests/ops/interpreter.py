@@ -98,14 +98,13 @@ def small_scan_tiles(monkeypatch):
     """In the interpreter, which is slow, the scans have small chunks; a GPU runs the tiles that are shipped."""
     if INTERPRETING:
         from linconv.ops.ssd import triton as scan
-        from linconv.ops.ssd.triton_tiles import SweepTiles, Tiles
+        from linconv.ops.ssd.triton_tiles import Tiles
 
         tiles = Tiles(
-            chunk=16, rows=8, heads=2, block_p=16, block_n=16, state_p=16, state_n=16, gradient_chunk=16,
-            gradient_heads=2, gradient_p=16, gradient_n=16,
+            chunk=16, rows=8, heads=2, block_p=16, block_n=16, state_p=16, state_n=16, sweep_p=16, sweep_n=16,
+            gradient_chunk=16, gradient_heads=2, gradient_p=16, gradient_n=16,
         )  # fmt: skip
         monkeypatch.setattr(scan, "choose_tiles", lambda *_: tiles)
-        monkeypatch.setattr(scan, "choose_sweep_tiles", lambda *_: SweepTiles(chunk=16, block_p=16))
 
 
 SCAN_PLANS = ("chunks", "sweeps")

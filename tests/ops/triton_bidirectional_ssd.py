@@ -32,13 +32,10 @@ def kernels(arguments, plan="chunks", **options):
 
 
 def assert_matches_the_recurrence(arguments, plan, **options):
-    """Results, and gradients with the plan that they have too: backward is the same after either."""
-    if plan == "chunks":
-        wanted, wanted_gradients = with_gradients(oracle, arguments, **options)
+    wanted, wanted_gradients = with_gradients(oracle, arguments, **options)
+    with interpreter.by_plan(plan):  # backward too
         got, gradients = with_gradients(kernels, arguments, plan=plan, **options)
-        assert_close({"y": got, **gradients}, {"y": wanted, **wanted_gradients})
-    else:
-        assert_close({"y": kernels(arguments, plan, **options)}, {"y": oracle(arguments, **options)})
+    assert_close({"y": got, **gradients}, {"y": wanted, **wanted_gradients})
 
 
 def sequences(kind, batch, length):
@@ -104,7 +101,8 @@ def test_any_shape_and_stride(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_against_torch(dtype):
+@by_each_plan
+def test_error_against_torch(plan, dtype):
     """At most twice the error of the same chunked products in plain torch at that precision, thrice in gradients.
 
     Of several draws the worst: A, D and dt_bias have so few elements that one draw would compare luck, and so would
@@ -118,19 +116,18 @@ def test_error_against_torch(dtype):
         with torch.autocast(interpreter.DEVICE.type, dtype, enabled=dtype != torch.float32):
             return ops.bidirectional_ssd(*tensors, **rest, backend="reference", **options)
 
-    def results(function, arguments, upstream):
+    def results(function, arguments, upstream, **options):
         leaves = {n: t.detach().requires_grad_() for n, t in arguments.items()}
-        y = function(leaves, dt_softplus=True)
-        return {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream.to(y))))}
+        with interpreter.by_plan(plan):
+            y = function(leaves, dt_softplus=True, **options)
+            return {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream.to(y))))}
 
-    ours, torchs = (dict.fromkeys(("y", "y by sweeps", *NAMES), 0.0) for _ in range(2))
+    ours, torchs = (dict.fromkeys(("y", *NAMES), 0.0) for _ in range(2))
     for _ in range(3):
         arguments = on_device(scan_arguments(*size, per_direction=REGIMES["hydra"], dtype=dtype))
         upstream = torch.randn_like(arguments["x"])
         exact = results(oracle, to_double(arguments), upstream)
-        exact["y by sweeps"] = exact["y"]
-        mine, theirs = results(kernels, arguments, upstream), results(plain, arguments, upstream)
-        mine["y by sweeps"], theirs["y by sweeps"] = kernels(arguments, "sweeps", dt_softplus=True), theirs["y"]
+        mine, theirs = results(kernels, arguments, upstream, plan=plan), results(plain, arguments, upstream)
         for worst, found in ((ours, mine), (torchs, theirs)):
             for name, value in found.items():
                 assert value.dtype == arguments.get(name, upstream).dtype
@@ -157,9 +154,7 @@ def test_padded_equals_alone(plan, regime, diagonal):
     leaves = {n: t.requires_grad_() for n, t in arguments.items()}
     options = dict(dt_softplus=True, diagonal=diagonal, plan=plan)
     batch = kernels(leaves, **options, seq_lens=torch.tensor(lengths, device=interpreter.DEVICE))
-    with_backward = plan == "chunks"
-    gradients = {}
-    if with_backward:
+    with interpreter.by_plan(plan):
         gradients = dict(zip(leaves, torch.autograd.grad(batch, list(leaves.values()), upstream)))
     for row, length in enumerate(lengths):
 
@@ -171,9 +166,8 @@ def test_padded_equals_alone(plan, regime, diagonal):
         alone = kernels(own, **options)
         assert torch.equal(part(batch, frames["x"]), alone)
         assert not part(batch, frames["x"], slice(length, None)).any()
-        if not with_backward:
-            continue
-        own_gradients = torch.autograd.grad(alone, [own[n] for n in frames], part(upstream, frames["x"]))
+        with interpreter.by_plan(plan):
+            own_gradients = torch.autograd.grad(alone, [own[n] for n in frames], part(upstream, frames["x"]))
         for name, gradient in zip(frames, own_gradients):
             assert torch.equal(part(gradients[name], frames[name]), gradient), name
             assert not part(gradients[name], frames[name], slice(length, None)).any(), name
@@ -200,11 +194,12 @@ def test_offsets_past_32_bits():
     arguments = {n: t[:, :, 1:] if n in ("dt", "B", "C") else t for n, t in arguments.items()}
     far.copy_(arguments["x"][:, 1:])
     near = dict(arguments, x=far.clone())
-    got, gradients = with_gradients(kernels, dict(arguments, x=far))
-    wanted, wanted_gradients = with_gradients(kernels, near)
-    assert torch.equal(got, wanted)
-    assert all(torch.equal(gradients[n], wanted_gradients[n]) for n in NAMES)
-    assert torch.equal(kernels(dict(arguments, x=far), "sweeps"), kernels(near, "sweeps"))
+    for plan in interpreter.SCAN_PLANS:
+        with interpreter.by_plan(plan):
+            got, gradients = with_gradients(kernels, dict(arguments, x=far), plan=plan)
+            wanted, wanted_gradients = with_gradients(kernels, near, plan=plan)
+        assert torch.equal(got, wanted)
+        assert all(torch.equal(gradients[n], wanted_gradients[n]) for n in NAMES)
 
 
 @pytest.mark.parametrize("regime, diagonal", [("separate", "shifted"), ("hydra", "both"), ("tied", "once")])
@@ -217,22 +212,23 @@ def test_steep_decays(plan, regime, diagonal):
 
 
 def test_no_frames_and_no_rows():
-    for batch, length in ((0, 5), (2, 0)):
+    for (batch, length), plan in itertools.product(((0, 5), (2, 0)), interpreter.SCAN_PLANS):
         arguments = on_device(scan_arguments(batch, length))
-        y, gradients = with_gradients(kernels, arguments)
-        assert y.shape == kernels(arguments, "sweeps").shape == arguments["x"].shape
+        with interpreter.by_plan(plan):
+            y, gradients = with_gradients(kernels, arguments, plan=plan)
+        assert y.shape == arguments["x"].shape
         assert not any(g.any() for g in gradients.values())
 
 
-def test_repeats_bit_for_bit():
+@by_each_plan
+def test_repeats_bit_for_bit(plan):
     arguments = on_device(scan_arguments(1, LONGEST, 1, 5, 1, 3, per_direction=REGIMES["hydra"], dtype=torch.bfloat16))
-    first, gradients = with_gradients(kernels, arguments, dt_softplus=True)
-    swept = kernels(arguments, "sweeps", dt_softplus=True)
-    for _ in range(1 if interpreter.INTERPRETING else 20):
-        again, other = with_gradients(kernels, arguments, dt_softplus=True)
-        assert torch.equal(first, again)
-        assert torch.equal(swept, kernels(arguments, "sweeps", dt_softplus=True))
-        assert all(torch.equal(gradients[n], other[n]) for n in NAMES)
+    with interpreter.by_plan(plan):
+        first, gradients = with_gradients(kernels, arguments, plan=plan, dt_softplus=True)
+        for _ in range(1 if interpreter.INTERPRETING else 20):
+            again, other = with_gradients(kernels, arguments, plan=plan, dt_softplus=True)
+            assert torch.equal(first, again)
+            assert all(torch.equal(gradients[n], other[n]) for n in NAMES)
 
 
 @by_each_plan
@@ -261,15 +257,16 @@ def test_opcheck():
 def test_cuda_graph(plan, calls):
     arguments = on_device(scan_arguments(2, 300, 4, 64, 1, 64, per_direction=REGIMES["hydra"], dtype=torch.bfloat16))
     lengths = torch.tensor([300, 100], device="cuda")
-    for _ in range(calls):  # compiles
-        wanted, wanted_gradients = with_gradients(kernels, arguments, plan=plan, seq_lens=lengths)
-    leaves = {n: t.requires_grad_() for n, t in arguments.items()}
-    torch.manual_seed(1)
-    upstream = torch.randn(wanted.shape, dtype=torch.float64).to(wanted)
+    leaves = {n: t.detach().requires_grad_() for n, t in arguments.items()}
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = kernels(leaves, plan, seq_lens=lengths)
-        gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
+    with interpreter.by_plan(plan):
+        for _ in range(calls):  # compiles
+            wanted, wanted_gradients = with_gradients(kernels, arguments, plan=plan, seq_lens=lengths)
+        torch.manual_seed(1)
+        upstream = torch.randn(wanted.shape, dtype=torch.float64).to(wanted)
+        with torch.cuda.graph(graph):
+            y = kernels(leaves, plan, seq_lens=lengths)
+            gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, wanted)

@@ -1,6 +1,7 @@
 """ssd on its Triton kernels; run by test_triton.py."""
 
 import dataclasses
+import math
 
 import interpreter
 import pytest
@@ -50,11 +51,11 @@ def test_matches_the_recurrence(kind, reverse, started, groups, length):
         states = torch.randn(5, 17, 3 if kind == "cu_seqlens" else batch, 2 * groups, dtype=torch.float64)
         arguments["initial_states"] = states.permute(2, 3, 1, 0)
     arguments = on_device(arguments)
-    (y, states), gradients = with_gradients(kernels, arguments, **options)
     (wanted_y, wanted_states), wanted = with_gradients(oracle, arguments, **options)
-    assert_close({"y": y, "states": states, **gradients}, {"y": wanted_y, "states": wanted_states, **wanted})
-    y, states = kernels(arguments, "sweeps", **options)  # backward is the same after either plan
-    assert_close({"y": y, "states": states}, {"y": wanted_y, "states": wanted_states})
+    for plan in interpreter.SCAN_PLANS:
+        with interpreter.by_plan(plan):  # backward too
+            (y, states), gradients = with_gradients(kernels, arguments, plan=plan, **options)
+        assert_close({"y": y, "states": states, **gradients}, {"y": wanted_y, "states": wanted_states, **wanted})
 
 
 @pytest.mark.parametrize("plan", interpreter.SCAN_PLANS)
@@ -111,13 +112,16 @@ def test_products_are_as_torch_is_told(setting, products, tolerance):
     try:
         tensors = [arguments[n].to("meta") for n in NAMES]
         assert Scan(*tensors, False, 0.0, 1.0, None, None, None, directions=1).precision == products
-        (y, _), gradients = with_gradients(kernels, arguments)
-        swept, _ = kernels(arguments, "sweeps")
+        found = {}
+        for plan in interpreter.SCAN_PLANS:
+            with interpreter.by_plan(plan):
+                (y, _), gradients = with_gradients(kernels, arguments, plan=plan)
+            found |= {(plan, name): value for name, value in {"y": y, **gradients}.items()}
     finally:
         torch.set_float32_matmul_precision(before)
-    wanted = {"y": wanted, "swept": wanted, **wanted_gradients}
-    for name, got in {"y": y, "swept": swept, **gradients}.items():
-        assert (got - wanted[name]).abs().max() <= tolerance * wanted[name].abs().max(), name
+    wanted = {"y": wanted, **wanted_gradients}
+    for (plan, name), got in found.items():
+        assert (got - wanted[name]).abs().max() <= tolerance * wanted[name].abs().max(), (plan, name)
 
 
 def test_sweeps_are_taken_where_they_fill_the_gpu(monkeypatch):
@@ -144,9 +148,9 @@ def test_plan_by_environment(monkeypatch):
         choose_plan(1, 100, 90, "tf32")
 
 
-@pytest.mark.parametrize("regime, directions", [("hydra", 1), ("separate", 2)])
-def test_launches_of_each_plan(monkeypatch, regime, directions):
-    """Three at most; programs are counted for the choice as they are launched."""
+@pytest.mark.parametrize("regime", ["hydra", "separate"])
+def test_launches_of_each_plan(monkeypatch, regime):
+    """Three at most forward, six backward; programs are counted for the choice as they are launched."""
     from linconv.ops.ssd import triton as scan
 
     counted, launched = [], []
@@ -154,10 +158,22 @@ def test_launches_of_each_plan(monkeypatch, regime, directions):
     arguments = scan_arguments(3, 40, 4, 20, 2, 3, per_direction=REGIMES[regime])
     tensors = [arguments[n].to("meta") for n in NAMES]
     one = scan.Scan(*tensors, False, 0.0, 1.0, None, None, None, directions=2)
-    monkeypatch.setattr(scan, "launch", lambda kernel, grid, *_: launched.append((kernel.__name__, grid[0] * grid[1])))
+    monkeypatch.setattr(scan, "launch", lambda kernel, grid, *_: launched.append((kernel.__name__, math.prod(grid))))
     scan.scan_forward(one)
-    assert [name for name, _ in launched] == ["chunk_decays"] + ["sweep"] * (3 - directions)
-    assert {programs for name, programs in launched if name == "sweep"} == {*counted} == {3 * 4 * 2 * directions}
+    assert [name for name, _ in launched] == ["chunk_decays", "sweep_states", "chunk_outputs"]
+    tiles = math.ceil(20 / one.tiles.sweep_p) * math.ceil(3 / one.tiles.sweep_n)
+    assert {programs for name, programs in launched if name == "sweep_states"} == {*counted} == {3 * 4 * 2 * tiles}
     launched.clear()
-    scan.scan_forward(dataclasses.replace(one, plan="chunks"))
+    scan.scan_backward(one, one.empty(*one.x.shape))
+    assert [name for name, _ in launched] == [
+        "chunk_decays", "sweep_states", "sweep_states", "chunk_outputs", "chunk_gradients", "sum_parts",
+    ]  # fmt: skip
+    launched.clear()
+    chunks = dataclasses.replace(one, plan="chunks")
+    scan.scan_forward(chunks)
     assert [name for name, _ in launched] == ["chunk_states", "pass_states", "chunk_outputs"]
+    launched.clear()
+    scan.scan_backward(chunks, one.empty(*one.x.shape))
+    assert [name for name, _ in launched] == [
+        "chunk_states", "pass_states", "chunk_outputs", "chunk_gradients", "sum_parts",
+    ]  # fmt: skip

@@ -1,11 +1,12 @@
 """The scan on Triton kernels, for one direction of time or both: which tiles, which memory, which launches.
 
-Forward follows one of two plans. Chunk-parallel, it is three launches: what each chunk adds to the state, the states
-that enter each chunk, the outputs. In sweeps, where those fill the GPU: the decays of each chunk, then a sweep over the
-chunks of each sequence, or one for each direction where their results are summed; no state is in memory.
-Backward saves nothing but its inputs and is five, by chunks: the first two again, for states and their gradients at
-once; dx, by the kernel of the outputs; the other gradients' parts; their sums. Nothing else runs on the device in
-between, nothing is read back to the host, and in one plan no result depends on the batch that a sequence stands in.
+The states that enter each chunk are found by one of two plans, each of two launches. Chunk-parallel: what each chunk
+adds to the state, then the states from chunk to chunk. In sweeps, where those fill the GPU: the decays of each chunk,
+then a sweep over the chunks of each sequence, head and direction with the state in registers, so that states go to
+memory once and not three times. Forward is three launches, the last one that of the outputs. Backward saves nothing but
+its inputs: states and their gradients (two launches, or three by sweeps); dx, by the kernel of the outputs; the other
+gradients' parts; their sums. Nothing else runs on the device in between, nothing is read back to the host, and in one
+plan no result depends on the batch that a sequence stands in.
 """
 
 import functools
@@ -22,10 +23,9 @@ from linconv.ops.ssd import triton_sweeps as sweeps
 from linconv.ops.ssd.triton_tiles import (
     PLANS,
     choose_plan,
-    choose_sweep_tiles,
     choose_tiles,
     forced_plan,
-    power_of_two,
+    may_spill,
 )
 from linconv.ops.triton_launch import capability_of, empty, launch, launched
 from linconv.ops.triton_replay import replayed
@@ -82,10 +82,10 @@ class Scan:
         self.sequences = self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
         capability = capability_of(self.x)
         sizes = (self.operand, self.precision, self.headdim, self.dstate, capability)
-        self.tiles, self.sweep_tiles = choose_tiles(*sizes), choose_sweep_tiles(*sizes)
+        self.tiles = choose_tiles(*sizes)
         if not self.plan:
-            blocks = triton.cdiv(self.headdim, self.sweep_tiles.block_p)
-            programs = self.sequences * self.heads * blocks * (1 if self.summed else self.directions)
+            blocks = triton.cdiv(self.headdim, self.tiles.sweep_p) * triton.cdiv(self.dstate, self.tiles.sweep_n)
+            programs = self.sequences * self.heads * blocks * self.directions
             on_gpu = self.x.device.type == "cuda"
             multiprocessors = torch.cuda.get_device_properties(self.x.device).multi_processor_count if on_gpu else 0
             self.plan = choose_plan(programs, multiprocessors, capability, self.precision)
@@ -147,35 +147,41 @@ def _state_strides(tensor, prefix) -> dict:
     return {f"{prefix}_{letter}": stride for letter, stride in zip("shpn", values)}
 
 
-def _states(scan: Scan, chunk: int, dy=None, dlast=None, dD=None):
+def _states(scan: Scan, chunk: int, dy=None, dlast=None):
     """(states that enter each chunk, v, step and total of each, last states, gradient of the first states).
 
-    With dy the gradients of the states that leave each chunk stand behind the states, and dD takes parts of D's.
+    With dy the gradients of the states that leave each chunk stand behind the states.
     """
-    slots, tiles = scan.slots(chunk), scan.tiles
+    slots = scan.slots(chunk)
     per_chunk = (scan.directions, scan.heads, slots)
     kinds = 1 if dy is None else 2
     states = scan.empty(kinds, *per_chunk, scan.headdim, scan.dstate, dtype=scan.operand)
-    v, step, total = scan.empty(*per_chunk, chunk), scan.empty(*per_chunk, chunk), scan.empty(*per_chunk)
+    steps = scan.empty(*per_chunk, chunk), scan.empty(*per_chunk, chunk), scan.empty(*per_chunk)
+    per_sequence = (scan.sequences, scan.heads, scan.headdim, scan.dstate)
+    last = scan.last_states() if dy is None else None
+    dfirst = scan.empty(*per_sequence) if dy is not None and scan.initial_states is not None else None
+    find = _swept_states if scan.plan == "sweeps" else _passed_states
+    find(scan, chunk, states, steps, dy, last, dlast, dfirst)
+    return states, steps, last, dfirst
+
+
+def _passed_states(scan: Scan, chunk: int, states, steps, dy, last, dlast, dfirst):
+    """What each chunk adds, all at once, and then from chunk to chunk."""
+    slots, tiles, (v, step, total), kinds = scan.slots(chunk), scan.tiles, steps, states.shape[0]
     p_tiles, n_tiles = triton.cdiv(scan.headdim, tiles.state_p), triton.cdiv(scan.dstate, tiles.state_n)
     launch(
         kernels.chunk_states,
         (slots * scan.directions, scan.heads * p_tiles * n_tiles),
         dict(
             x=scan.x, dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, B=scan.B, dy=dy, C=None if dy is None else scan.C,
-            states=states, v_of=v, step_of=step, total_of=total, dD=dD, **scan.sizes(slots),
+            states=states, v_of=v, step_of=step, total_of=total, **scan.sizes(slots),
             **_x_strides(scan.x, "x"), **_dt_strides(scan), **_B_strides(scan.B, "B"), **_x_strides(dy, "dy"),
             **_B_strides(None if dy is None else scan.C, "C"),
             **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", *STEP_OPTIONS, *TYPES),
             GRADIENT=dy is not None, Q=chunk, BLOCK_P=tiles.state_p, BLOCK_N=tiles.state_n,
-            D_DIRECTIONS=0 if dD is None else dD.shape[1],
         ),
         tiles.state_warps, tiles.stages,
     )  # fmt: skip
-    per_sequence = (scan.sequences, scan.heads, scan.headdim, scan.dstate)
-    last = scan.last_states() if dy is None else None
-    dfirst = scan.empty(*per_sequence) if dy is not None and scan.initial_states is not None else None
-
     sizes = scan.sizes(slots)
     for name in ("sequences", "group_heads"):
         del sizes[name]
@@ -190,40 +196,12 @@ def _states(scan: Scan, chunk: int, dy=None, dlast=None, dD=None):
         ),
         4, 4,
     )  # fmt: skip
-    return states, (v, step, total), last, dfirst
 
 
-def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool):
-    """y from x, or with ``gradient`` dx from dy."""
-    slots, tiles = scan.slots(chunk), scan.tiles
-    left, right = (scan.B, scan.C) if gradient else (scan.C, scan.B)
-    heads = _divisor(scan.heads // scan.groups, tiles.heads)
-    p_tiles = triton.cdiv(scan.headdim, tiles.block_p)
-    ways = scan.directions if not scan.summed else 1
-    v, step, total = steps
-    out_strides = _x_strides(out, "out")
-    del out_strides["out_p"]
-    launch(
-        kernels.chunk_outputs,
-        (slots * (chunk // rows), p_tiles * (scan.heads // heads) * ways),
-        dict(
-            z=z, rows=left, columns=right, A=scan.A, D=scan.D, states=states, v_of=v, step_of=step, total_of=total,
-            out=out, **scan.sizes(slots), **_x_strides(z, "z"), **_B_strides(left, "r"), **_B_strides(right, "c"),
-            **_strides(scan.A, "A", "h", 1), **_strides(scan.D, "D", "h", 1), **out_strides,
-            **scan.options("DIRECTIONS", "SUMMED", "SUM_D", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
-            GRADIENT=gradient, Q=chunk, ROWS=rows, HEADS=heads, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
-        ),
-        tiles.warps, tiles.stages,
-    )  # fmt: skip
-
-
-def _sweeps(scan: Scan, y):
-    """Writes y; returns the last states of the one direction, or None."""
-    tiles = scan.sweep_tiles
-    slots = scan.slots(tiles.chunk)
-    per_chunk = (scan.directions, scan.heads, slots)
-    v, step = scan.empty(*per_chunk, tiles.chunk), scan.empty(*per_chunk, tiles.chunk)
-    decays = dict(v_of=v, step_of=step, total_of=scan.empty(*per_chunk), Q=tiles.chunk)
+def _swept_states(scan: Scan, chunk: int, states, steps, dy, last, dlast, dfirst):
+    """By a program for each sequence, head and direction, chunk after chunk."""
+    slots, tiles, (v, step, total) = scan.slots(chunk), scan.tiles, steps
+    decays = dict(v_of=v, step_of=step, total_of=total, Q=chunk)
     sizes = scan.sizes(slots)
     for name in ("group_heads", "headdim", "dstate"):
         del sizes[name]
@@ -236,42 +214,58 @@ def _sweeps(scan: Scan, y):
         ),
         1, 1,
     )  # fmt: skip
-    last = scan.last_states()
+    tiles_of_state = triton.cdiv(scan.headdim, tiles.sweep_p) * triton.cdiv(scan.dstate, tiles.sweep_n)
+    sizes = scan.sizes(slots)
+    del sizes["sequences"]
 
-    def sweep(first_direction, directions, D, summand, out):
-        out_strides = _x_strides(out, "out")
-        del out_strides["out_p"]
+    def sweep(rows, columns, states, first, last, gradient):
         launch(
-            sweeps.sweep,
-            (scan.sequences * triton.cdiv(scan.headdim, tiles.block_p), scan.heads * directions),
+            sweeps.sweep_states,
+            (scan.sequences * tiles_of_state, scan.heads * scan.directions),
             dict(
-                x=scan.x, A=scan.A, B=scan.B, C=scan.C, D=D, first=scan.initial_states, last=last, summand=summand,
-                out=out, first_direction=first_direction, **decays, **scan.sizes(slots), **_x_strides(scan.x, "x"),
-                **_strides(scan.A, "A", "h", 1), **_B_strides(scan.B, "B"), **_B_strides(scan.C, "C"),
-                **_strides(D, "D", "h", 1), **_state_strides(scan.initial_states, "first"), **out_strides,
-                **scan.options("FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
-                BLOCK_P=tiles.block_p, BLOCK_N=power_of_two(scan.dstate),
+                rows=rows, columns=columns, A=scan.A, states=states, first=first, last=last, **decays, **sizes,
+                **_x_strides(rows, "r"), **_B_strides(columns, "c"), **_strides(scan.A, "A", "h", 1),
+                **_state_strides(first, "first"), **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", *TYPES),
+                GRADIENT=gradient, BLOCK_P=tiles.sweep_p, BLOCK_N=tiles.sweep_n, STAGES=tiles.sweep_stages,
             ),
-            tiles.warps, tiles.stages,
+            tiles.sweep_warps, tiles.sweep_stages,
         )  # fmt: skip
 
-    if scan.summed:
-        # Half the bytes; float16's range is too small for a result that the other direction's may cancel out.
-        kept = torch.bfloat16 if y.dtype == torch.bfloat16 else scan.math
-        backward = scan.empty(*y.shape, dtype=kept)
-        own_skip = scan.D is not None and scan.D.dim() == 2
-        sweep(1, 1, scan.D if own_skip else None, None, backward)
-        sweep(0, 1, scan.D, backward, y)
-    else:
-        sweep(0, scan.directions, scan.D, None, y)
-    return last
+    sweep(scan.x, scan.B, states[0], scan.initial_states, last, False)
+    if dy is not None:
+        sweep(dy, scan.C, states[1], dlast, dfirst, True)
+
+
+def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool, dD=None):
+    """y from x, or with ``gradient`` dx from dy, and where there is a dD parts of D's gradient."""
+    slots, tiles = scan.slots(chunk), scan.tiles
+    left, right = (scan.B, scan.C) if gradient else (scan.C, scan.B)
+    x = None if dD is None else scan.x
+    heads = _divisor(scan.heads // scan.groups, tiles.heads)
+    p_tiles = triton.cdiv(scan.headdim, tiles.block_p)
+    ways = scan.directions if not scan.summed else 1
+    v, step, total = steps
+    out_strides = _x_strides(out, "out")
+    del out_strides["out_p"]
+    launch(
+        kernels.chunk_outputs,
+        (slots * (chunk // rows), p_tiles * (scan.heads // heads) * ways),
+        dict(
+            z=z, x=x, rows=left, columns=right, A=scan.A, D=scan.D, states=states, v_of=v, step_of=step, total_of=total,
+            out=out, dD=dD, **scan.sizes(slots), **_x_strides(z, "z"), **_x_strides(x, "x"), **_B_strides(left, "r"),
+            **_B_strides(right, "c"),
+            **_strides(scan.A, "A", "h", 1), **_strides(scan.D, "D", "h", 1), **out_strides,
+            **scan.options("DIRECTIONS", "SUMMED", "SUM_D", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
+            GRADIENT=gradient, Q=chunk, ROWS=rows, HEADS=heads, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
+            STAGES=tiles.stages,
+        ),
+        tiles.warps, tiles.stages,
+    )  # fmt: skip
 
 
 def scan_forward(scan: Scan):
     """(y as x, contiguous; the last states of the one direction, or None)."""
     y = scan.empty(*scan.x.shape, dtype=scan.x.dtype)
-    if scan.plan == "sweeps":
-        return y, _sweeps(scan, y)
     chunk = scan.tiles.chunk
     states, steps, last, _ = _states(scan, chunk)
     _outputs(scan, chunk, scan.tiles.rows, scan.x, y, states, steps, gradient=False)
@@ -285,15 +279,13 @@ def scan_backward(scan: Scan, dy, dlast=None):
     slots, directions, heads = scan.slots(chunk), scan.directions, scan.heads
     group_heads = heads // scan.groups
     dx = scan.empty(*scan.x.shape, dtype=scan.x.dtype)
-    dD_parts, D_terms = None, 0
-    if scan.D is not None:
-        # Directions that share x and D each have its whole gradient.
-        ways, D_terms = 1 if scan.summed and scan.D.dim() == 1 else directions, triton.cdiv(scan.headdim, tiles.state_p)
-        dD_parts = scan.empty(D_terms, ways, heads, slots)
-        D_terms *= ways if scan.D.dim() == 1 else 1
-    states, steps, _, dfirst = _states(scan, chunk, dy, dlast, dD_parts)
+    rows = min(tiles.rows, chunk)
+    states, steps, _, dfirst = _states(scan, chunk, dy, dlast)
     v, step, total = steps
-    _outputs(scan, chunk, min(tiles.rows, chunk), dy, dx, states[1:], steps, gradient=True)
+    dD_parts, ways = None, 1 if scan.summed else directions
+    if scan.D is not None:
+        dD_parts = scan.empty(triton.cdiv(scan.headdim, tiles.block_p), ways, heads, slots * (chunk // rows))
+    _outputs(scan, chunk, rows, dy, dx, states[1:], steps, gradient=True, dD=dD_parts)
 
     block_heads = _divisor(group_heads, tiles.gradient_heads)
     blocks = group_heads // block_heads
@@ -301,11 +293,12 @@ def scan_backward(scan: Scan, dy, dlast=None):
     dB_parts = scan.empty(blocks, *of_batch, scan.groups, scan.dstate)
     dC_parts = scan.empty(blocks, *of_batch, scan.groups, scan.dstate)
     n_tiles = triton.cdiv(scan.dstate, tiles.gradient_n)
-    ddt_parts = scan.empty(n_tiles, *of_batch, heads)
-    per_head = scan.empty(2, n_tiles, directions, heads, slots)
+    parts = 2 * n_tiles  # B's and C's
+    ddt_parts = scan.empty(parts, *of_batch, heads)
+    per_head = scan.empty(2, parts, directions, heads, slots)
     launch(
         kernels.chunk_gradients,
-        (slots * directions, n_tiles * scan.groups * blocks),
+        (slots * directions, parts * scan.groups * blocks),
         dict(
             dy=dy, x=scan.x, dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, B=scan.B, C=scan.C, states=states, v_of=v,
             step_of=step, total_of=total, dB=dB_parts, dC=dC_parts,
@@ -313,6 +306,7 @@ def scan_backward(scan: Scan, dy, dlast=None):
             **_x_strides(scan.x, "x"), **_dt_strides(scan), **_B_strides(scan.B, "B"), **_B_strides(scan.C, "C"),
             **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", *STEP_OPTIONS, *TYPES),
             Q=chunk, HEADS=block_heads, BLOCK_P=tiles.gradient_p, BLOCK_N=tiles.gradient_n,
+            STAGES=tiles.gradient_stages,
         ),
         tiles.gradient_warps, tiles.gradient_stages,
     )  # fmt: skip
@@ -325,6 +319,9 @@ def scan_backward(scan: Scan, dy, dlast=None):
     def terms(argument, dims):  # directions that share it
         return 1 if argument is None or argument.dim() > dims else directions
 
+    # Where a D of each direction is summed, both gradients are the one there is: x is shared.
+    D_ways = 1 if scan.D is None or scan.D.dim() == 1 else ways
+    D_slots = 0 if dD_parts is None else dD_parts.shape[-1]
     block = 512
     programs = sum(triton.cdiv(t.numel(), block) for t in (dB, dC, ddt)) + dA.numel() + dbias.numel() + dD.numel()
     launch(
@@ -333,10 +330,11 @@ def scan_backward(scan: Scan, dy, dlast=None):
         dict(
             dB_parts=dB_parts, dC_parts=dC_parts, ddt_parts=ddt_parts, per_head=per_head, dD_parts=dD_parts,
             dB=dB, dC=dC, ddt=ddt, dA=dA, ddt_bias=dbias, dD=dD, B_terms=blocks * terms(scan.B, 4), B_size=dB.numel(),
-            C_terms=blocks * terms(scan.C, 4), C_size=dC.numel(), dt_terms=n_tiles * terms(scan.dt, 3),
-            dt_size=ddt.numel(), A_terms=n_tiles * terms(scan.A, 1), A_size=dA.numel(),
-            bias_terms=n_tiles * terms(scan.dt_bias, 1), bias_size=dbias.numel(),
-            D_terms=D_terms, D_size=dD.numel(), heads=heads, slots=slots, kinds=n_tiles * directions, BLOCK=block,
+            C_terms=blocks * terms(scan.C, 4), C_size=dC.numel(), dt_terms=parts * terms(scan.dt, 3),
+            dt_size=ddt.numel(), A_terms=parts * terms(scan.A, 1), A_size=dA.numel(),
+            bias_terms=parts * terms(scan.dt_bias, 1), bias_size=dbias.numel(),
+            D_terms=triton.cdiv(scan.headdim, tiles.block_p) * ways // D_ways, D_size=heads * D_ways, D_slots=D_slots,
+            heads=heads, slots=slots, kinds=parts * directions, BLOCK=block,
         ),
         4, 1,
     )  # fmt: skip
@@ -404,8 +402,9 @@ def _run_every_plan(form, dtype, width, headdim, dstate, precision):
     scan = replace(form.scan(dtype, width, headdim, dstate), precision=precision)
     # Float32 as IEEE is swept by force only, and may then spill.
     for plan in PLANS if scan.precision != "ieee" else PLANS[:1]:
-        scan_forward(replace(scan, plan=plan))
-    scan_backward(scan, torch.empty_like(scan.x), scan.last_states())
+        planned = replace(scan, plan=plan)
+        scan_forward(planned)
+        scan_backward(planned, torch.empty_like(scan.x), scan.last_states())
 
 
 def builds_of(forms, usual, capability: int):
@@ -418,7 +417,9 @@ def builds_of(forms, usual, capability: int):
         sizes = f"{str(dtype)[6:]}{products}, {width // headdim} heads of {headdim}, dstate {dstate}"
         label = f"{sizes}: {form.label}{', seq_lens' if form.lengths else ''}"
         run = functools.partial(_run_every_plan, form, dtype, width, headdim, dstate, precision)
-        yield from launched(run, label, capability)
+        scan = form.scan(dtype, width, headdim, dstate)
+        stack = may_spill(scan.operand, precision or scan.precision, capability)
+        yield from (replace(build, stack=stack) for build in launched(run, label, capability))
 
 
 # dtype, width, headdim, dstate, input_precision of products, or "" for that of the dtype and torch's own default: what

@@ -25,26 +25,22 @@ from linconv.ops.ssd.triton_chunk import (
     widened,
 )
 
-HEAD_STAGES = tl.constexpr(1)  # loads of the next head ahead of time would take registers that there are not
-
 
 @triton.jit
 def chunk_states(
-    x, dt, A, dt_bias, B, dy, C, states, v_of, step_of, total_of, dD, bounds,
+    x, dt, A, dt_bias, B, dy, C, states, v_of, step_of, total_of, bounds,
     frames, sequences, slots, heads,
     x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h, B_d, B_b, B_t, B_g, B_n,
     dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, D_DIRECTIONS: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to the state that leaves it and, with GRADIENT, to the gradient of the state that enters it.
 
     states (1 or 2 with GRADIENT, directions, heads, slots, headdim, dstate); v_of, step_of (directions, heads, slots,
-    Q) and total_of (directions, heads, slots) keep v, dt and the chunk's total for the kernels that follow. dD, which
-    may be None (tiles of headdim, D_DIRECTIONS, heads, slots): the gradient of D by chunk.
+    Q) and total_of (directions, heads, slots) keep v, dt and the chunk's total for the kernels that follow.
     """
     slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
     direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
@@ -58,12 +54,7 @@ def chunk_states(
     at = (direction * heads + head) * slots + slot
     p_tile = tile // n_tiles
     n_tile = tile % n_tiles
-    if dD is not None:
-        dD += ((p_tile * D_DIRECTIONS + direction) * heads + head) * slots + slot
-        writes_dD = (n_tile == 0) & (direction < D_DIRECTIONS)
     if chunk * Q >= length:
-        if dD is not None:
-            tl.store(dD, tl.zeros([], MATH), mask=writes_dD)
         return
     reverse = is_reversed(direction, FLIP)
     position = tl.arange(0, Q)
@@ -95,8 +86,6 @@ def chunk_states(
         dy_rows = load_tile(
             dy, direction, row, begin + frame, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, MATH, True
         )  # fmt: skip
-        if dD is not None:
-            tl.store(dD, tl.sum(tl.sum(dy_rows * rows, 0), 0), mask=writes_dD)
         factor = load_tile(
             C, direction, row, begin + source, head // group_heads, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND,
             False,
@@ -217,27 +206,29 @@ def _from_state(
 
 @triton.jit
 def chunk_outputs(
-    z, rows, columns, A, D, states, v_of, step_of, total_of, out, bounds,
+    z, x, rows, columns, A, D, states, v_of, step_of, total_of, out, dD, bounds,
     frames, sequences, slots, heads,
-    z_d, z_b, z_t, z_h, z_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, A_d, A_h, D_d, D_h,
-    out_d, out_b, out_t, out_h,
+    z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
+    A_d, A_h, D_d, D_h, out_d, out_b, out_t, out_h,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, SUMMED: tl.constexpr, SUM_D: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr,
     SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MATH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y from x, with rows = C and columns = B; with GRADIENT dx from dy, with rows = B and columns = C.
 
     SUMMED: both directions' weights are added up and multiply z as one product. A program takes ROWS frames of a chunk,
-    BLOCK_P columns of headdim and HEADS heads of a group, which share the products of rows and columns.
+    BLOCK_P columns of headdim and HEADS heads of a group, which share the products of rows and columns. dD (tiles of
+    headdim, directions or 1 if SUMMED, heads, slots, Q / ROWS): parts of D's gradient; it and x may be None.
     """
     BLOCKS: tl.constexpr = Q // ROWS
     slot = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
     p_tiles = (headdim + BLOCK_P - 1) // BLOCK_P
     head_blocks = heads // HEADS
-    p = (tl.program_id(1) % p_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    p_tile = tl.program_id(1) % p_tiles
+    p = p_tile * BLOCK_P + tl.arange(0, BLOCK_P)
     first_head = (tl.program_id(1) // p_tiles % head_blocks).to(tl.int64) * HEADS
     # Where both are summed a constant, for which masks and sources of frames are simpler.
     direction = tl.full([], 0, tl.int64)
@@ -254,12 +245,18 @@ def chunk_outputs(
     valid_j = j < length
     stored = valid_i if KIND == "cu_seqlens" else i < frames
     kept = stored[:, None] & (p < headdim)[None, :]
-    out += direction * out_d + row * out_b
-    out_offset = (begin + i).to(tl.int64)[:, None] * out_t + p[None, :]
+    # Results are our own memory, in which offsets in a chunk are small: 64 bits would take twice the registers.
+    out += direction * out_d + row * out_b + (begin + chunk * Q) * out_t
+    out_offset = q[:, None] * out_t + p[None, :]
+    if dD is not None:
+        WAYS: tl.constexpr = 1 if SUMMED else DIRECTIONS
+        dD += ((p_tile * WAYS + direction) * heads * slots + slot) * BLOCKS + block
     if chunk * Q + block * ROWS >= length:
-        for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
+        for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
             zeros = tl.zeros([ROWS, BLOCK_P], out.dtype.element_ty)
             tl.store(out + (first_head + h) * out_h + out_offset, zeros, mask=kept)
+            if dD is not None:
+                tl.store(dD + (first_head + h) * slots * BLOCKS, tl.zeros([], MATH))
         return
 
     SHIFTED_ROWS: tl.constexpr = SHIFTED and not GRADIENT
@@ -281,7 +278,7 @@ def chunk_outputs(
         )  # fmt: skip
         strict = is_strict(direction + 1, ONCE, SHIFTED)
         other_scores = scores_in_sight(other_scores, q, tl.arange(0, Q), True, strict, GRADIENT)
-    for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
+    for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         head = first_head + h
         weights, entered = _direction_weights(
             scores, A, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, A_d, A_h,
@@ -311,38 +308,36 @@ def chunk_outputs(
             skip = tl.load(D + direction * D_d + head * D_h).to(MATH)
             if SUM_D:
                 skip += tl.load(D + D_d + head * D_h).to(MATH)
-            result += skip * load_tile(
+            own = load_tile(
                 z, direction, row, begin + i, head, p, valid_i, headdim, z_d, z_b, z_t, z_h, z_p, MATH, False
             )
+            result += skip * own
+            if dD is not None:
+                own *= load_tile(
+                    x, direction, row, begin + i, head, p, valid_i, headdim, x_d, x_b, x_t, x_h, x_p, MATH, False
+                )
+                tl.store(dD + head * slots * BLOCKS, tl.sum(tl.sum(own, 1), 0))
         result = tl.where(valid_i[:, None], result, 0)
         tl.store(out + head * out_h + out_offset, result.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
-def chunk_gradients(
-    dy, x, dt, A, dt_bias, B, C, states, v_of, step_of, total_of, dB, dC, ddt, per_head, bounds,
-    frames, sequences, slots, heads,
-    dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
-    B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n,
-    group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
+def _gradients_of(
+    rows, others, columns, own, dt, A, dt_bias, states, v_of, step_of, total_of, out, ddt, per_head, bounds, slot,
+    direction, tile, group, head_block, part, frames, sequences, slots, heads,
+    r_d, r_b, r_t, r_h, r_p, o_d, o_b, o_t, o_h, o_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
+    c_d, c_b, c_t, c_g, c_n, own_d, own_b, own_t, own_g, own_n,
+    group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr, OF_B: tl.constexpr,
     DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of B, C, dt and, chunk by chunk, of what heads have one of, for one direction of a chunk.
-
-    dB, dC (heads / HEADS of a group, directions, batch, L, groups, dstate) are parts of sums, as are ddt (dstate /
-    BLOCK_N, directions, batch, L, heads) and per_head (2: A, dt_bias; dstate / BLOCK_N, directions, heads, slots).
-    A program takes BLOCK_N columns of dstate and what these give through the states; what has no such columns counts in
-    the first one.
-    """
-    slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
-    direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
-    groups = heads // group_heads
+    """The gradient of own = C, from rows = dy, others = x and columns = B, or with OF_B that of own = B, from rows = x,
+    others = dy and columns = C; and its share in those of dt, A and dt_bias, as the given part of sums."""
     n_tiles: tl.constexpr = (dstate + BLOCK_N - 1) // BLOCK_N
-    tile = (tl.program_id(1) % n_tiles).to(tl.int64)
-    group = (tl.program_id(1) // n_tiles % groups).to(tl.int64)
-    head_block = (tl.program_id(1) // n_tiles // groups).to(tl.int64)
+    COLUMNS: tl.constexpr = Q // 2 if Q >= 32 else Q  # of the chunk's weights at once: they stand in registers
+    groups = heads // group_heads
     sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
     row, begin, length = frames_of(sequence, bounds, frames, KIND)
     chunk = slot - first_slot(sequence, bounds, frames, Q, KIND)
@@ -359,108 +354,110 @@ def chunk_gradients(
         stored = i < frames
     # The tensors of a batch, as (batch, L, heads or groups): contiguous.
     line = row * frames + begin
-    dt_line = (tile * DIRECTIONS + direction) * batch * frames + line
-    part_line = (head_block * DIRECTIONS + direction) * batch * frames + line
-    ddt_offset = (dt_line + i) * heads
-    sums = per_head + (tile * DIRECTIONS + direction) * heads * slots + slot
-    sums_size = tl.full([], n_tiles * DIRECTIONS, tl.int64) * heads * slots
+    ddt_offset = ((part * DIRECTIONS + direction) * batch * frames + line + i) * heads
+    sums = per_head + (part * DIRECTIONS + direction) * heads * slots + slot
+    sums_size = tl.full([], 2 * n_tiles * DIRECTIONS, tl.int64) * heads * slots
     first_head = group * group_heads + head_block * HEADS
+    # In our own memory offsets in a chunk are small: 64 bits would take twice the registers.
+    out += ((head_block * DIRECTIONS + direction) * batch * frames + line) * groups * dstate + group * dstate
+    line_size = groups * dstate
+    offset = tl.arange(0, Q)[:, None] * line_size + n[None, :]
+    of_chunk = out + chunk * Q * line_size
+    columns_there = (n < dstate)[None, :]
     if chunk * Q >= length:
-        dB_offset = ((part_line + i) * groups + group)[:, None] * dstate + n[None, :]
-        kept = stored[:, None] & (n < dstate)[None, :]
-        zeros = tl.zeros([Q, BLOCK_N], MATH)
-        tl.store(dB + dB_offset, zeros, mask=kept)
-        tl.store(dC + dB_offset, zeros, mask=kept)
-        for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
+        tl.store(of_chunk + offset, tl.zeros([Q, BLOCK_N], MATH), mask=stored[:, None] & columns_there)
+        for h in tl.range(0, HEADS, num_stages=1, disable_licm=True):
             tl.store(ddt + ddt_offset + first_head + h, tl.zeros([Q], MATH), mask=stored)
             tl.store(sums + (first_head + h) * slots + tl.arange(0, 2) * sums_size, tl.zeros([2], MATH))
         return
 
+    # A result takes C of the frame source, see triton_chunk.py.
     source, there = source_of(i, valid, length, reverse, SHIFTED)
-    B_tile = load_tile(B, direction, row, begin + i, group, n, valid, dstate, B_d, B_b, B_t, B_g, B_n, OPERAND, False)
-    C_tile = load_tile(
-        C, direction, row, begin + source, group, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND, False
-    )
-    FLAT: tl.constexpr = 1024 if tl.bfloat16 == OPERAND else 512
-    scores = _scores(
-        C, B, direction, row, begin, source, i, there, valid, group, C_d, C_b, C_t, C_g, C_n, B_d, B_b, B_t, B_g, B_n,
-        dstate, BLOCK_N, MATH, OPERAND, PRECISION,
-    ).to(OPERAND)  # fmt: skip
-    first_tile = tile == 0
-    dscores = tl.zeros([Q, Q], MATH)
-    dB_sum = tl.zeros([Q, BLOCK_N], MATH)
-    dC_sum = tl.zeros([Q, BLOCK_N], MATH)
+    own_frame, own_valid = (i, valid) if OF_B else (source, there)
+    own_tile = load_tile(
+        own, direction, row, begin + own_frame, group, n, own_valid, dstate, own_d, own_b, own_t, own_g, own_n, OPERAND,
+        False,
+    )  # fmt: skip
+    total_sum = tl.zeros([Q, BLOCK_N], MATH)
     q = tl.arange(0, Q)
-    for h in tl.range(0, HEADS, num_stages=HEAD_STAGES, disable_licm=True):
+    for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         head = first_head + h
         at = (direction * heads + head) * slots + slot
-        v = tl.load(v_of + at * Q + tl.arange(0, Q))
-        step = tl.load(step_of + at * Q + tl.arange(0, Q))
+        gradient_at = at + tl.full([], DIRECTIONS, tl.int64) * heads * slots
+        v = tl.load(v_of + at * Q + q)
+        step = tl.load(step_of + at * Q + q)
         total = tl.load(total_of + at)
         rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
         u = exclusive_of(v, step, rate) if SHIFTED else v
-        gradient_at = at + tl.full([], DIRECTIONS, tl.int64) * heads * slots
 
-        # One product after the other, though dy and x are loaded twice: all at once are more than there are registers.
-        # From the state that enters: dy . (C S) is C . (dy S), which C's gradient takes anyhow.
-        dC_head = tl.zeros([Q, BLOCK_N], MATH)
+        # 2^u is in all that a result takes, 2^-v and dt are in all that a frame gives: what they have for a gradient is
+        # the sum over C . dC, or B . dB. Through the state first.
+        result = tl.zeros([Q, BLOCK_N], MATH)
+        carried = tl.zeros([BLOCK_N], MATH)
         for start in range(0, headdim, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            dy_tile = load_tile(
-                dy, direction, row, begin + i, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, OPERAND, False
-            )  # fmt: skip
-            state = load_state(states, at, p, n, headdim, dstate, False)
-            dC_head = tl.dot(dy_tile, state, dC_head, input_precision=PRECISION, out_dtype=MATH)
-        dC_head *= tl.where(valid, tl.exp2(u), 0)[:, None]
-        gained = tl.sum(widened(C_tile, h, MATH) * dC_head, 1)
-        dC_sum += dC_head
-        # To the state that leaves, likewise.
-        dB_head = tl.zeros([Q, BLOCK_N], MATH)
-        for start in range(0, headdim, BLOCK_P):
-            p = start + tl.arange(0, BLOCK_P)
-            x_tile = load_tile(
-                x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, OPERAND, False
+            row_tile = load_tile(
+                rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, OPERAND, False
             )
-            dstate_tile = load_state(states, gradient_at, p, n, headdim, dstate, False)
-            dB_head = tl.dot(x_tile, dstate_tile, dB_head, input_precision=PRECISION, out_dtype=MATH)
-        dB_head *= tl.exp2(total - v)[:, None]
-        left = tl.sum(widened(B_tile, h, MATH) * dB_head, 1)
-        dB_sum += dB_head * step[:, None]
-        # Of the state before and the gradient of the one after, flat: they need not stand in registers as tiles.
-        carried = tl.zeros([FLAT], MATH)
-        for start in range(0, tl.where(first_tile, headdim * dstate, 0), FLAT):
-            element = start + tl.arange(0, FLAT)
-            kept = element < headdim * dstate
-            state = tl.load(states + at * (headdim * dstate) + element, mask=kept, other=0)
-            other = tl.load(states + gradient_at * (headdim * dstate) + element, mask=kept, other=0)
-            carried += state.to(MATH) * other.to(MATH)
-        through_state = tl.exp2(total) * tl.sum(carried, 0)
-        # Through the chunk's weights.
-        dweights = tl.zeros([Q, Q], MATH)
-        for start in range(0, headdim, BLOCK_P):
-            p = start + tl.arange(0, BLOCK_P)
-            dy_tile = load_tile(
-                dy, direction, row, begin + i, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, OPERAND, False
+            state = load_state(states, gradient_at if OF_B else at, p, n, headdim, dstate, False)
+            result = tl.dot(row_tile, state, result, input_precision=PRECISION, out_dtype=MATH)
+            if OF_B:
+                before = load_state(states, at, p, n, headdim, dstate, False)
+                carried += tl.sum(before.to(MATH) * state.to(MATH), 0)
+        result *= tl.exp2(total - v)[:, None] if OF_B else tl.where(valid, tl.exp2(u), 0)[:, None]
+        moved = tl.sum(widened(own_tile, h, MATH) * result, 1)
+        total_gradient = tl.zeros([], MATH)
+        if OF_B:  # the total is in what enters and in what frames give
+            total_gradient += tl.exp2(total) * tl.sum(carried, 0) + tl.sum(step * moved, 0)
+        # Then in the chunk. C's side and B's sum one matrix, over its rows and over its columns, so that the two cancel
+        # out where they should.
+        for start_j in tl.static_range(0, Q, COLUMNS):
+            q_j = start_j + tl.arange(0, COLUMNS)
+            j = (chunk * Q).to(tl.int32) + q_j
+            valid_j = j < length
+            source_j, there_j = source_of(j, valid_j, length, reverse, SHIFTED)
+            column_frame, column_valid = (source_j, there_j) if OF_B else (j, valid_j)
+            weights = tl.zeros([Q, COLUMNS], MATH)
+            for start in range(0, headdim, BLOCK_P):
+                p = start + tl.arange(0, BLOCK_P)
+                row_tile = load_tile(
+                    rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, OPERAND, False
+                )
+                other_tile = load_tile(
+                    others, direction, row, begin + j, head, p, valid_j, headdim, o_d, o_b, o_t, o_h, o_p, OPERAND,
+                    False,
+                )  # fmt: skip
+                weights = tl.dot(row_tile, tl.trans(other_tile), weights, input_precision=PRECISION, out_dtype=MATH)
+            column_tile = load_tile(
+                columns, direction, row, begin + column_frame, group, n, column_valid, dstate, c_d, c_b, c_t, c_g, c_n,
+                OPERAND, False,
             )  # fmt: skip
-            x_tile = load_tile(
-                x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, OPERAND, False
-            )
-            dweights = tl.dot(dy_tile, tl.trans(x_tile), dweights, input_precision=PRECISION, out_dtype=MATH)
-        seen = in_sight(q[:, None], q[None, :], reverse, strict)
-        flow = tl.exp2(tl.where(seen, u[:, None] - v[None, :], float("-inf"))) * dweights
-        dscores += flow * step[None, :]
-        through = tl.where(first_tile, flow * widened(scores, h, MATH), 0)
-        gained += tl.sum(through * step[None, :], 1)
-        gave = left + tl.sum(through, 0)
+            scores = tl.dot(own_tile, tl.trans(column_tile), input_precision=PRECISION, out_dtype=MATH)
+            v_j = tl.load(v_of + at * Q + q_j)
+            step_j = tl.load(step_of + at * Q + q_j)
+            if OF_B:
+                u_j = exclusive_of(v_j, step_j, rate) if SHIFTED else v_j
+                seen = in_sight(q_j[None, :], q[:, None], reverse, strict)
+                weights *= tl.exp2(tl.where(seen, u_j[None, :] - v[:, None], float("-inf")))
+            else:
+                seen = in_sight(q[:, None], q_j[None, :], reverse, strict)
+                weights *= tl.exp2(tl.where(seen, u[:, None] - v_j[None, :], float("-inf"))) * step_j[None, :]
+            moved += tl.sum(weights * scores, 1)
+            result = tl.dot(weights.to(OPERAND), column_tile, result, input_precision=PRECISION, out_dtype=MATH)
+        if OF_B:
+            result *= step[:, None]
+        total_sum += result
 
         # The gradient of the log decay a_k = dt_k A is that of every u and v it is part of, and of the total.
-        change = gained - step * gave
+        change = -step * moved if OF_B else moved
         prefix = tl.cumsum(change, 0)
-        total_gradient = through_state + tl.sum(step * left + tl.where(reverse, 0, change), 0)
+        total_gradient += tl.sum(tl.where(reverse, 0, change), 0)
         log_decay = tl.where(reverse, prefix, change - prefix) + total_gradient
-        if SHIFTED:
-            log_decay -= gained
-        step_gradient = gave + rate * log_decay
+        if SHIFTED and not OF_B:
+            log_decay -= moved
+        step_gradient = rate * log_decay
+        if OF_B:
+            step_gradient += moved
         raw, free, clamped = load_step(
             dt, dt_bias, direction, row, begin + i, head, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h, SOFTPLUS, LOW,
             HIGH, MATH,
@@ -470,22 +467,65 @@ def chunk_gradients(
             step_gradient *= 1 / (1 + tl.exp(-raw))
         step_gradient = tl.where(valid, step_gradient, 0)
         tl.store(ddt + ddt_offset + head, step_gradient, mask=stored)
-        own = sums + head * slots
-        tl.store(own, tl.sum(tl.where(valid, step * log_decay, 0), 0))
-        tl.store(own + sums_size, tl.sum(step_gradient, 0))
+        tl.store(sums + head * slots, tl.sum(tl.where(valid, step * log_decay, 0), 0))
+        tl.store(sums + head * slots + sums_size, tl.sum(step_gradient, 0))
 
-    dscores = dscores.to(OPERAND)
-    dC_sum = tl.dot(dscores, B_tile, dC_sum, input_precision=PRECISION, out_dtype=MATH)
-    dB_sum = tl.dot(tl.trans(dscores), C_tile, dB_sum, input_precision=PRECISION, out_dtype=MATH)
-    dB_offset = ((part_line + i) * groups + group)[:, None] * dstate + n[None, :]
-    kept = stored[:, None] & (n < dstate)[None, :]
-    tl.store(dB + dB_offset, tl.where(valid[:, None], dB_sum, 0), mask=kept)
-    if SHIFTED:
-        # The first step's result has no C. Its row zeroes that of the last frame, which no result takes.
-        frame = tl.where(valid & (there == 0), tl.where(reverse, 0, length - 1), source)
-        frame = tl.where(valid, frame, i)
-        dB_offset = ((part_line + frame) * groups + group)[:, None] * dstate + n[None, :]
-    tl.store(dC + dB_offset, tl.where(there[:, None], dC_sum, 0), mask=kept)
+    if SHIFTED and not OF_B:
+        # Row i is for the frame source, one step before. The first step's result has no C, and no result takes the C of
+        # the last step.
+        before = tl.where(reverse, line_size, -line_size)
+        tl.store(of_chunk + before + offset, total_sum, mask=there[:, None] & columns_there)
+        tl.store(of_chunk + offset, tl.zeros_like(total_sum), mask=(stored & (i >= length))[:, None] & columns_there)
+        last_frame = tl.where(reverse, 0, length - 1)
+        written = tl.where(chunk == tl.where(reverse, (length - 1) // Q, 0), dstate, 0)  # once, by the first step's
+        tl.store(out + last_frame * line_size + n, tl.zeros([BLOCK_N], MATH), mask=n < written)
+    else:
+        tl.store(of_chunk + offset, tl.where(valid[:, None], total_sum, 0), mask=stored[:, None] & columns_there)
+
+
+@triton.jit
+def chunk_gradients(
+    dy, x, dt, A, dt_bias, B, C, states, v_of, step_of, total_of, dB, dC, ddt, per_head, bounds,
+    frames, sequences, slots, heads,
+    dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
+    B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n,
+    group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
+    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of B, C, dt and, chunk by chunk, of what heads have one of, for one direction of a chunk.
+
+    dB, dC (heads / HEADS of a group, directions, batch, L, groups, dstate) are parts of sums, as are ddt (2 dstate /
+    BLOCK_N, directions, batch, L, heads) and per_head (2: A, dt_bias; 2 dstate / BLOCK_N, directions, heads, slots). A
+    program takes BLOCK_N columns of B or of C and what these give: both at once are more than there are registers.
+    """
+    slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
+    direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
+    n_tiles: tl.constexpr = (dstate + BLOCK_N - 1) // BLOCK_N
+    part = (tl.program_id(1) % (2 * n_tiles)).to(tl.int64)
+    tile = part % n_tiles
+    group = (tl.program_id(1) // (2 * n_tiles) % (heads // group_heads)).to(tl.int64)
+    head_block = (tl.program_id(1) // (2 * n_tiles) // (heads // group_heads)).to(tl.int64)
+    if part < n_tiles:
+        _gradients_of(
+            x, dy, C, B, dt, A, dt_bias, states, v_of, step_of, total_of, dB, ddt, per_head, bounds, slot,
+            direction, tile, group, head_block, part, frames, sequences, slots, heads,
+            x_d, x_b, x_t, x_h, x_p, dy_d, dy_b, dy_t, dy_h, dy_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
+            C_d, C_b, C_t, C_g, C_n, B_d, B_b, B_t, B_g, B_n, group_heads, headdim, dstate, True,
+            DIRECTIONS, FLIP, ONCE, SHIFTED, SOFTPLUS, LOW, HIGH, KIND, Q, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH,
+            OPERAND, PRECISION,
+        )  # fmt: skip
+    else:
+        _gradients_of(
+            dy, x, B, C, dt, A, dt_bias, states, v_of, step_of, total_of, dC, ddt, per_head, bounds, slot,
+            direction, tile, group, head_block, part, frames, sequences, slots, heads,
+            dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
+            B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n, group_heads, headdim, dstate, False,
+            DIRECTIONS, FLIP, ONCE, SHIFTED, SOFTPLUS, LOW, HIGH, KIND, Q, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH,
+            OPERAND, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -502,10 +542,10 @@ def _sum_terms(parts, out, terms, size, program, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sum_slots(parts, out, terms, size, slots, program, BLOCK: tl.constexpr):
-    """out[program] = the sum of parts[term, program, slot] over terms and slots."""
+    """out[program] = the sum of parts[term, program % size, slot] over terms and slots."""
     total = tl.zeros([BLOCK], parts.dtype.element_ty)
     for term in range(terms):
-        own = parts + (term * size + program).to(tl.int64) * slots
+        own = parts + (term * size + program % size).to(tl.int64) * slots
         for start in range(0, slots, BLOCK):
             offset = start + tl.arange(0, BLOCK)
             total += tl.load(own + offset, mask=offset < slots, other=0)
@@ -516,7 +556,7 @@ def _sum_slots(parts, out, terms, size, slots, program, BLOCK: tl.constexpr):
 def sum_parts(
     dB_parts, dC_parts, ddt_parts, per_head, dD_parts, dB, dC, ddt, dA, ddt_bias, dD,
     B_terms, B_size, C_terms, C_size, dt_terms, dt_size, A_terms, A_size, bias_terms, bias_size, D_terms, D_size,
-    heads, slots, kinds, BLOCK: tl.constexpr,
+    D_slots, heads, slots, kinds, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds up the parts of gradients that heads, directions, chunks or sequences share, in a fixed order."""
     program = tl.program_id(0)
@@ -540,4 +580,4 @@ def sum_parts(
     elif program < D_first:
         _sum_slots(per_head + kind, ddt_bias, bias_terms, bias_size, slots, program - bias_first, BLOCK)
     elif dD_parts is not None:
-        _sum_slots(dD_parts, dD, D_terms, D_size, slots, program - D_first, BLOCK)
+        _sum_slots(dD_parts, dD, D_terms, D_size, D_slots, program - D_first, BLOCK)

@@ -1,8 +1,7 @@
-"""Triton kernels of the two-sweep scan, forward: a program walks a sequence's chunks with their state in registers.
+"""Triton kernels that sweep over a sequence's chunks with their state in registers: its only way to memory is out.
 
 The arithmetic is that of triton_chunk.py. Decays come first, of all chunks at once, since whatever a sweep does for a
-chunk every later chunk waits for. A sweep then gives a direction's results. Where both directions are summed, a second
-sweep adds its results to those of the first: no state is ever in memory.
+chunk every later chunk waits for.
 """
 
 import triton
@@ -11,15 +10,13 @@ import triton.language as tl
 from linconv.ops.ssd.triton_chunk import (
     added_by,
     decays_of,
+    exclusive_of,
     first_slot,
     frames_of,
     is_reversed,
-    is_strict,
     load_tile,
-    scores_in_sight,
     sequence_of,
     source_of,
-    weights_of,
 )
 
 
@@ -52,82 +49,60 @@ def chunk_decays(
 
 
 @triton.jit
-def sweep(
-    x, A, B, C, D, v_of, step_of, total_of, first, last, summand, out, bounds, frames, sequences, slots, heads,
-    first_direction, x_d, x_b, x_t, x_h, x_p, A_d, A_h, B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n, D_d, D_h,
-    first_s, first_h, first_p, first_n, out_d, out_b, out_t, out_h,
+def sweep_states(
+    rows, columns, A, states, v_of, step_of, total_of, first, last, bounds, frames, slots, heads,
+    r_d, r_b, r_t, r_h, r_p, c_d, c_b, c_t, c_g, c_n, A_d, A_h, first_s, first_h, first_p, first_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
-    FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr,
+    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A direction's y: a program takes a sequence, a head, BLOCK_P columns of headdim and all of dstate, in BLOCK_N.
+    """The state that enters each chunk, from rows = x and columns = B; with GRADIENT the gradient of the one that
+    leaves it, from rows = dy and columns = C, against a direction's own order.
 
-    first, last (sequences, heads, headdim, dstate): the states before the first and after the last step of the one
-    direction. summand: what is added to y, at the strides of out. Each may be None: zero, or not wanted.
+    states (directions, heads, slots, headdim, dstate). first, last (sequences, heads, headdim, dstate): what the sweep
+    begins with and what it leaves; each may be None: zero, or not wanted.
     """
-    p_tiles = (headdim + BLOCK_P - 1) // BLOCK_P
-    sequence = (tl.program_id(0) // p_tiles).to(tl.int64)
+    p_tiles: tl.constexpr = (headdim + BLOCK_P - 1) // BLOCK_P
+    n_tiles: tl.constexpr = (dstate + BLOCK_N - 1) // BLOCK_N
+    sequence = (tl.program_id(0) // (p_tiles * n_tiles)).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
-    direction = (first_direction + tl.program_id(1) // heads).to(tl.int64)
+    direction = (tl.program_id(1) // heads).to(tl.int64)
     group = head // group_heads
     reverse = is_reversed(direction, FLIP)
     row, begin, length = frames_of(sequence, bounds, frames, KIND)
     chunks = ((length + Q - 1) // Q).to(tl.int32)
     slot = (direction * heads + head) * slots + first_slot(sequence, bounds, frames, Q, KIND)
-    p = (tl.program_id(0) % p_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = tl.arange(0, BLOCK_N)
+    p = (tl.program_id(0) // n_tiles % p_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = (tl.program_id(0) % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     q = tl.arange(0, Q)
     rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
-    own = direction * out_d + row * out_b + head * out_h
-    of_state = (p < headdim)[:, None] & (n < dstate)[None, :]
+    kept = (p < headdim)[:, None] & (n < dstate)[None, :]
+    offset = p[:, None] * dstate + n[None, :]
     state = tl.zeros([BLOCK_P, BLOCK_N], MATH)
     if first is not None:
         pointer = first + sequence * first_s + head * first_h
         pointers = pointer + p.to(tl.int64)[:, None] * first_p + n.to(tl.int64)[None, :] * first_n
-        state += tl.load(pointers, mask=of_state, other=0).to(MATH)
-    # Invariants taken out of the loop would hold registers that there are not.
-    for c in tl.range(0, chunks, num_stages=1, disable_licm=True):
-        chunk = tl.where(reverse, chunks - 1 - c, c)
+        state += tl.load(pointers, mask=kept, other=0).to(MATH)
+    for c in tl.range(0, chunks, num_stages=STAGES):
+        chunk = tl.where(reverse != GRADIENT, chunks - 1 - c, c)
+        at = slot + chunk
+        tl.store(states + at * (headdim * dstate) + offset, state.to(states.dtype.element_ty), mask=kept)
         i = chunk * Q + q
         valid = i < length
-        source, there = source_of(i, valid, length, reverse, SHIFTED)
-        at = slot + chunk
         v = tl.load(v_of + at * Q + q)
         step = tl.load(step_of + at * Q + q)
         total = tl.load(total_of + at)
-        x_tile = load_tile(
-            x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, OPERAND, False
-        )
-        B_tile = load_tile(
-            B, direction, row, begin + i, group, n, valid, dstate, B_d, B_b, B_t, B_g, B_n, OPERAND, False
-        )
-        C_tile = load_tile(
-            C, direction, row, begin + source, group, n, there, dstate, C_d, C_b, C_t, C_g, C_n, OPERAND, False
-        )
-        scores = tl.dot(C_tile, tl.trans(B_tile), input_precision=PRECISION, out_dtype=MATH)
-        scores = scores_in_sight(scores, q, q, reverse, is_strict(direction, ONCE, SHIFTED), False)
-        weights, entered = weights_of(scores, v, step, v, step, total, rate, valid, SHIFTED, False)
-        result = tl.dot(C_tile, tl.trans(state.to(OPERAND)), input_precision=PRECISION, out_dtype=MATH)
-        result *= entered[:, None]
-        result = tl.dot(weights.to(OPERAND), x_tile, result, input_precision=PRECISION, out_dtype=MATH)
-        if D is not None:
-            result += tl.load(D + direction * D_d + head * D_h).to(MATH) * x_tile.to(MATH)
-        offset = own + (begin + i).to(tl.int64)[:, None] * out_t + p[None, :]
-        stored = valid if KIND == "cu_seqlens" else i < frames
-        kept = stored[:, None] & (p < headdim)[None, :]
-        if summand is not None:
-            result += tl.load(summand + offset, mask=kept, other=0).to(MATH)
-        tl.store(out + offset, tl.where(valid[:, None], result, 0).to(out.dtype.element_ty), mask=kept)
-        scale = tl.exp2(total - v) * step
-        state = added_by(
-            tl.trans(x_tile).to(MATH), B_tile, scale, state * tl.exp2(total), MATH, OPERAND, PRECISION
+        tile = load_tile(rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, MATH, True)
+        if GRADIENT:
+            source, there = source_of(i, valid, length, reverse, SHIFTED)
+            scale = tl.where(valid, tl.exp2(exclusive_of(v, step, rate) if SHIFTED else v), 0)
+        else:
+            source, there = i, valid
+            scale = tl.exp2(total - v) * step
+        factor = load_tile(
+            columns, direction, row, begin + source, group, n, there, dstate, c_d, c_b, c_t, c_g, c_n, OPERAND, False
         )  # fmt: skip
-    if KIND == "seq_lens":
-        zeros = tl.zeros([Q, BLOCK_P], out.dtype.element_ty)
-        for chunk in range(chunks, (frames + Q - 1) // Q):
-            i = chunk * Q + q
-            offset = own + (begin + i).to(tl.int64)[:, None] * out_t + p[None, :]
-            tl.store(out + offset, zeros, mask=(i < frames)[:, None] & (p < headdim)[None, :])
+        state = added_by(tile, factor, scale, state * tl.exp2(total), MATH, OPERAND, PRECISION)
     if last is not None:
-        offset = (sequence * heads + head) * (headdim * dstate) + p[:, None] * dstate + n[None, :]
-        tl.store(last + offset, state, mask=of_state)
+        tl.store(last + (sequence * heads + head) * (headdim * dstate) + offset, state, mask=kept)

@@ -17,10 +17,11 @@ class Tiles:
         chunk, gradient_chunk: frames of a chunk, forward and backward.
         rows: frames of a chunk that one program of the outputs takes.
         block_p, block_n: columns of headdim and dstate of a tile of the outputs.
-        state_p, state_n: of a tile of the states.
+        state_p, state_n: of a tile of the states, chunk-parallel.
+        sweep_p, sweep_n: of a tile of the states, in sweeps.
         gradient_p, gradient_n: columns of headdim and dstate of a tile of the gradients.
         heads, gradient_heads: at most so many heads of a group share one program's products of B and C.
-        warps, state_warps, gradient_warps, stages, gradient_stages: of each kernel.
+        warps, state_warps, sweep_warps, gradient_warps, stages, sweep_stages, gradient_stages: of each kernel.
     """
 
     chunk: int
@@ -34,24 +35,29 @@ class Tiles:
     gradient_n: int
     heads: int = 4
     gradient_heads: int = 8
+    sweep_p: int = 64
+    sweep_n: int = 64
     warps: int = 8
     state_warps: int = 4
+    sweep_warps: int = 4
     gradient_warps: int = 8
     stages: int = 2
+    sweep_stages: int = 3
     gradient_stages: int = 1
 
 
 # By what products are taken in and the major compute capability; other GPUs do as the oldest. Columns are as many at
-# most. Among the largest tried that spill no registers in what ``shipped()`` lists, with Triton 3.6 and 3.9; no GPU has
-# told which are fast.
+# most. ("bf16", 9) is the fastest of what benchmarks/tune_gpu_scan.py tried on an H200. No GPU has told how fast the
+# others are, which are among the largest tried that spill no registers in what ``shipped()`` lists.
 TILES = {
     ("bf16", 8): Tiles(
         chunk=128, rows=32, block_p=64, block_n=32, state_p=64, state_n=64,
         gradient_chunk=32, gradient_p=32, gradient_n=64,
     ),
     ("bf16", 9): Tiles(
-        chunk=128, rows=64, block_p=64, block_n=32, state_p=64, state_n=128,
-        gradient_chunk=64, gradient_p=32, gradient_n=64, gradient_stages=2,
+        chunk=64, rows=64, block_p=64, block_n=64, state_p=64, state_n=128, sweep_n=128, warps=4,
+        gradient_chunk=64, gradient_p=64, gradient_n=64, gradient_heads=16, gradient_warps=4,
+        stages=1, gradient_stages=2,
     ),
     ("bf16", 10): Tiles(
         chunk=128, rows=32, block_p=64, block_n=32, state_p=64, state_n=64,
@@ -95,6 +101,11 @@ TILES = {
         gradient_chunk=16, gradient_p=16, gradient_n=32, heads=1, gradient_heads=1, warps=4, stages=1,
     ),
 }  # fmt: skip
+# What is otherwise where dstate is over 64.
+WIDE = {("bf16", 9): {"stages": 3}}
+# Bytes of registers that a thread may spill, most of them from before a kernel's loop until after it: on an H200 the
+# gradients take two thirds of the time of the fastest tiles that spill nothing.
+MAY_SPILL = {("bf16", 9): 128}
 
 
 def _products(operand: torch.dtype, precision: str) -> str:
@@ -109,61 +120,27 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
     """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability."""
     tiles = _of_architecture(TILES, _products(operand, precision), capability)
     P, N = power_of_two(headdim), power_of_two(dstate)
-    columns = {name: min(P, getattr(tiles, name)) for name in ("block_p", "state_p", "gradient_p")}
-    columns |= {name: min(N, getattr(tiles, name)) for name in ("block_n", "state_n", "gradient_n")}
+    columns = {name: min(P, getattr(tiles, name)) for name in ("block_p", "state_p", "sweep_p", "gradient_p")}
+    columns |= {name: min(N, getattr(tiles, name)) for name in ("block_n", "state_n", "sweep_n", "gradient_n")}
     if N > 128:
         columns["gradient_n"] = min(columns["gradient_n"], 32)
-    return replace(tiles, **columns)
+    wide = WIDE.get((_products(operand, precision), capability // 10), {}) if N > 64 else {}
+    return replace(tiles, **columns, **wide)
+
+
+def may_spill(operand: torch.dtype, precision: str, capability: int) -> int:
+    """Bytes of stack that builds with these products may have."""
+    return MAY_SPILL.get((_products(operand, precision), capability // 10), 0)
 
 
 def power_of_two(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-@dataclass(frozen=True)
-class SweepTiles:
-    """How the work of the two-sweep plan is cut; the same holds.
-
-    Attributes:
-        chunk: frames of a chunk.
-        block_p: columns of headdim of a program, which has all of dstate.
-        warps, stages: of the sweep.
-    """
-
-    chunk: int
-    block_p: int
-    warps: int = 8
-    stages: int = 1
-
-
-# (frames of a chunk, columns of headdim) for dstate up to 64, 128 and 256, by what tensor cores take and the major
-# compute capability. They leave registers for lengths, diagonals and skips, which builds differ by.
-SWEEPS = {
-    ("bf16", 8): ((64, 32), (32, 64), (32, 32)),
-    ("bf16", 9): ((64, 64), (64, 32), (64, 32)),
-    ("bf16", 10): ((32, 64), (32, 64), (64, 32)),
-    ("tf32", 8): ((32, 32), (32, 32), (16, 32)),
-    ("tf32", 9): ((32, 64), (32, 64), (16, 32)),
-    ("tf32", 10): ((32, 64), (32, 64), (16, 32)),
-    ("tf32x3", 8): ((32, 32), (16, 32), (16, 16)),
-    ("tf32x3", 9): ((32, 64), (16, 32), (16, 32)),
-    ("tf32x3", 10): ((64, 32), (64, 32), (16, 32)),
-    ("ieee", 8): ((16, 16), (16, 16), (16, 16)),
-    ("fp64", 8): ((16, 16), (16, 16), (16, 16)),
-}
-
-
-def choose_sweep_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int, capability: int) -> SweepTiles:
-    """The committed table of the two-sweep plan, as :func:`choose_tiles`. Other GPUs do as the oldest."""
-    by_dstate = _of_architecture(SWEEPS, _products(operand, precision), capability)
-    chunk, block_p = by_dstate[0 if dstate <= 64 else 1 if dstate <= 128 else 2]
-    return SweepTiles(chunk, min(power_of_two(headdim), block_p))
-
-
 PLANS = ("chunks", "sweeps")
-# Programs for each multiprocessor, by major compute capability, from which on two sweeps are taken to keep a GPU busy:
-# a guess, which no GPU has been asked yet. Others do as the newest.
-PROGRAMS_TO_SWEEP = {8: 2, 9: 2, 10: 2}
+# Programs for each multiprocessor, by major compute capability, from which on sweeps are taken: for Hopper as
+# benchmarks/bench_gpu_scan.py tells of an H200, for others taken to be the same. Others do as the newest.
+PROGRAMS_TO_SWEEP = {8: 0.6, 9: 0.6, 10: 0.6}
 
 
 def forced_plan() -> str:
@@ -172,10 +149,10 @@ def forced_plan() -> str:
 
 
 def choose_plan(programs: int, multiprocessors: int, capability: int, precision: str) -> str:
-    """ "sweeps", whose states stay in registers, where its programs fill the GPU, else "chunks", which has many more.
+    """ "sweeps", whose states go to memory once, where its programs fill the GPU, else "chunks", which has many more.
 
     Args:
-        programs: those that two sweeps would have: sequences x heads x tiles of headdim (x directions).
+        programs: those that a sweep would have: sequences x heads x directions x tiles of the state.
         multiprocessors: of the GPU; 0 where there is none.
         capability: its compute capability, such as 90.
         precision: of products. IEEE ones take no tensor cores, and more registers than a sweep leaves.
