@@ -4,7 +4,8 @@
 
 The regime is hydra (x shared; dt, B, C per direction), bfloat16, batch 8, headdim 64. No speed is reported of a width
 whose results or gradients are wrong, nor of a peer whose are. Rows of "plans" set both plans of forward side by side
-over batches; all others are of the plan that is chosen. Floors are the least bytes of forward at the rate of a large
+over batches; all others are of the plan that is chosen. Times are of calls, as peers' are; ours are timed as replays of
+a CUDA graph too, since short calls take what Python takes. Floors are the least bytes of forward at the rate of a large
 copy in the same run. Memory is what is allocated at its highest beyond arguments, results and gradients. First calls
 are of a process of their own, with Triton's cache on disk empty and then full. Peers, each as a row of its own with the
 ratio of its time to ours:
@@ -12,7 +13,7 @@ ratio of its time to ours:
 - cuda: our own fused kernel, forward, and the same gradients; where the CUDA library is loaded.
 - two passes: `linconv.ops.ssd` forward, and over flipped copies, summed; ours, for want of a better one.
 - mamba_ssm: the same with mamba_ssm's chunk scan, where it can be imported.
-- simple_gla: flash-linear-attention's, one causal pass counted twice, where it can be imported.
+- simple_gla: flash-linear-attention's, one causal pass counted twice, forward, where it can be imported.
 - sdpa flash, sdpa cudnn: exact attention of torch of the same width; one over the same frames.
 """
 
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,7 @@ PLAN_BATCHES = (1, 2, 4, 8, 16, 32)  # rows for PROGRAMS_TO_SWEEP of linconv/ops
 PLAN_FRAMES = 2**17  # in a batch at most
 FIRST_CALLS = "first-calls"
 DRAWS = 3  # that correctness is judged by
+FORWARD_ONLY = ("simple_gla",)  # fla 0.6 refuses its backward pass on Hopper with Triton 3.4 to 3.7.0
 
 
 def arguments(width, dstate, length, batch=BATCH, dtype=torch.bfloat16):
@@ -117,8 +120,10 @@ def plain(x, dt, A, B, C):
         return ops.bidirectional_ssd(x, dt, A, B, C, dt_softplus=True, backend="reference")
 
 
-def results(function, tensors):
-    """The result of function(*tensors) by name, and the gradients of what it depends on."""
+def results(function, tensors, backward=True):
+    """The result of function(*tensors) by name, and with backward the gradients of what it depends on."""
+    if not backward:
+        return {"y": function(*tensors)}
     leaves = [t.detach().requires_grad_() for t in tensors]
     y = function(*leaves)
     torch.manual_seed(0)
@@ -174,8 +179,11 @@ def check(width, dstate, peers):
             truth = results(reference, [t.double() for t in tensors])
             theirs.append(errors(results(torchs, tensors), truth))
             for name in list(mine):
+                plan = {"LINCONV_SCAN_PLAN": name} if name in PLANS else {}  # of backward too
                 try:
-                    mine[name].append(errors(results(judged[name], tensors), truth))
+                    with mock.patch.dict(os.environ, plan):
+                        got = results(judged[name], tensors, backward=name not in FORWARD_ONLY)
+                    mine[name].append(errors(got, truth))
                 except Exception as error:
                     if name in PLANS:
                         raise
@@ -207,6 +215,16 @@ def with_backward(function, tensors):
     leaves = [t.detach().requires_grad_() for t in tensors]
     upstream = torch.randn_like(function(*leaves))
     return lambda: torch.autograd.grad(function(*leaves), leaves, upstream, allow_unused=True)
+
+
+def graphed(work):
+    """The same work as a CUDA graph, which needs no time of the host."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = work()
+    return lambda: (graph.replay(), results)[0]
 
 
 def least_bytes(width, dstate, length):
@@ -249,7 +267,7 @@ def time_first_calls(record):
 
 
 def time_plans(record, width, dstate, length, base):
-    """Forward by each plan, over batches: sweeps have as many programs as there are sequences and heads."""
+    """Forward by each plan, over batches, of which the programs of a sweep are a multiple."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     for batch in PLAN_BATCHES:
         if batch * length > max(PLAN_FRAMES, length):
@@ -276,12 +294,14 @@ def body(record, lengths):
             for part in ("forward", "training"):
                 work = (lambda: ours(*tensors)) if part == "forward" else with_backward(ours, tensors)  # noqa: B023
                 taken[part] = seconds(work)
-                row = dict(seconds=taken[part], extra_bytes=extra_bytes(work))
+                row = dict(seconds=taken[part], extra_bytes=extra_bytes(work), graph_seconds=seconds(graphed(work)))
                 if part == "forward":
                     floor = least_bytes(width, dstate, length) / copy
                     row |= dict(floor_seconds=floor, over_floor=taken[part] / floor)
                 record.add(**base, part=part, **row)
                 for name, peer in peers.items():
+                    if part == "training" and name in FORWARD_ONLY:
+                        continue
                     work = (lambda: peer(*tensors)) if part == "forward" else with_backward(peer, tensors)  # noqa: B023
                     passes = 2 if name == "simple_gla" else 1
                     peer_seconds = passes * seconds(work)

@@ -12,7 +12,8 @@
 #
 # A part runs to its end and then fails if anything in it did. Tests are stopped in time for what has failed to be told.
 # PYTHON: which Python, else python3. JOBS: processes that tests run in where pytest-xdist is installed, else one for each
-# core up to 16: most of their time goes into compiling kernels. LIMIT: seconds that tests may take, else 540.
+# core up to 16: most of their time goes into compiling kernels. LIMIT: seconds that tests may take, else 540. BUDGET: those
+# that suites may take together, else 480.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -77,7 +78,7 @@ suites() {
   folder=$(results)/suites
   SECONDS=0
   while [ $# -gt 0 ]; do
-    budget=$(((480 - SECONDS) / $#))
+    budget=$(((${BUDGET:-480} - SECONDS) / $#))
     LINCONV_POISON=0 "$python" -m linconv.cli bench "$1" --device cuda --budget $((budget > 10 ? budget : 10)) \
       --longest-call 2 --memory-limit 40 --out "$folder" --overwrite || status=$?
     shift
@@ -92,5 +93,5 @@ case "${1:-}" in
   sanitize) sanitize "${@:2}" ;;
   bench) bench ;;
   suites) suites "${@:2}" ;;
-  *) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -158,7 +158,9 @@ def test_launches_of_each_plan(monkeypatch, regime):
     arguments = scan_arguments(3, 40, 4, 20, 2, 3, per_direction=REGIMES[regime])
     tensors = [arguments[n].to("meta") for n in NAMES]
     one = scan.Scan(*tensors, False, 0.0, 1.0, None, None, None, directions=2)
-    monkeypatch.setattr(scan, "launch", lambda kernel, grid, *_: launched.append((kernel.__name__, math.prod(grid))))
+    monkeypatch.setattr(
+        scan, "launch", lambda kernel, grid, *_, **__: launched.append((kernel.__name__, math.prod(grid)))
+    )
     scan.scan_forward(one)
     assert [name for name, _ in launched] == ["chunk_decays", "sweep_states", "chunk_outputs"]
     tiles = math.ceil(20 / one.tiles.sweep_p) * math.ceil(3 / one.tiles.sweep_n)

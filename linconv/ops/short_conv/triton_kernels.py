@@ -8,6 +8,9 @@ chunk's first, so that they are small numbers; offsets are 64-bit.
 At the step of frame t a direction's new result is that of frame u = t - low, whose taps are the frames t, t + 1, ...
 whatever the direction, so that one window of x serves both. Steps come in groups: the rows that a group adds are all
 asked for before the first of them is used.
+
+No product is fused with a sum but by tl.fma. Left to a compiler, which ones are depends on how blocks are laid out over
+threads, and that on strides: it fuses none whose product is made in one layout and added in another.
 """
 
 import triton
@@ -84,9 +87,9 @@ def _filter(
 @triton.jit
 def _apply(filter, window, first: tl.constexpr, WIDTH: tl.constexpr):
     """The result before its activation; taps are the window's rows from `first` on."""
-    total = filter[0][None, :] * window[first] + filter[WIDTH][None, :]
+    total = tl.fma(filter[0][None, :], window[first], filter[WIDTH][None, :])
     for tap in tl.static_range(1, WIDTH):
-        total += filter[tap][None, :] * window[first + tap]
+        total = tl.fma(filter[tap][None, :], window[first + tap], total)
     return total
 
 
@@ -95,7 +98,7 @@ def _counted(sums, d, window, first: tl.constexpr, WIDTH: tl.constexpr):
     """Sums for the gradients of a filter with those of one more frame, whose taps are as in :func:`_apply`."""
     found = ()
     for tap in tl.static_range(WIDTH):
-        found += (sums[tap] + d * window[first + tap],)
+        found += (tl.fma(d, window[first + tap], sums[tap]),)
     return found + (sums[WIDTH] + d,)
 
 
@@ -220,10 +223,10 @@ def differentiate(
                     s = sigmoid(pre)
                     # Outside of the sequence there is no result, whatever its taps are.
                     inside = (u >= sequence_begin) & (u < sequence_end)
-                    d = tl.where(inside[:, None], d * (s + pre * s * (1 - s)), 0)
+                    d = tl.where(inside[:, None], d * tl.fma(pre, tl.fma(-s, s, s), s), 0)
                 recent = dpre[i] + (d,)
                 for j in tl.static_range(WIDTH):
-                    result += filters[i][j][None, :] * recent[WIDTH - 1 - j]
+                    result = tl.fma(filters[i][j][None, :], recent[WIDTH - 1 - j], result)
                 own = ((u >= begin) & (u < end))[:, None]
                 next_dpre += (recent[1:],)
                 next_sums += (_counted(sums[i], tl.where(own, d, 0), window, k, WIDTH),)

@@ -27,7 +27,7 @@ from linconv.ops.ssd.triton_tiles import (
     forced_plan,
     may_spill,
 )
-from linconv.ops.triton_launch import capability_of, empty, launch, launched
+from linconv.ops.triton_launch import ALL_REGISTERS, capability_of, empty, launch, launched
 from linconv.ops.triton_replay import replayed
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16}
@@ -228,7 +228,7 @@ def _swept_states(scan: Scan, chunk: int, states, steps, dy, last, dlast, dfirst
                 **_state_strides(first, "first"), **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", *TYPES),
                 GRADIENT=gradient, BLOCK_P=tiles.sweep_p, BLOCK_N=tiles.sweep_n, STAGES=tiles.sweep_stages,
             ),
-            tiles.sweep_warps, tiles.sweep_stages,
+            tiles.sweep_warps, tiles.sweep_stages, **ALL_REGISTERS,
         )  # fmt: skip
 
     sweep(scan.x, scan.B, states[0], scan.initial_states, last, False)

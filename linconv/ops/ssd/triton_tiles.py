@@ -65,7 +65,7 @@ TILES = {
     ),
     ("tf32", 8): Tiles(
         chunk=64, rows=32, block_p=64, block_n=32, state_p=64, state_n=64,
-        gradient_chunk=32, gradient_p=32, gradient_n=32,
+        gradient_chunk=32, gradient_p=16, gradient_n=32,
     ),
     ("tf32", 9): Tiles(
         chunk=64, rows=64, block_p=64, block_n=32, state_p=64, state_n=64,
@@ -73,18 +73,18 @@ TILES = {
     ),
     ("tf32", 10): Tiles(
         chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=32,
-        gradient_chunk=32, gradient_p=32, gradient_n=32,
+        gradient_chunk=32, gradient_p=16, gradient_n=32,
     ),
     ("tf32x3", 8): Tiles(
-        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=64,
+        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=64, sweep_p=32,
         gradient_chunk=16, gradient_p=32, gradient_n=32,
     ),
     ("tf32x3", 9): Tiles(
-        chunk=64, rows=64, block_p=64, block_n=16, state_p=64, state_n=64,
+        chunk=64, rows=64, block_p=64, block_n=16, state_p=64, state_n=64, sweep_p=32,
         gradient_chunk=16, gradient_p=32, gradient_n=32,
     ),
     ("tf32x3", 10): Tiles(
-        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=32,
+        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=32, sweep_p=32,
         gradient_chunk=16, gradient_p=32, gradient_n=32,
     ),
     # Without tensor cores more stands in registers.
@@ -101,7 +101,7 @@ TILES = {
         gradient_chunk=16, gradient_p=16, gradient_n=32, heads=1, gradient_heads=1, warps=4, stages=1,
     ),
 }  # fmt: skip
-# What is otherwise where dstate is over 64.
+# What is otherwise where dstate is 65 to 128.
 WIDE = {("bf16", 9): {"stages": 3}}
 # Bytes of registers that a thread may spill, most of them from before a kernel's loop until after it: on an H200 the
 # gradients take two thirds of the time of the fastest tiles that spill nothing.
@@ -124,7 +124,7 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
     columns |= {name: min(N, getattr(tiles, name)) for name in ("block_n", "state_n", "sweep_n", "gradient_n")}
     if N > 128:
         columns["gradient_n"] = min(columns["gradient_n"], 32)
-    wide = WIDE.get((_products(operand, precision), capability // 10), {}) if N > 64 else {}
+    wide = WIDE.get((_products(operand, precision), capability // 10), {}) if N == 128 else {}
     return replace(tiles, **columns, **wide)
 
 
