@@ -65,7 +65,7 @@ TILES = {
     ),
     ("tf32", 8): Tiles(
         chunk=64, rows=32, block_p=64, block_n=32, state_p=64, state_n=64,
-        gradient_chunk=32, gradient_p=16, gradient_n=32,
+        gradient_chunk=32, gradient_p=32, gradient_n=16,
     ),
     ("tf32", 9): Tiles(
         chunk=64, rows=64, block_p=64, block_n=32, state_p=64, state_n=64,
@@ -73,7 +73,7 @@ TILES = {
     ),
     ("tf32", 10): Tiles(
         chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=32,
-        gradient_chunk=32, gradient_p=16, gradient_n=32,
+        gradient_chunk=32, gradient_p=32, gradient_n=16,
     ),
     ("tf32x3", 8): Tiles(
         chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=64, sweep_p=32,
