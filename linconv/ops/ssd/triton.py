@@ -259,7 +259,7 @@ def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool, dD=
             GRADIENT=gradient, Q=chunk, ROWS=rows, HEADS=heads, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
             STAGES=tiles.stages,
         ),
-        tiles.warps, tiles.stages,
+        tiles.warps, tiles.stages, **(ALL_REGISTERS if tiles.warps > 4 else {}),
     )  # fmt: skip
 
 
