@@ -9,7 +9,7 @@ import triton
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work of the chunk-parallel plan is cut, and that of backward.
+    """How the work is cut, forward and backward.
 
     Fields of the forward chunk decide results' last bits, so none depends on batch or length.
 
@@ -60,7 +60,7 @@ TILES = {
         stages=1, gradient_stages=2,
     ),
     ("bf16", 10): Tiles(
-        chunk=128, rows=32, block_p=64, block_n=32, state_p=64, state_n=64,
+        chunk=128, rows=32, block_p=64, block_n=32, state_p=64, state_n=64, heads=2,
         gradient_chunk=32, gradient_p=32, gradient_n=64,
     ),
     ("tf32", 8): Tiles(
