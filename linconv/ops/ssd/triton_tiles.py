@@ -51,7 +51,7 @@ class Tiles:
 # others are, which are among the largest tried that spill no registers in what ``shipped()`` lists.
 TILES = {
     ("bf16", 8): Tiles(
-        chunk=128, rows=32, block_p=64, block_n=32, state_p=64, state_n=64,
+        chunk=128, rows=32, block_p=64, block_n=32, state_p=64, state_n=64, sweep_p=32,
         gradient_chunk=32, gradient_p=32, gradient_n=64,
     ),
     ("bf16", 9): Tiles(
@@ -72,7 +72,7 @@ TILES = {
         gradient_chunk=64, gradient_p=32, gradient_n=32,
     ),
     ("tf32", 10): Tiles(
-        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=32,
+        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=32, heads=2,
         gradient_chunk=32, gradient_p=32, gradient_n=16,
     ),
     ("tf32x3", 8): Tiles(
