@@ -104,6 +104,6 @@ def test_a_lost_product_is_a_problem(ptx, expected, tmp_path):
     source.write_text(ptx)
     subprocess.run([knobs.nvidia.ptxas.path, "-arch=sm_90a", source, "-o", cubin], check=True)
     kernel = SimpleNamespace(asm=dict(ptx=ptx, cubin=cubin.read_bytes()), metadata=SimpleNamespace(shared=0))
-    build = SimpleNamespace(name="product", label="", num_warps=4, num_stages=1, compile=lambda _: kernel)
+    build = SimpleNamespace(name="product", label="", num_warps=4, num_stages=1, stack=0, compile=lambda _: kernel)
     ((*_, problem),) = compile_ahead.rows([build], 90, progress=None)
     assert problem == expected
