@@ -4,9 +4,9 @@ The states that enter each chunk are found by one of two plans, each of two laun
 adds to the state, then the states from chunk to chunk. In sweeps, where those fill the GPU: the decays of each chunk,
 then a sweep over the chunks of each sequence, head and direction with the state in registers, so that states go to
 memory once and not three times. Forward is three launches, the last one that of the outputs. Backward saves nothing but
-its inputs: states and their gradients (two launches, or three by sweeps); dx, by the kernel of the outputs; the other
-gradients' parts; their sums. Nothing else runs on the device in between, nothing is read back to the host, and in one
-plan no result depends on the batch that a sequence stands in.
+its inputs: states and their gradients (two launches); dx, by the kernel of the outputs; the gradients of B and C; those
+of dt; sums of what chunks, heads or directions share. Nothing else runs on the device in between, nothing is read back
+to the host, and in one plan no result depends on the batch that a sequence stands in.
 """
 
 import functools
@@ -98,6 +98,10 @@ class Scan:
     def empty(self, *shape, dtype=None):
         return empty(shape, self.x, dtype or self.math)
 
+    def heads_at_once(self) -> int:
+        """Heads of a program of the kernels that take a frame's steps, which stand side by side."""
+        return min(16, triton.next_power_of_2(self.heads))
+
     def last_states(self):
         """Memory for the states after the last step, where there is one direction."""
         return self.empty(self.sequences, self.heads, self.headdim, self.dstate) if self.directions == 1 else None
@@ -180,7 +184,7 @@ def _passed_states(scan: Scan, chunk: int, states, steps, dy, last, dlast, dfirs
             **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", *STEP_OPTIONS, *TYPES),
             GRADIENT=dy is not None, Q=chunk, BLOCK_P=tiles.state_p, BLOCK_N=tiles.state_n,
         ),
-        tiles.state_warps, tiles.stages,
+        tiles.state_warps, tiles.stages, **ALL_REGISTERS,
     )  # fmt: skip
     sizes = scan.sizes(slots)
     for name in ("sequences", "group_heads"):
@@ -205,42 +209,40 @@ def _swept_states(scan: Scan, chunk: int, states, steps, dy, last, dlast, dfirst
     sizes = scan.sizes(slots)
     for name in ("group_heads", "headdim", "dstate"):
         del sizes[name]
+    heads_at_once = scan.heads_at_once()
     launch(
         sweeps.chunk_decays,
-        (slots * scan.directions, scan.heads),
+        (slots * scan.directions, triton.cdiv(scan.heads, heads_at_once)),
         dict(
             dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, **decays, **sizes, **_dt_strides(scan),
-            **scan.options("DIRECTIONS", "FLIP", "KIND", "MATH", *STEP_OPTIONS),
+            **scan.options("DIRECTIONS", "FLIP", "KIND", "MATH", *STEP_OPTIONS), HEADS=heads_at_once,
         ),
-        1, 1,
+        4, 1, **ALL_REGISTERS,
     )  # fmt: skip
     tiles_of_state = triton.cdiv(scan.headdim, tiles.sweep_p) * triton.cdiv(scan.dstate, tiles.sweep_n)
     sizes = scan.sizes(slots)
     del sizes["sequences"]
-
-    def sweep(rows, columns, states, first, last, gradient):
-        launch(
-            sweeps.sweep_states,
-            (scan.sequences * tiles_of_state, scan.heads * scan.directions),
-            dict(
-                rows=rows, columns=columns, A=scan.A, states=states, first=first, last=last, **decays, **sizes,
-                **_x_strides(rows, "r"), **_B_strides(columns, "c"), **_strides(scan.A, "A", "h", 1),
-                **_state_strides(first, "first"), **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", *TYPES),
-                GRADIENT=gradient, BLOCK_P=tiles.sweep_p, BLOCK_N=tiles.sweep_n, STAGES=tiles.sweep_stages,
-            ),
-            tiles.sweep_warps, tiles.sweep_stages, **ALL_REGISTERS,
-        )  # fmt: skip
-
-    sweep(scan.x, scan.B, states[0], scan.initial_states, last, False)
-    if dy is not None:
-        sweep(dy, scan.C, states[1], dlast, dfirst, True)
+    C = None if dy is None else scan.C
+    launch(
+        sweeps.sweep_states,
+        (scan.sequences * tiles_of_state, scan.heads * scan.directions * states.shape[0]),
+        dict(
+            x=scan.x, B=scan.B, dy=dy, C=C, states=states, first=scan.initial_states, last=last, dlast=dlast,
+            dfirst=dfirst, **decays, **sizes, **_x_strides(scan.x, "x"), **_B_strides(scan.B, "B"),
+            **_x_strides(dy, "dy"), **_B_strides(C, "C"), **_state_strides(scan.initial_states, "first"),
+            **_state_strides(dlast, "dlast"),
+            **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", *TYPES),
+            BLOCK_P=tiles.sweep_p, BLOCK_N=tiles.sweep_n, STAGES=tiles.sweep_stages,
+        ),
+        tiles.sweep_warps, tiles.sweep_stages, **ALL_REGISTERS,
+    )  # fmt: skip
 
 
-def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool, dD=None):
-    """y from x, or with ``gradient`` dx from dy, and where there is a dD parts of D's gradient."""
+def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool, skipped=None):
+    """y from x, or with ``gradient`` dx from dy, and where there is a ``skipped`` sums for D's gradient."""
     slots, tiles = scan.slots(chunk), scan.tiles
     left, right = (scan.B, scan.C) if gradient else (scan.C, scan.B)
-    x = None if dD is None else scan.x
+    x = None if skipped is None else scan.x
     heads = _divisor(scan.heads // scan.groups, tiles.heads)
     p_tiles = triton.cdiv(scan.headdim, tiles.block_p)
     ways = scan.directions if not scan.summed else 1
@@ -251,10 +253,9 @@ def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool, dD=
         kernels.chunk_outputs,
         (slots * (chunk // rows), p_tiles * (scan.heads // heads) * ways),
         dict(
-            z=z, x=x, rows=left, columns=right, A=scan.A, D=scan.D, states=states, v_of=v, step_of=step, total_of=total,
-            out=out, dD=dD, **scan.sizes(slots), **_x_strides(z, "z"), **_x_strides(x, "x"), **_B_strides(left, "r"),
-            **_B_strides(right, "c"),
-            **_strides(scan.A, "A", "h", 1), **_strides(scan.D, "D", "h", 1), **out_strides,
+            z=z, x=x, rows=left, columns=right, D=scan.D, states=states, v_of=v, step_of=step, total_of=total, out=out,
+            skipped_of=skipped, **scan.sizes(slots), **_x_strides(z, "z"), **_x_strides(x, "x"),
+            **_B_strides(left, "r"), **_B_strides(right, "c"), **_strides(scan.D, "D", "h", 1), **out_strides,
             **scan.options("DIRECTIONS", "SUMMED", "SUM_D", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
             GRADIENT=gradient, Q=chunk, ROWS=rows, HEADS=heads, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
             STAGES=tiles.stages,
@@ -282,59 +283,81 @@ def scan_backward(scan: Scan, dy, dlast=None):
     rows = min(tiles.rows, chunk)
     states, steps, _, dfirst = _states(scan, chunk, dy, dlast)
     v, step, total = steps
-    dD_parts, ways = None, 1 if scan.summed else directions
-    if scan.D is not None:
-        dD_parts = scan.empty(triton.cdiv(scan.headdim, tiles.block_p), ways, heads, slots * (chunk // rows))
-    _outputs(scan, chunk, rows, dy, dx, states[1:], steps, gradient=True, dD=dD_parts)
-
-    block_heads = _divisor(group_heads, tiles.gradient_heads)
-    blocks = group_heads // block_heads
-    of_batch = (directions, scan.batch, scan.frames)
-    dB_parts = scan.empty(blocks, *of_batch, scan.groups, scan.dstate)
-    dC_parts = scan.empty(blocks, *of_batch, scan.groups, scan.dstate)
-    n_tiles = triton.cdiv(scan.dstate, tiles.gradient_n)
-    parts = 2 * n_tiles  # B's and C's
-    ddt_parts = scan.empty(parts, *of_batch, heads)
-    per_head = scan.empty(2, parts, directions, heads, slots)
-    launch(
-        kernels.chunk_gradients,
-        (slots * directions, parts * scan.groups * blocks),
-        dict(
-            dy=dy, x=scan.x, dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, B=scan.B, C=scan.C, states=states, v_of=v,
-            step_of=step, total_of=total, dB=dB_parts, dC=dC_parts,
-            ddt=ddt_parts, per_head=per_head, **scan.sizes(slots), **_x_strides(dy, "dy"),
-            **_x_strides(scan.x, "x"), **_dt_strides(scan), **_B_strides(scan.B, "B"), **_B_strides(scan.C, "C"),
-            **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", *STEP_OPTIONS, *TYPES),
-            Q=chunk, HEADS=block_heads, BLOCK_P=tiles.gradient_p, BLOCK_N=tiles.gradient_n,
-            STAGES=tiles.gradient_stages,
-        ),
-        tiles.gradient_warps, tiles.gradient_stages,
-    )  # fmt: skip
+    p_tiles, ways = triton.cdiv(scan.headdim, tiles.block_p), 1 if scan.summed else directions
+    skipped = None if scan.D is None else scan.empty(p_tiles, ways, heads, slots, chunk)
+    _outputs(scan, chunk, rows, dy, dx, states[1:], steps, gradient=True, skipped=skipped)
 
     def like(argument):
         return scan.empty(*argument.shape, dtype=argument.dtype) if argument is not None else scan.empty(0)
 
     ddt, dA, dB, dC, dD, dbias = map(like, (scan.dt, scan.A, scan.B, scan.C, scan.D, scan.dt_bias))
 
-    def terms(argument, dims):  # directions that share it
+    def shared(argument, dims):
+        """Directions that an argument is summed over."""
         return 1 if argument is None or argument.dim() > dims else directions
+
+    block_heads = _divisor(group_heads, tiles.gradient_heads)
+    blocks = group_heads // block_heads
+    of_batch = (directions, scan.batch, scan.frames)
+    B_terms, C_terms, dt_terms = blocks * shared(scan.B, 4), blocks * shared(scan.C, 4), shared(scan.dt, 3)
+    # What is the only term of its sum is written to its place at once.
+    dB_parts = dB if B_terms == 1 else scan.empty(blocks, *of_batch, scan.groups, scan.dstate)
+    dC_parts = dC if C_terms == 1 else scan.empty(blocks, *of_batch, scan.groups, scan.dstate)
+    ddt_parts = ddt if dt_terms == 1 else scan.empty(*of_batch, heads)
+    n_tiles = triton.cdiv(scan.dstate, tiles.gradient_n)
+    per_chunk = (directions, heads, slots)
+    for_steps = dict(
+        moved_of=scan.empty(2 * n_tiles, *per_chunk, chunk),  # B's and C's
+        given_of=scan.empty(n_tiles, *per_chunk, chunk),
+        carried_of=scan.empty(n_tiles, *per_chunk, scan.headdim),
+    )
+    launch(
+        kernels.chunk_gradients,
+        (slots * directions, 2 * n_tiles * scan.groups * blocks),
+        dict(
+            dy=dy, x=scan.x, B=scan.B, C=scan.C, states=states, v_of=v, step_of=step, total_of=total, dB=dB_parts,
+            dC=dC_parts, **for_steps, **scan.sizes(slots), **_x_strides(dy, "dy"), **_x_strides(scan.x, "x"),
+            **_B_strides(scan.B, "B"), **_B_strides(scan.C, "C"),
+            **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
+            Q=chunk, HEADS=block_heads, BLOCK_P=tiles.gradient_p, BLOCK_N=tiles.gradient_n,
+            STAGES=tiles.gradient_stages,
+        ),
+        tiles.gradient_warps, tiles.gradient_stages, **ALL_REGISTERS,
+    )  # fmt: skip
+
+    per_head = scan.empty(3, *per_chunk)  # A's, dt_bias's, D's
+    sizes = scan.sizes(slots)
+    for name in ("group_heads", "dstate"):
+        del sizes[name]
+    heads_at_once = scan.heads_at_once()
+    launch(
+        kernels.step_gradients,
+        (slots * directions, triton.cdiv(heads, heads_at_once)),
+        dict(
+            dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, step_of=step, total_of=total, **for_steps, skipped_of=skipped,
+            ddt=ddt_parts, per_head=per_head, **sizes, **_dt_strides(scan), TILES=n_tiles, P_TILES=p_tiles, WAYS=ways,
+            **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", "MATH", *STEP_OPTIONS), Q=chunk,
+            BLOCK_P=triton.next_power_of_2(scan.headdim), HEADS=heads_at_once,
+        ),
+        8, 1, **ALL_REGISTERS,
+    )  # fmt: skip
 
     # Where a D of each direction is summed, both gradients are the one there is: x is shared.
     D_ways = 1 if scan.D is None or scan.D.dim() == 1 else ways
-    D_slots = 0 if dD_parts is None else dD_parts.shape[-1]
+    B_size, C_size, dt_size = (
+        0 if terms == 1 else whole.numel() for terms, whole in ((B_terms, dB), (C_terms, dC), (dt_terms, ddt))
+    )
     block = 512
-    programs = sum(triton.cdiv(t.numel(), block) for t in (dB, dC, ddt)) + dA.numel() + dbias.numel() + dD.numel()
+    programs = sum(triton.cdiv(n, block) for n in (B_size, C_size, dt_size)) + dA.numel() + dbias.numel() + dD.numel()
     launch(
         kernels.sum_parts,
         (programs,),
         dict(
-            dB_parts=dB_parts, dC_parts=dC_parts, ddt_parts=ddt_parts, per_head=per_head, dD_parts=dD_parts,
-            dB=dB, dC=dC, ddt=ddt, dA=dA, ddt_bias=dbias, dD=dD, B_terms=blocks * terms(scan.B, 4), B_size=dB.numel(),
-            C_terms=blocks * terms(scan.C, 4), C_size=dC.numel(), dt_terms=parts * terms(scan.dt, 3),
-            dt_size=ddt.numel(), A_terms=parts * terms(scan.A, 1), A_size=dA.numel(),
-            bias_terms=parts * terms(scan.dt_bias, 1), bias_size=dbias.numel(),
-            D_terms=triton.cdiv(scan.headdim, tiles.block_p) * ways // D_ways, D_size=heads * D_ways, D_slots=D_slots,
-            heads=heads, slots=slots, kinds=parts * directions, BLOCK=block,
+            dB_parts=dB_parts, dC_parts=dC_parts, ddt_parts=ddt_parts, per_head=per_head, dB=dB, dC=dC, ddt=ddt, dA=dA,
+            ddt_bias=dbias, dD=dD, B_terms=B_terms, B_size=B_size, C_terms=C_terms, C_size=C_size, dt_terms=dt_terms,
+            dt_size=dt_size, A_terms=shared(scan.A, 1), A_size=dA.numel(), bias_terms=shared(scan.dt_bias, 1),
+            bias_size=dbias.numel(), D_terms=ways // D_ways, D_size=heads * D_ways, heads=heads, slots=slots,
+            directions=directions, BLOCK=block,
         ),
         4, 1,
     )  # fmt: skip

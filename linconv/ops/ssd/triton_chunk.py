@@ -162,9 +162,10 @@ def load_step(
 @triton.jit
 def decays_of(
     dt, dt_bias, A, direction, row, frame, head, valid, reverse, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
-    SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MATH: tl.constexpr,
+    AXIS: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    MATH: tl.constexpr,
 ):  # fmt: skip
-    """(A, dt, v, total) of a chunk of one head, total the sum of A dt / ln 2."""
+    """(dt, v, u, total) of a chunk of one head, or of several, frames along AXIS; total the sum of A dt / ln 2."""
     _, _, step = load_step(
         dt, dt_bias, direction, row, frame, head, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h, SOFTPLUS, LOW, HIGH,
         MATH,
@@ -172,9 +173,20 @@ def decays_of(
     rate = tl.load(A + direction * A_d + head * A_h)
     # In float64, and each direction in its own order: weights are powers of differences of these sums.
     log_decay = step.to(tl.float64) * rate.to(tl.float64) * LOG2E
-    total = tl.sum(log_decay, 0).to(MATH)
-    v = tl.where(reverse, tl.cumsum(log_decay, 0, reverse=True), tl.cumsum(log_decay, 0)).to(MATH)
-    return rate.to(MATH), step, v, total
+    total = tl.sum(log_decay, AXIS).to(MATH)
+    v = tl.where(reverse, tl.cumsum(log_decay, AXIS, reverse=True), tl.cumsum(log_decay, AXIS))
+    u = v - log_decay if SHIFTED else v
+    return step, v.to(MATH), u.to(MATH), total
+
+
+@triton.jit
+def load_u(v_of, position, reverse, Q: tl.constexpr, SHIFTED: tl.constexpr):
+    """u at positions in a chunk, of whose v there is v_of."""
+    if SHIFTED:
+        before = tl.where(reverse, position + 1, position - 1)
+        return tl.load(v_of + before, mask=(before >= 0) & (before < Q), other=0)
+    else:
+        return tl.load(v_of + position)
 
 
 @triton.jit
@@ -184,12 +196,6 @@ def added_by(
     """state (headdim, dstate) plus the sum over frames of scale rows factor^T: rows by column, factor by frame."""
     scaled = (rows * scale[None, :]).to(OPERAND)
     return tl.dot(scaled, factor, state, input_precision=PRECISION, out_dtype=MATH)
-
-
-@triton.jit
-def exclusive_of(v, step, rate):
-    """The sums without their own frame's term."""
-    return v - step * (rate * LOG2E)
 
 
 @triton.jit
@@ -212,25 +218,6 @@ def scores_in_sight(scores, i, j, reverse, strict, GRADIENT: tl.constexpr):
         return tl.where(in_sight(j[None, :], i[:, None], reverse, strict), scores, 0)
     else:
         return tl.where(in_sight(i[:, None], j[None, :], reverse, strict), scores, 0)
-
-
-@triton.jit
-def weights_of(
-    scores, v_i, step_i, v_j, step_j, total, rate, valid_i, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
-    """(one direction's weights (i, j) of a chunk, the factors of what its rows take from the state).
-
-    scores are those in sight. With GRADIENT, rows are frames and columns results: dx is the scan turned round, with B
-    and C in each other's place.
-    """
-    if GRADIENT:
-        u_j = exclusive_of(v_j, step_j, rate) if SHIFTED else v_j
-        weights = finite_power(u_j[None, :] - v_i[:, None]) * scores * step_i[:, None]
-        return weights, tl.exp2(total - v_i) * step_i
-    else:
-        u_i = exclusive_of(v_i, step_i, rate) if SHIFTED else v_i
-        weights = finite_power(u_i[:, None] - v_j[None, :]) * scores * step_j[None, :]
-        return weights, tl.where(valid_i, tl.exp2(u_i), 0)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from linconv.ops.ssd.triton_chunk import (
     added_by,
     decays_of,
-    exclusive_of,
+    finite_power,
     first_slot,
     frames_of,
     in_sight,
@@ -18,12 +18,13 @@ from linconv.ops.ssd.triton_chunk import (
     load_state,
     load_step,
     load_tile,
+    load_u,
     scores_in_sight,
     sequence_of,
     source_of,
-    weights_of,
     widened,
 )
+from linconv.ops.triton_math import sigmoid
 
 
 @triton.jit
@@ -60,9 +61,9 @@ def chunk_states(
     position = tl.arange(0, Q)
     frame = chunk * Q + position
     valid = frame < length
-    rate, step, v, total = decays_of(
+    step, v, u, total = decays_of(
         dt, dt_bias, A, direction, row, begin + frame, head, valid, reverse, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d,
-        bias_h, SOFTPLUS, LOW, HIGH, MATH,
+        bias_h, 0, SHIFTED, SOFTPLUS, LOW, HIGH, MATH,
     )  # fmt: skip
     if tile == 0:
         tl.store(v_of + at * Q + position, v)
@@ -82,7 +83,6 @@ def chunk_states(
     tl.store(out, added.to(OPERAND), mask=kept)
     if GRADIENT:
         source, there = source_of(frame, valid, length, reverse, SHIFTED)
-        u = exclusive_of(v, step, rate) if SHIFTED else v
         dy_rows = load_tile(
             dy, direction, row, begin + frame, head, p, valid, headdim, dy_d, dy_b, dy_t, dy_h, dy_p, MATH, True
         )  # fmt: skip
@@ -168,19 +168,28 @@ def _scores(
 
 @triton.jit
 def _direction_weights(
-    scores, A, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, A_d, A_h,
-    SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr, MATH: tl.constexpr,
+    scores, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, reverse,
+    SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """One direction's weights (rows, Q) of a chunk, and the factors of what its rows take from the state."""
+    """(one direction's weights (rows, Q) of a chunk, the factors of what its rows take from the state).
+
+    scores are those in sight. With GRADIENT, rows are frames and columns results: dx is the scan turned round, with B
+    and C in each other's place.
+    """
     at = (direction * heads + head) * slots + slot
-    v_i = tl.load(v_of + at * Q + q)
-    step_i = tl.load(step_of + at * Q + q)
+    v_of += at * Q
+    step_of += at * Q
     j = tl.arange(0, Q)
-    v_j = tl.load(v_of + at * Q + j)
-    step_j = tl.load(step_of + at * Q + j)
-    rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
-    total = tl.load(total_of + at)
-    return weights_of(scores, v_i, step_i, v_j, step_j, total, rate, valid_i, SHIFTED, GRADIENT)
+    if GRADIENT:
+        v_i = tl.load(v_of + q)
+        step_i = tl.load(step_of + q)
+        u_j = load_u(v_of, j, reverse, Q, SHIFTED)
+        weights = finite_power(u_j[None, :] - v_i[:, None]) * scores * step_i[:, None]
+        return weights, tl.exp2(tl.load(total_of + at) - v_i) * step_i
+    else:
+        u_i = load_u(v_of, q, reverse, Q, SHIFTED)
+        weights = finite_power(u_i[:, None] - tl.load(v_of + j)[None, :]) * scores * tl.load(step_of + j)[None, :]
+        return weights, tl.where(valid_i, tl.exp2(u_i), 0)
 
 
 @triton.jit
@@ -206,10 +215,10 @@ def _from_state(
 
 @triton.jit
 def chunk_outputs(
-    z, x, rows, columns, A, D, states, v_of, step_of, total_of, out, dD, bounds,
+    z, x, rows, columns, D, states, v_of, step_of, total_of, out, skipped_of, bounds,
     frames, sequences, slots, heads,
     z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
-    A_d, A_h, D_d, D_h, out_d, out_b, out_t, out_h,
+    D_d, D_h, out_d, out_b, out_t, out_h,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, SUMMED: tl.constexpr, SUM_D: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr,
     SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
@@ -219,8 +228,10 @@ def chunk_outputs(
     """y from x, with rows = C and columns = B; with GRADIENT dx from dy, with rows = B and columns = C.
 
     SUMMED: both directions' weights are added up and multiply z as one product. A program takes ROWS frames of a chunk,
-    BLOCK_P columns of headdim and HEADS heads of a group, which share the products of rows and columns. dD (tiles of
-    headdim, directions or 1 if SUMMED, heads, slots, Q / ROWS): parts of D's gradient; it and x may be None.
+    BLOCK_P columns of headdim and HEADS heads of a group, which share the products of rows and columns.
+
+    skipped_of (tiles of headdim, directions or 1 if SUMMED, heads, slots, Q): parts of the sums over x . dy, for
+    `step_gradients`; it and x may be None.
     """
     BLOCKS: tl.constexpr = Q // ROWS
     slot = (tl.program_id(0) // BLOCKS).to(tl.int64)
@@ -248,15 +259,13 @@ def chunk_outputs(
     # Results are our own memory, in which offsets in a chunk are small: 64 bits would take twice the registers.
     out += direction * out_d + row * out_b + (begin + chunk * Q) * out_t
     out_offset = q[:, None] * out_t + p[None, :]
-    if dD is not None:
+    if skipped_of is not None:
         WAYS: tl.constexpr = 1 if SUMMED else DIRECTIONS
-        dD += ((p_tile * WAYS + direction) * heads * slots + slot) * BLOCKS + block
+        skipped_of += ((p_tile * WAYS + direction) * heads * slots + slot) * Q
     if chunk * Q + block * ROWS >= length:
         for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
             zeros = tl.zeros([ROWS, BLOCK_P], out.dtype.element_ty)
             tl.store(out + (first_head + h) * out_h + out_offset, zeros, mask=kept)
-            if dD is not None:
-                tl.store(dD + (first_head + h) * slots * BLOCKS, tl.zeros([], MATH))
         return
 
     SHIFTED_ROWS: tl.constexpr = SHIFTED and not GRADIENT
@@ -281,13 +290,13 @@ def chunk_outputs(
     for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         head = first_head + h
         weights, entered = _direction_weights(
-            scores, A, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, A_d, A_h,
-            SHIFTED, GRADIENT, Q, MATH,
+            scores, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, reverse,
+            SHIFTED, GRADIENT, Q,
         )  # fmt: skip
         if SUMMED:
             other_weights, other_entered = _direction_weights(
-                other_scores, A, v_of, step_of, total_of, direction + 1, head, slot, slots, heads, valid_i, q, A_d, A_h,
-                SHIFTED, GRADIENT, Q, MATH,
+                other_scores, v_of, step_of, total_of, direction + 1, head, slot, slots, heads, valid_i, q, True,
+                SHIFTED, GRADIENT, Q,
             )  # fmt: skip
             weights += other_weights
         values = load_tile(
@@ -312,30 +321,31 @@ def chunk_outputs(
                 z, direction, row, begin + i, head, p, valid_i, headdim, z_d, z_b, z_t, z_h, z_p, MATH, False
             )
             result += skip * own
-            if dD is not None:
+            if skipped_of is not None:
                 own *= load_tile(
                     x, direction, row, begin + i, head, p, valid_i, headdim, x_d, x_b, x_t, x_h, x_p, MATH, False
                 )
-                tl.store(dD + head * slots * BLOCKS, tl.sum(tl.sum(own, 1), 0))
+                tl.store(skipped_of + head * slots * Q + q, tl.sum(own, 1))
         result = tl.where(valid_i[:, None], result, 0)
         tl.store(out + head * out_h + out_offset, result.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
 def _gradients_of(
-    rows, others, columns, own, dt, A, dt_bias, states, v_of, step_of, total_of, out, ddt, per_head, bounds, slot,
+    rows, others, columns, own, states, v_of, step_of, total_of, out, moved_of, given_of, carried_of, bounds, slot,
     direction, tile, group, head_block, part, frames, sequences, slots, heads,
-    r_d, r_b, r_t, r_h, r_p, o_d, o_b, o_t, o_h, o_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
-    c_d, c_b, c_t, c_g, c_n, own_d, own_b, own_t, own_g, own_n,
+    r_d, r_b, r_t, r_h, r_p, o_d, o_b, o_t, o_h, o_p, c_d, c_b, c_t, c_g, c_n,
+    own_d, own_b, own_t, own_g, own_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr, OF_B: tl.constexpr,
-    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, KIND: tl.constexpr,
+    Q: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of own = C, from rows = dy, others = x and columns = B, or with OF_B that of own = B, from rows = x,
-    others = dy and columns = C; and its share in those of dt, A and dt_bias, as the given part of sums."""
-    n_tiles: tl.constexpr = (dstate + BLOCK_N - 1) // BLOCK_N
+    others = dy and columns = C; and what `step_gradients` takes from it.
+
+    Nothing in the loop over heads is summed over more than a row: that is a warp's own, and no warp waits for another.
+    """
     COLUMNS: tl.constexpr = Q // 2 if Q >= 32 else Q  # of the chunk's weights at once: they stand in registers
     groups = heads // group_heads
     sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
@@ -343,7 +353,8 @@ def _gradients_of(
     chunk = slot - first_slot(sequence, bounds, frames, Q, KIND)
     reverse = is_reversed(direction, FLIP)
     strict = is_strict(direction, ONCE, SHIFTED)
-    i = (chunk * Q).to(tl.int32) + tl.arange(0, Q)
+    q = tl.arange(0, Q)
+    i = (chunk * Q).to(tl.int32) + q
     n = tile.to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = i < length
     if KIND == "cu_seqlens":
@@ -352,23 +363,17 @@ def _gradients_of(
     else:
         batch = sequences
         stored = i < frames
-    # The tensors of a batch, as (batch, L, heads or groups): contiguous.
+    # Of a batch (batch, L, groups, dstate): contiguous. In our own memory offsets in a chunk are small: 64 bits would
+    # take twice the registers.
     line = row * frames + begin
-    ddt_offset = ((part * DIRECTIONS + direction) * batch * frames + line + i) * heads
-    sums = per_head + (part * DIRECTIONS + direction) * heads * slots + slot
-    sums_size = tl.full([], 2 * n_tiles * DIRECTIONS, tl.int64) * heads * slots
-    first_head = group * group_heads + head_block * HEADS
-    # In our own memory offsets in a chunk are small: 64 bits would take twice the registers.
     out += ((head_block * DIRECTIONS + direction) * batch * frames + line) * groups * dstate + group * dstate
     line_size = groups * dstate
-    offset = tl.arange(0, Q)[:, None] * line_size + n[None, :]
+    offset = q[:, None] * line_size + n[None, :]
     of_chunk = out + chunk * Q * line_size
     columns_there = (n < dstate)[None, :]
     if chunk * Q >= length:
-        tl.store(of_chunk + offset, tl.zeros([Q, BLOCK_N], MATH), mask=stored[:, None] & columns_there)
-        for h in tl.range(0, HEADS, num_stages=1, disable_licm=True):
-            tl.store(ddt + ddt_offset + first_head + h, tl.zeros([Q], MATH), mask=stored)
-            tl.store(sums + (first_head + h) * slots + tl.arange(0, 2) * sums_size, tl.zeros([2], MATH))
+        zeros = tl.zeros([Q, BLOCK_N], out.dtype.element_ty)
+        tl.store(of_chunk + offset, zeros, mask=stored[:, None] & columns_there)
         return
 
     # A result takes C of the frame source, see triton_chunk.py.
@@ -379,21 +384,22 @@ def _gradients_of(
         False,
     )  # fmt: skip
     total_sum = tl.zeros([Q, BLOCK_N], MATH)
-    q = tl.arange(0, Q)
     for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
-        head = first_head + h
+        head = group * group_heads + head_block * HEADS + h
         at = (direction * heads + head) * slots + slot
         gradient_at = at + tl.full([], DIRECTIONS, tl.int64) * heads * slots
-        v = tl.load(v_of + at * Q + q)
-        step = tl.load(step_of + at * Q + q)
-        total = tl.load(total_of + at)
-        rate = tl.load(A + direction * A_d + head * A_h).to(MATH)
-        u = exclusive_of(v, step, rate) if SHIFTED else v
+        of_tile = at + tile * DIRECTIONS * heads * slots
+        of_part = at + part * DIRECTIONS * heads * slots
+        if OF_B:
+            v = tl.load(v_of + at * Q + q)
+            factor = tl.exp2(tl.load(total_of + at) - v)
+        else:
+            u = load_u(v_of + at * Q, q, reverse, Q, SHIFTED)
+            factor = tl.where(valid, tl.exp2(u), 0)
 
         # 2^u is in all that a result takes, 2^-v and dt are in all that a frame gives: what they have for a gradient is
         # the sum over C . dC, or B . dB. Through the state first.
         result = tl.zeros([Q, BLOCK_N], MATH)
-        carried = tl.zeros([BLOCK_N], MATH)
         for start in range(0, headdim, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             row_tile = load_tile(
@@ -403,12 +409,12 @@ def _gradients_of(
             result = tl.dot(row_tile, state, result, input_precision=PRECISION, out_dtype=MATH)
             if OF_B:
                 before = load_state(states, at, p, n, headdim, dstate, False)
-                carried += tl.sum(before.to(MATH) * state.to(MATH), 0)
-        result *= tl.exp2(total - v)[:, None] if OF_B else tl.where(valid, tl.exp2(u), 0)[:, None]
+                carried = tl.sum(before.to(MATH) * state.to(MATH), 1)
+                tl.store(carried_of + of_tile * headdim + p, carried, mask=p < headdim)
+        result *= factor[:, None]
         moved = tl.sum(widened(own_tile, h, MATH) * result, 1)
-        total_gradient = tl.zeros([], MATH)
-        if OF_B:  # the total is in what enters and in what frames give
-            total_gradient += tl.exp2(total) * tl.sum(carried, 0) + tl.sum(step * moved, 0)
+        if OF_B:
+            tl.store(given_of + of_tile * Q + q, moved)
         # Then in the chunk. C's side and B's sum one matrix, over its rows and over its columns, so that the two cancel
         # out where they should.
         for start_j in tl.static_range(0, Q, COLUMNS):
@@ -433,73 +439,56 @@ def _gradients_of(
                 OPERAND, False,
             )  # fmt: skip
             scores = tl.dot(own_tile, tl.trans(column_tile), input_precision=PRECISION, out_dtype=MATH)
-            v_j = tl.load(v_of + at * Q + q_j)
-            step_j = tl.load(step_of + at * Q + q_j)
             if OF_B:
-                u_j = exclusive_of(v_j, step_j, rate) if SHIFTED else v_j
+                u_j = load_u(v_of + at * Q, q_j, reverse, Q, SHIFTED)
                 seen = in_sight(q_j[None, :], q[:, None], reverse, strict)
                 weights *= tl.exp2(tl.where(seen, u_j[None, :] - v[:, None], float("-inf")))
             else:
                 seen = in_sight(q[:, None], q_j[None, :], reverse, strict)
+                v_j = tl.load(v_of + at * Q + q_j)
+                step_j = tl.load(step_of + at * Q + q_j)
                 weights *= tl.exp2(tl.where(seen, u[:, None] - v_j[None, :], float("-inf"))) * step_j[None, :]
             moved += tl.sum(weights * scores, 1)
             result = tl.dot(weights.to(OPERAND), column_tile, result, input_precision=PRECISION, out_dtype=MATH)
         if OF_B:
-            result *= step[:, None]
+            result *= tl.load(step_of + at * Q + q)[:, None]
         total_sum += result
-
-        # The gradient of the log decay a_k = dt_k A is that of every u and v it is part of, and of the total.
-        change = -step * moved if OF_B else moved
-        prefix = tl.cumsum(change, 0)
-        total_gradient += tl.sum(tl.where(reverse, 0, change), 0)
-        log_decay = tl.where(reverse, prefix, change - prefix) + total_gradient
-        if SHIFTED and not OF_B:
-            log_decay -= moved
-        step_gradient = rate * log_decay
-        if OF_B:
-            step_gradient += moved
-        raw, free, clamped = load_step(
-            dt, dt_bias, direction, row, begin + i, head, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h, SOFTPLUS, LOW,
-            HIGH, MATH,
-        )  # fmt: skip
-        step_gradient = tl.where(free == clamped, step_gradient, 0)
-        if SOFTPLUS:
-            step_gradient *= 1 / (1 + tl.exp(-raw))
-        step_gradient = tl.where(valid, step_gradient, 0)
-        tl.store(ddt + ddt_offset + head, step_gradient, mask=stored)
-        tl.store(sums + head * slots, tl.sum(tl.where(valid, step * log_decay, 0), 0))
-        tl.store(sums + head * slots + sums_size, tl.sum(step_gradient, 0))
+        tl.store(moved_of + of_part * Q + q, moved)
 
     if SHIFTED and not OF_B:
         # Row i is for the frame source, one step before. The first step's result has no C, and no result takes the C of
         # the last step.
         before = tl.where(reverse, line_size, -line_size)
-        tl.store(of_chunk + before + offset, total_sum, mask=there[:, None] & columns_there)
-        tl.store(of_chunk + offset, tl.zeros_like(total_sum), mask=(stored & (i >= length))[:, None] & columns_there)
+        tl.store(of_chunk + before + offset, total_sum.to(out.dtype.element_ty), mask=there[:, None] & columns_there)
+        zeros = tl.zeros([Q, BLOCK_N], out.dtype.element_ty)
+        tl.store(of_chunk + offset, zeros, mask=(stored & (i >= length))[:, None] & columns_there)
         last_frame = tl.where(reverse, 0, length - 1)
         written = tl.where(chunk == tl.where(reverse, (length - 1) // Q, 0), dstate, 0)  # once, by the first step's
-        tl.store(out + last_frame * line_size + n, tl.zeros([BLOCK_N], MATH), mask=n < written)
+        tl.store(out + last_frame * line_size + n, tl.zeros([BLOCK_N], out.dtype.element_ty), mask=n < written)
     else:
-        tl.store(of_chunk + offset, tl.where(valid[:, None], total_sum, 0), mask=stored[:, None] & columns_there)
+        total_sum = tl.where(valid[:, None], total_sum, 0).to(out.dtype.element_ty)
+        tl.store(of_chunk + offset, total_sum, mask=stored[:, None] & columns_there)
 
 
 @triton.jit
 def chunk_gradients(
-    dy, x, dt, A, dt_bias, B, C, states, v_of, step_of, total_of, dB, dC, ddt, per_head, bounds,
+    dy, x, B, C, states, v_of, step_of, total_of, dB, dC, moved_of, given_of, carried_of, bounds,
     frames, sequences, slots, heads,
-    dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
-    B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n,
+    dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
-    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, KIND: tl.constexpr,
+    Q: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of B, C, dt and, chunk by chunk, of what heads have one of, for one direction of a chunk.
+    """Gradients of B and C, for one direction of a chunk, and what those of dt, A and dt_bias are made of.
 
-    dB, dC (heads / HEADS of a group, directions, batch, L, groups, dstate) are parts of sums, as are ddt (2 dstate /
-    BLOCK_N, directions, batch, L, heads) and per_head (2: A, dt_bias; 2 dstate / BLOCK_N, directions, heads, slots). A
-    program takes BLOCK_N columns of B or of C and what these give: both at once are more than there are registers.
+    dB, dC (heads / HEADS of a group, directions, batch, L, groups, dstate) may be parts of sums. A program takes
+    BLOCK_N columns of B or of C and what these give: both at once are more than there are registers. So of what is for
+    `step_gradients` there are parts by columns, dstate / BLOCK_N of them, twice as many of moved_of: B's, then C's.
+
+    moved_of, given_of (parts, directions, heads, slots, Q): rows' sums over B . dB but for dt, or C . dC; of these what
+    B's rows give to the state that leaves the chunk. carried_of (parts, directions, heads, slots, headdim): sums over
+    the state that enters times the gradient of the one that leaves.
     """
     slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
     direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
@@ -510,22 +499,111 @@ def chunk_gradients(
     head_block = (tl.program_id(1) // (2 * n_tiles) // (heads // group_heads)).to(tl.int64)
     if part < n_tiles:
         _gradients_of(
-            x, dy, C, B, dt, A, dt_bias, states, v_of, step_of, total_of, dB, ddt, per_head, bounds, slot,
+            x, dy, C, B, states, v_of, step_of, total_of, dB, moved_of, given_of, carried_of, bounds, slot,
             direction, tile, group, head_block, part, frames, sequences, slots, heads,
-            x_d, x_b, x_t, x_h, x_p, dy_d, dy_b, dy_t, dy_h, dy_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
-            C_d, C_b, C_t, C_g, C_n, B_d, B_b, B_t, B_g, B_n, group_heads, headdim, dstate, True,
-            DIRECTIONS, FLIP, ONCE, SHIFTED, SOFTPLUS, LOW, HIGH, KIND, Q, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH,
-            OPERAND, PRECISION,
+            x_d, x_b, x_t, x_h, x_p, dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
+            B_d, B_b, B_t, B_g, B_n, group_heads, headdim, dstate, True,
+            DIRECTIONS, FLIP, ONCE, SHIFTED, KIND, Q, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
         )  # fmt: skip
     else:
         _gradients_of(
-            dy, x, B, C, dt, A, dt_bias, states, v_of, step_of, total_of, dC, ddt, per_head, bounds, slot,
+            dy, x, B, C, states, v_of, step_of, total_of, dC, moved_of, given_of, carried_of, bounds, slot,
             direction, tile, group, head_block, part, frames, sequences, slots, heads,
-            dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
-            B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n, group_heads, headdim, dstate, False,
-            DIRECTIONS, FLIP, ONCE, SHIFTED, SOFTPLUS, LOW, HIGH, KIND, Q, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH,
-            OPERAND, PRECISION,
+            dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n,
+            C_d, C_b, C_t, C_g, C_n, group_heads, headdim, dstate, False,
+            DIRECTIONS, FLIP, ONCE, SHIFTED, KIND, Q, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
         )  # fmt: skip
+
+
+@triton.jit
+def _sum_of_tiles(parts, TILES: tl.constexpr, offset, tile_size, kept):
+    total = tl.zeros(offset.shape, tl.float64)
+    for _ in range(TILES):
+        total += tl.load(parts + offset, mask=kept, other=0).to(tl.float64)
+        parts += tile_size
+    return total
+
+
+@triton.jit
+def step_gradients(
+    dt, A, dt_bias, step_of, total_of, moved_of, given_of, carried_of, skipped_of, ddt, per_head, bounds,
+    frames, sequences, slots, heads, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
+    headdim: tl.constexpr, TILES: tl.constexpr, P_TILES: tl.constexpr, WAYS: tl.constexpr, DIRECTIONS: tl.constexpr,
+    FLIP: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    KIND: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """The gradient of dt, and chunk by chunk those of A, dt_bias and D, for HEADS heads of one direction of a chunk.
+
+    Of moved_of, given_of and carried_of, see `chunk_gradients`, there are 2 TILES, TILES and TILES parts; of
+    skipped_of, for WAYS directions, P_TILES, see `chunk_outputs`. ddt (directions, batch, L, heads) may be a part of a
+    sum, as per_head (3: A, dt_bias, D; directions, heads, slots) is.
+
+    Sums are in float64: the order that they are taken in, which follows from how Triton lays blocks out over threads,
+    is then no matter.
+    """
+    slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
+    direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
+    sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
+    row, begin, length = frames_of(sequence, bounds, frames, KIND)
+    chunk = slot - first_slot(sequence, bounds, frames, Q, KIND)
+    reverse = is_reversed(direction, FLIP)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    q = tl.arange(0, Q)
+    i = (chunk * Q).to(tl.int32) + q
+    there = head < heads
+    valid = (i < length)[None, :] & there[:, None]
+    batch = 1 if KIND == "cu_seqlens" else sequences
+    stored = valid if KIND == "cu_seqlens" else (i < frames)[None, :] & there[:, None]
+    # Of a batch (batch, L, heads): contiguous.
+    ddt += ((direction * batch + row) * frames + begin + chunk * Q) * heads
+    ddt_offset = q[None, :] * heads + head[:, None]
+    at = (direction * heads + head) * slots + slot
+    tile_size = tl.full([], DIRECTIONS, tl.int64) * heads * slots
+    if chunk * Q >= length:
+        tl.store(ddt + ddt_offset, tl.zeros([HEADS, Q], ddt.dtype.element_ty), mask=stored)
+        for _ in tl.static_range(3):
+            tl.store(per_head + at, tl.zeros([HEADS], MATH), mask=there)
+            per_head += tile_size
+        return
+
+    rate = tl.load(A + direction * A_d + head * A_h, mask=there, other=0).to(tl.float64)
+    total = tl.load(total_of + at, mask=there, other=0)
+    of_chunk = at[:, None] * Q + q[None, :]
+    step = tl.load(step_of + of_chunk, mask=valid, other=0).to(tl.float64)
+    from_frames = _sum_of_tiles(moved_of, TILES, of_chunk, tile_size * Q, valid)
+    into_results = _sum_of_tiles(moved_of + TILES * tile_size * Q, TILES, of_chunk, tile_size * Q, valid)
+    given = _sum_of_tiles(given_of, TILES, of_chunk, tile_size * Q, valid)
+    p = tl.arange(0, BLOCK_P)
+    kept = (p < headdim)[None, :] & there[:, None]
+    carried = _sum_of_tiles(carried_of, TILES, at[:, None] * headdim + p[None, :], tile_size * headdim, kept)
+
+    # The gradient of the log decay a_k = dt_k A is that of every u and v it is part of, and of the total, which is in
+    # what enters the chunk and in what frames give to what leaves it.
+    total_gradient = tl.exp2(total) * tl.sum(carried, 1) + tl.sum(step * given, 1)
+    change = into_results - step * from_frames
+    prefix = tl.cumsum(change, 1)
+    total_gradient += tl.where(reverse, 0, 1) * tl.sum(change, 1)
+    log_decay = tl.where(reverse, prefix, change - prefix) + total_gradient[:, None]
+    if SHIFTED:
+        log_decay -= into_results
+    at_most = tl.minimum(head, heads - 1)[:, None]
+    raw, free, clamped = load_step(
+        dt, dt_bias, direction, row, begin + i[None, :], at_most, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h,
+        SOFTPLUS, LOW, HIGH, MATH,
+    )  # fmt: skip
+    gradient = rate[:, None] * log_decay + from_frames
+    gradient = tl.where(free == clamped, gradient, 0)
+    if SOFTPLUS:
+        gradient *= sigmoid(raw)
+    gradient = tl.where(valid, gradient, 0)
+    tl.store(ddt + ddt_offset, gradient.to(MATH).to(ddt.dtype.element_ty), mask=stored)
+    tl.store(per_head + at, tl.sum(tl.where(valid, step * log_decay, 0), 1), mask=there)
+    tl.store(per_head + tile_size + at, tl.sum(gradient, 1), mask=there)
+    if skipped_of is not None:  # noqa: SIM102
+        if direction < WAYS:
+            way_size = tl.full([], WAYS, tl.int64) * heads * slots * Q
+            skipped = _sum_of_tiles(skipped_of, P_TILES, of_chunk, way_size, valid)
+            tl.store(per_head + 2 * tile_size + at, tl.sum(skipped, 1), mask=there)
 
 
 @triton.jit
@@ -554,9 +632,9 @@ def _sum_slots(parts, out, terms, size, slots, program, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_parts(
-    dB_parts, dC_parts, ddt_parts, per_head, dD_parts, dB, dC, ddt, dA, ddt_bias, dD,
+    dB_parts, dC_parts, ddt_parts, per_head, dB, dC, ddt, dA, ddt_bias, dD,
     B_terms, B_size, C_terms, C_size, dt_terms, dt_size, A_terms, A_size, bias_terms, bias_size, D_terms, D_size,
-    D_slots, heads, slots, kinds, BLOCK: tl.constexpr,
+    heads, slots, directions, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds up the parts of gradients that heads, directions, chunks or sequences share, in a fixed order."""
     program = tl.program_id(0)
@@ -568,7 +646,7 @@ def sum_parts(
     A_first = dt_first + dt_programs
     bias_first = A_first + A_size
     D_first = bias_first + bias_size
-    kind = tl.full([], 1, tl.int64) * kinds * heads * slots
+    kind = tl.full([], 1, tl.int64) * directions * heads * slots
     if program < C_first:
         _sum_terms(dB_parts, dB, B_terms, B_size, program, BLOCK)
     elif program < dt_first:
@@ -579,5 +657,5 @@ def sum_parts(
         _sum_slots(per_head, dA, A_terms, A_size, slots, program - A_first, BLOCK)
     elif program < D_first:
         _sum_slots(per_head + kind, ddt_bias, bias_terms, bias_size, slots, program - bias_first, BLOCK)
-    elif dD_parts is not None:
-        _sum_slots(dD_parts, dD, D_terms, D_size, D_slots, program - D_first, BLOCK)
+    else:
+        _sum_slots(per_head + 2 * kind, dD, D_terms, D_size, slots, program - D_first, BLOCK)

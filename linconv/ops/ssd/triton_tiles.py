@@ -48,11 +48,12 @@ class Tiles:
 
 # By what products are taken in and the major compute capability; other GPUs do as the oldest. Columns are as many at
 # most. ("bf16", 9) is the fastest of what benchmarks/tune_gpu_scan.py tried on an H200. No GPU has told how fast the
-# others are, which are among the largest tried that spill no registers in what ``shipped()`` lists.
+# others are: in bfloat16 the nearest to it, else the largest, of those tried that spill no registers in what
+# ``shipped()`` lists.
 TILES = {
     ("bf16", 8): Tiles(
-        chunk=128, rows=32, block_p=64, block_n=32, state_p=64, state_n=64, sweep_p=32,
-        gradient_chunk=32, gradient_p=32, gradient_n=64,
+        chunk=64, rows=64, block_p=64, block_n=32, state_p=64, state_n=64, sweep_p=32, heads=2, warps=4,
+        gradient_chunk=32, gradient_p=64, gradient_n=64, gradient_heads=16, gradient_warps=4,
     ),
     ("bf16", 9): Tiles(
         chunk=64, rows=64, block_p=64, block_n=64, state_p=64, state_n=128, sweep_n=128, warps=4,
@@ -60,8 +61,8 @@ TILES = {
         stages=1, gradient_stages=2,
     ),
     ("bf16", 10): Tiles(
-        chunk=128, rows=32, block_p=64, block_n=32, state_p=64, state_n=64, heads=2,
-        gradient_chunk=32, gradient_p=32, gradient_n=64,
+        chunk=64, rows=32, block_p=64, block_n=32, state_p=64, state_n=64, warps=4, stages=1,
+        gradient_chunk=64, gradient_p=32, gradient_n=64, gradient_heads=16, gradient_warps=4,
     ),
     ("tf32", 8): Tiles(
         chunk=64, rows=32, block_p=64, block_n=32, state_p=64, state_n=64,
@@ -90,11 +91,11 @@ TILES = {
     # Without tensor cores more stands in registers.
     ("ieee", 8): Tiles(
         chunk=32, rows=32, block_p=32, block_n=16, state_p=32, state_n=64,
-        gradient_chunk=32, gradient_p=16, gradient_n=16, stages=1,
+        gradient_chunk=32, gradient_p=32, gradient_n=32, stages=1,
     ),
     ("ieee", 10): Tiles(
         chunk=32, rows=32, block_p=32, block_n=16, state_p=32, state_n=32,
-        gradient_chunk=32, gradient_p=16, gradient_n=16, stages=1,
+        gradient_chunk=32, gradient_p=32, gradient_n=32, stages=1,
     ),
     ("fp64", 8): Tiles(
         chunk=32, rows=32, block_p=32, block_n=32, state_p=32, state_n=32,
