@@ -1,14 +1,14 @@
 """bidirectional_ssd on a GPU against two causal passes with flips and exact attention, in one run.
 
-    python benchmarks/bench_gpu_scan.py --out benchmarks/results/<gpu>/bidirectional_ssd.json
+    python benchmarks/bench_gpu_scan.py --widths 768 --out benchmarks/results/<gpu>/bidirectional_ssd_768.json
 
 The regime is hydra (x shared; dt, B, C per direction), bfloat16, batch 8, headdim 64. No speed is reported of a width
 whose results or gradients are wrong, nor of a peer whose are. Rows of "plans" set both plans of forward side by side
 over batches; all others are of the plan that is chosen. Times are of calls, as peers' are; ours are timed as replays of
 a CUDA graph too, since short calls take what Python takes. Floors are the least bytes of forward at the rate of a large
 copy in the same run. Memory is what is allocated at its highest beyond arguments, results and gradients. First calls
-are of a process of their own, with Triton's cache on disk empty and then full. Peers, each as a row of its own with the
-ratio of its time to ours:
+are of a process of their own, with Triton's cache on disk empty and then full, and come first: peers tune for minutes.
+Peers, each as a row of its own with the ratio of its time to ours:
 
 - cuda: our own fused kernel, forward, and the same gradients; where the CUDA library is loaded.
 - two passes: `linconv.ops.ssd` forward, and over flipped copies, summed; ours, for want of a better one.
@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linconv import ops
+from linconv.benchmarking.latency import graphed
 from linconv.benchmarking.machine import rates
 from linconv.benchmarking.memory import peak_extra_cuda_bytes
 from linconv.benchmarking.record import run
@@ -39,7 +40,7 @@ from linconv.benchmarking.suite import Absent
 from linconv.benchmarking.suites.peers import need
 
 BATCH, HEADDIM = 8, 64
-WIDTHS = ((768, 64), (1024, 128))  # d, dstate
+DSTATES = {768: 64, 1024: 128}  # by width
 ATTENTION_UP_TO = 16_384
 PLANS = ("chunks", "sweeps")
 PLAN_BATCHES = (1, 2, 4, 8, 16, 32)  # rows for PROGRAMS_TO_SWEEP of linconv/ops/ssd/triton_tiles.py to be set by
@@ -217,16 +218,6 @@ def with_backward(function, tensors):
     return lambda: torch.autograd.grad(function(*leaves), leaves, upstream, allow_unused=True)
 
 
-def graphed(work):
-    """The same work as a CUDA graph, which needs no time of the host."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = work()
-    return lambda: (graph.replay(), results)[0]
-
-
 def least_bytes(width, dstate, length):
     """Of forward in bfloat16: x and y, dt of both directions, B and C of both, one group."""
     return BATCH * length * (4 * width + 4 * width // HEADDIM + 8 * dstate)
@@ -240,9 +231,9 @@ def extra_bytes(work):
     return max(0, peak - sum(t.nbytes for t in returned if t is not None))
 
 
-def first_calls():
+def first_calls(width):
     """Seconds of the first forward and the first backward pass in this process, as JSON."""
-    leaves = [t.requires_grad_() for t in arguments(*WIDTHS[-1], 499)]
+    leaves = [t.requires_grad_() for t in arguments(width, DSTATES[width], 499)]
     torch.cuda.synchronize()
     found = {}
     start = time.perf_counter()
@@ -256,14 +247,14 @@ def first_calls():
     print(json.dumps(found))
 
 
-def time_first_calls(record):
+def time_first_calls(record, width):
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
         for state in ("cold", "warm"):
-            command = [sys.executable, __file__, FIRST_CALLS]
+            command = [sys.executable, __file__, FIRST_CALLS, str(width)]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             for name, taken in json.loads(done.stdout.splitlines()[-1]).items():
-                record.add(part="first call", work=name, disk_cache=state, first_call_seconds=taken)
+                record.add(width=width, part="first call", work=name, disk_cache=state, first_call_seconds=taken)
 
 
 def time_plans(record, width, dstate, length, base):
@@ -280,12 +271,13 @@ def time_plans(record, width, dstate, length, base):
         )  # fmt: skip
 
 
-def body(record, lengths):
+def body(record, lengths, widths):
     os.environ.pop("LINCONV_SCAN_PLAN", None)
-    peers_at = {width: check(width, dstate, linear_peers()) for width, dstate in WIDTHS}
     copy = rates("cuda")["copy"]
-    for width, dstate in WIDTHS:
-        peers = peers_at[width]
+    for width in widths:
+        dstate = DSTATES[width]
+        peers = check(width, dstate, linear_peers())
+        time_first_calls(record, width)
         for length in lengths:
             tensors = arguments(width, dstate, length)
             base = dict(width=width, length=length, gpu=torch.cuda.get_device_name())
@@ -330,11 +322,10 @@ def body(record, lengths):
                             )  # fmt: skip
                 except RuntimeError as error:  # the backend does not take this, or has no memory for it
                     print(f"not compared with {name} at {length} frames: {str(error).splitlines()[0]}")
-    time_first_calls(record)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == [FIRST_CALLS]:
-        first_calls()
+    if sys.argv[1:2] == [FIRST_CALLS]:
+        first_calls(int(sys.argv[2]))
         sys.exit()
-    run("bidirectional_ssd", __doc__.splitlines()[0], [499, 1_000, 3_000, 16_000, 64_000], body)
+    run("bidirectional_ssd", __doc__.splitlines()[0], [499, 1_000, 3_000, 16_000, 64_000], body, widths=list(DSTATES))

@@ -42,10 +42,15 @@ def _short(name: str, value) -> str:
     return str(value)
 
 
-def run(benchmark: str, description: str, lengths: list[int], body) -> None:
-    """The command line of a benchmark: ``body(record, lengths)`` between arguments and result file."""
+def run(benchmark: str, description: str, lengths: list[int], body, widths: list[int] | None = None) -> None:
+    """The command line of a benchmark: ``body(record, lengths)`` between arguments and result file.
+
+    With ``widths`` there is an option to have some of them only, and ``body(record, lengths, widths)``.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--lengths", type=int, nargs="*", default=lengths, help="numbers of frames")
+    if widths:
+        parser.add_argument("--widths", type=int, nargs="*", default=widths, choices=widths, help="of the model")
     parser.add_argument("--out", type=Path, help="JSON file for the rows and what they were measured on")
     parser.add_argument(
         "--default-malloc",
@@ -54,6 +59,6 @@ def run(benchmark: str, description: str, lengths: list[int], body) -> None:
     )
     options = parser.parse_args()
     record = Record(benchmark, not options.default_malloc and keep_freed_memory(), options.out)
-    body(record, options.lengths)
+    body(record, options.lengths, *([options.widths] if widths else []))
     if options.out:
         print(f"written to {options.out}")

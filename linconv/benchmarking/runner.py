@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -266,6 +266,7 @@ class _Runner:
         arguments = implementation.arguments
         if implementation.shortcut is not None:  # blocks work one after another: one needs what all need
             arguments = implementation.shortcut.arguments
+        setting = replace(setting, graph=False)  # whose memory is its own before it is replayed
         build = functools.partial(warmed, implementation.make, arguments, setting, length)
         if setting.device == "cuda":
             return peak_extra_cuda_bytes(build())

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
+from linconv.benchmarking.latency import graphed
+
 __all__ = [
     "LARGEST",
     "Absent",
@@ -42,6 +44,7 @@ class Setting:
     work: "forward" (no gradients), "training" (forward and the gradients of every input and parameter) or "step"
         (forward, backward and an AdamW step on every parameter).
     dtype: name of a torch dtype.
+    graph: whether the work is captured as a CUDA graph and replayed, which leaves the host's time out.
     batch: sequences at once; if ``mixed``, their lengths fall evenly from the longest to its batch-th part. LARGEST:
         for each implementation and length the largest power of two within the limits of the run; times, floors and
         memory are then of one sequence.
@@ -53,6 +56,7 @@ class Setting:
     mixed: bool = False
     device: str = "cpu"
     seed: int = 0
+    graph: bool = False
 
     def with_batch(self, batch: int) -> Setting:
         return replace(self, batch=batch)
@@ -155,7 +159,7 @@ class Case:
         s = self.setting
         batch = "largest batch" if s.batch == LARGEST else f"batch {s.batch}"
         batch += " of mixed lengths" if s.mixed else ""
-        return f"{self.name}, {s.work}, {s.dtype}, {batch}"
+        return f"{self.name}, {s.work}, {s.dtype}, {batch}" + (", CUDA graph" if s.graph else "")
 
     def describe(self) -> dict:
         return {
@@ -169,6 +173,8 @@ class Case:
 
 def work(make: Callable, arguments: tuple, setting: Setting, length: int) -> Callable[[], object]:
     """The work of an implementation at one length, on inputs drawn now."""
+    if setting.graph:
+        return graphed(work(make, arguments, replace(setting, graph=False), length))
     torch.manual_seed(setting.seed + length)
     function, leaves = make(setting, length, *arguments)
     if setting.work == "forward":

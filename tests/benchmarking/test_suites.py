@@ -358,6 +358,19 @@ def test_the_largest_batch_keeps_within_the_limits_and_is_told_by_the_sequence(c
     assert "64 at once" in "".join(map(str, report._latency_table(results, largest.key, [ours, attention])))
 
 
+def test_a_graph_is_captured_of_the_same_work(monkeypatch):
+    from linconv.benchmarking import suite
+
+    captured = []
+    monkeypatch.setattr(suite, "graphed", lambda work: captured.append(work) or work)
+    setting = Setting(graph=True)
+    done = work(synthetic, ("linear",), setting, 200)
+    assert captured == [done] and done().item() == 2
+    assert case().with_setting(graph=True).key == f"{case().key}, CUDA graph"
+    work(synthetic, ("linear",), dataclasses.replace(setting, graph=False), 200)
+    assert len(captured) == 1
+
+
 def test_judge_knows_right_from_wrong():
     def exact(x):
         return (x * 3).sin()
