@@ -51,16 +51,17 @@ class BiMamba2(DualMixer):
 
     def forward(self, hidden_states, seq_lens=None):
         self.check_hidden_states(hidden_states)
-        zxBCdt = self.in_proj(hidden_states).unflatten(-1, (2, self.d_in_proj)).movedim(-2, 0)  # (2, b, L, d_in_proj)
+        zxBCdt = torch.unflatten(self.in_proj(hidden_states), -1, (2, self.d_in_proj))
+        zxBCdt = zxBCdt.movedim(-2, 0)  # (2, b, L, d_in_proj)
         z, xBC, dt = zxBCdt.split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
         xBC = ops.bidirectional_short_conv(xBC, *self.conv1d(), seq_lens=seq_lens)
         x, B, C = xBC.split((self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state), dim=-1)
         y = ops.bidirectional_ssd(
-            x.unflatten(-1, (self.nheads, self.headdim)),  # (2, b, L, heads, headdim)
+            torch.unflatten(x, -1, (self.nheads, self.headdim)),  # (2, b, L, heads, headdim)
             dt,
             self.A,
-            B.unflatten(-1, (self.ngroups, self.d_state)),  # (2, b, L, groups, d_state)
-            C.unflatten(-1, (self.ngroups, self.d_state)),
+            torch.unflatten(B, -1, (self.ngroups, self.d_state)),  # (2, b, L, groups, d_state)
+            torch.unflatten(C, -1, (self.ngroups, self.d_state)),
             D=self.D,
             dt_bias=self.dt_bias,
             dt_softplus=True,

@@ -1,5 +1,7 @@
 """Hydra: both directions of time as one quasiseparable matrix over shared inputs (arXiv 2407.09941)."""
 
+import torch
+
 from linconv import ops
 from linconv.mixers.protocol import Linear
 from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, scan_flops
@@ -40,11 +42,11 @@ class Hydra(DualMixer):
         z, xBC, dt = self.in_proj(hidden_states).split((self.d_inner, self.conv_dim, 2 * self.nheads), dim=-1)
         xBC = ops.short_conv(xBC, *self.conv1d(), lookahead=self.d_conv // 2, seq_lens=seq_lens)  # (b, L, conv_dim)
         x, BC = xBC.split((self.d_inner, 4 * self.ngroups * self.d_state), dim=-1)
-        BC = BC.unflatten(-1, (2, 2, self.ngroups, self.d_state))  # (b, L, direction, B or C, groups, d_state)
+        BC = torch.unflatten(BC, -1, (2, 2, self.ngroups, self.d_state))  # (b, L, direction, B or C, groups, d_state)
         B, C = BC.movedim(2, 0).unbind(3)  # (2, b, L, groups, d_state) each
         y = ops.bidirectional_ssd(
-            x.unflatten(-1, (self.nheads, self.headdim)),  # (b, L, heads, headdim)
-            dt.unflatten(-1, (2, self.nheads)).movedim(-2, 0),  # (2, b, L, heads)
+            torch.unflatten(x, -1, (self.nheads, self.headdim)),  # (b, L, heads, headdim)
+            torch.unflatten(dt, -1, (2, self.nheads)).movedim(-2, 0),  # (2, b, L, heads)
             self.A,
             B,
             C,

@@ -1,5 +1,7 @@
 """One causal Mamba-2 layer (Dao and Gu, arXiv 2405.21060)."""
 
+import torch
+
 from linconv import ops
 from linconv.mixers.causal import CausalConv, CausalMixer, MambaState
 from linconv.mixers.protocol import Linear
@@ -33,11 +35,11 @@ class Mamba2(CausalMixer, DualMixer):
         xBC = self.convolve(xBC, seq_lens, state)
         x, B, C = xBC.split((self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state), dim=-1)
         y, last = ops.ssd(
-            x.unflatten(-1, (self.nheads, self.headdim)),  # (b, L, heads, headdim)
+            torch.unflatten(x, -1, (self.nheads, self.headdim)),  # (b, L, heads, headdim)
             dt,
             self.A,
-            B.unflatten(-1, (self.ngroups, self.d_state)),  # (b, L, groups, d_state)
-            C.unflatten(-1, (self.ngroups, self.d_state)),
+            torch.unflatten(B, -1, (self.ngroups, self.d_state)),  # (b, L, groups, d_state)
+            torch.unflatten(C, -1, (self.ngroups, self.d_state)),
             D=self.D,
             dt_bias=self.dt_bias,
             dt_softplus=True,

@@ -358,6 +358,18 @@ def test_torch_compile_in_one_graph(name):
 
 
 @pytest.mark.skipif(not COMPILED, reason="the reference operators are not one graph")
+@pytest.mark.parametrize("name", STATE_SPACE)
+def test_torch_compile_under_a_default_device(name):
+    mixer, u = small(name), torch.randn(2, 20, 16)
+    torch.set_default_device("cpu")  # by which scripts on a GPU set theirs
+    try:
+        compiled = torch.compile(mixer, fullgraph=True, backend="eager")(u)
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(compiled, mixer(u))
+
+
+@pytest.mark.skipif(not COMPILED, reason="the reference operators are not one graph")
 @pytest.mark.parametrize("name", mixers.names())
 def test_exports_for_any_length(name):
     """Linformer attention too, whose order of products depends on the length."""
