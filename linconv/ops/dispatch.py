@@ -182,23 +182,33 @@ def define_triton(name: str, module: str, run=None) -> None:
     _triton_operators[name] = module
 
 
+@functools.cache
+def _triton_function(module: str, name: str):
+    return getattr(importlib.import_module(module), name)
+
+
 def _run_triton(module: str, name: str, *arguments):
-    function = getattr(importlib.import_module(module), name)
-    arguments = tuple(a.contiguous() if _is_tensor(a) and a.dim() == 1 and _counts(a) else a for a in arguments)
-    device = next(x.device for a in arguments for x in (a if isinstance(a, list | tuple) else (a,)) if _is_tensor(x))
-    if device.type != "cuda":
+    function = _triton_function(module, name)
+    if not all(map(_is_told, arguments)):
+        arguments = tuple(a if _is_told(a) else a.contiguous() for a in arguments)
+    nested = (a if isinstance(a, list | tuple) else (a,) for a in arguments)
+    device = next(x.device for values in nested for x in values if isinstance(x, torch.Tensor))
+    # Triton launches on the current device, whatever the tensors' is; to set one that is takes more time than to ask.
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return function(*arguments)
-    with torch.cuda.device(device):  # Triton launches on the current one, whatever the tensors' is
+    with torch.cuda.device(device):
         return function(*arguments)
 
 
-def _is_tensor(x) -> bool:
-    return isinstance(x, torch.Tensor)
-
-
-def _counts(x: torch.Tensor) -> bool:
-    """Whether it holds lengths or bounds of sequences: Triton kernels are not told how far these are apart."""
-    return not (x.is_floating_point() or x.dtype == torch.bool)
+def _is_told(x) -> bool:
+    """Whether a Triton kernel is told all of an argument, which it is not of how far lengths or bounds are apart."""
+    return (
+        not isinstance(x, torch.Tensor)
+        or x.dim() != 1
+        or x.is_floating_point()
+        or x.dtype == torch.bool
+        or x.is_contiguous()
+    )
 
 
 def operator(op: str, backend: str):
