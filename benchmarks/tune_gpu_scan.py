@@ -47,10 +47,6 @@ CANDIDATES = {
         *of(gradient_n=[64], gradient_heads=[8, 16], gradient_warps=[4], gradient_stages=[1, 2, 3]),
         *of(gradient_n=[64, 128], gradient_warps=[8], gradient_stages=[1, 2]),
         *of(gradient_n=[32], gradient_warps=[4], gradient_stages=[2, 3]),
-        *of(
-            gradient_chunk=[128], gradient_p=[32, 64], gradient_n=[32, 64], gradient_heads=[16], gradient_warps=[4],
-            gradient_stages=[1, 2],
-        ),
         *of(gradient_chunk=[32], gradient_n=[64, 128], gradient_warps=[2, 4], gradient_stages=[1, 2]),
     ],
 }  # fmt: skip

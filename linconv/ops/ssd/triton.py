@@ -313,13 +313,13 @@ def scan_backward(scan: Scan, dy, dlast=None):
     )
     launch(
         kernels.chunk_gradients,
-        (slots * (chunk // rows) * directions, 2 * n_tiles * scan.groups * blocks),
+        (slots * directions, 2 * n_tiles * scan.groups * blocks),
         dict(
             dy=dy, x=scan.x, B=scan.B, C=scan.C, states=states, v_of=v, step_of=step, total_of=total, dB=dB_parts,
             dC=dC_parts, **for_steps, **scan.sizes(slots), **_x_strides(dy, "dy"), **_x_strides(scan.x, "x"),
             **_B_strides(scan.B, "B"), **_B_strides(scan.C, "C"),
             **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
-            Q=chunk, ROWS=rows, HEADS=block_heads, BLOCK_P=tiles.gradient_p, BLOCK_N=tiles.gradient_n,
+            Q=chunk, HEADS=block_heads, BLOCK_P=tiles.gradient_p, BLOCK_N=tiles.gradient_n,
             STAGES=tiles.gradient_stages,
         ),
         tiles.gradient_warps, tiles.gradient_stages, **ALL_REGISTERS,
@@ -334,9 +334,9 @@ def scan_backward(scan: Scan, dy, dlast=None):
         kernels.step_gradients,
         (slots * directions, triton.cdiv(heads, heads_at_once)),
         dict(
-            dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, step_of=step, **for_steps, skipped_of=skipped,
+            dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, step_of=step, total_of=total, **for_steps, skipped_of=skipped,
             ddt=ddt_parts, per_head=per_head, **sizes, **_dt_strides(scan), TILES=n_tiles, P_TILES=p_tiles, WAYS=ways,
-            **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", "MATH", *STEP_OPTIONS), Q=chunk, ROWS=rows,
+            **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", "MATH", *STEP_OPTIONS), Q=chunk,
             BLOCK_P=triton.next_power_of_2(scan.headdim), HEADS=heads_at_once,
         ),
         8, 1, **ALL_REGISTERS,

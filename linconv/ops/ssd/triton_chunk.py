@@ -199,66 +199,6 @@ def added_by(
 
 
 @triton.jit
-def is_behind(block, reverse):
-    """Whether the block 0 or 1, a half of a chunk in time, is the second one in the direction's own order."""
-    return (block == 1) != reverse
-
-
-@triton.jit
-def load_middle(v_of, reverse, Q: tl.constexpr):
-    """v between the two halves of a chunk, whose v are at v_of."""
-    return tl.load(v_of + tl.where(reverse, Q // 2, Q // 2 - 1))
-
-
-@triton.jit
-def load_entered(
-    v_of, step_of, total_of, q, valid, reverse, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, STEP: tl.constexpr,
-    BETWEEN: tl.constexpr, Q: tl.constexpr,
-):  # fmt: skip
-    """The factors of what positions q take from the state that enters their chunk, or with GRADIENT from the gradient
-    of the one that leaves it, and then with STEP times dt; BETWEEN: from the one between the two halves of the chunk.
-    """
-    if GRADIENT:
-        end = load_middle(v_of, reverse, Q) if BETWEEN else tl.load(total_of)
-        factor = tl.exp2(end - tl.load(v_of + q))
-        return factor * tl.load(step_of + q) if STEP else factor
-    else:
-        u = load_u(v_of, q, reverse, Q, SHIFTED)
-        return tl.where(valid, tl.exp2(u - load_middle(v_of, reverse, Q) if BETWEEN else u), 0)
-
-
-@triton.jit
-def state_between(
-    states, rows, columns, v_of, step_of, total_of, direction, row, begin, first, length, state_at, at, head, group,
-    other, p, n, reverse, r_d, r_b, r_t, r_h, r_p, c_d, c_b, c_t, c_g, c_n,
-    headdim: tl.constexpr, dstate: tl.constexpr, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr,
-    MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The state (headdim, dstate) between the two halves of the chunk `at`, from the one that enters it, at state_at,
-    and rows = x, columns = B of the half that begins at `other`; with GRADIENT its gradient, from that of the state
-    that leaves the chunk and rows = dy, columns = C."""
-    q = other + tl.arange(0, Q // 2)
-    i = first + q
-    valid = i < length
-    v_of += at * Q
-    middle = load_middle(v_of, reverse, Q)
-    if GRADIENT:
-        source, there = source_of(i, valid, length, reverse, SHIFTED)
-        scale = tl.where(valid, tl.exp2(load_u(v_of, q, reverse, Q, SHIFTED) - middle), 0)
-        decay = tl.exp2(tl.load(total_of + at) - middle)
-    else:
-        source, there = i, valid
-        scale = tl.exp2(middle - tl.load(v_of + q)) * tl.load(step_of + at * Q + q)
-        decay = tl.exp2(middle)
-    tile = load_tile(rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, MATH, True)
-    factor = load_tile(
-        columns, direction, row, begin + source, group, n, there, dstate, c_d, c_b, c_t, c_g, c_n, OPERAND, False
-    )  # fmt: skip
-    state = load_state(states, state_at, p, n, headdim, dstate, False).to(MATH) * decay
-    return added_by(tile, factor, scale, state, MATH, OPERAND, PRECISION).to(OPERAND)
-
-
-@triton.jit
 def is_strict(direction, ONCE: tl.constexpr, SHIFTED: tl.constexpr):
     """1 where a direction's results take nothing of their own frame, else 0."""
     return 1 if SHIFTED else ((direction == 1).to(tl.int32) if ONCE else 0)

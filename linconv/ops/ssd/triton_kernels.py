@@ -13,11 +13,8 @@ from linconv.ops.ssd.triton_chunk import (
     first_slot,
     frames_of,
     in_sight,
-    is_behind,
     is_reversed,
     is_strict,
-    load_entered,
-    load_middle,
     load_state,
     load_step,
     load_tile,
@@ -25,7 +22,6 @@ from linconv.ops.ssd.triton_chunk import (
     scores_in_sight,
     sequence_of,
     source_of,
-    state_between,
     widened,
 )
 from linconv.ops.triton_math import sigmoid
@@ -172,137 +168,49 @@ def _scores(
 
 @triton.jit
 def _direction_weights(
-    scores, v_of, step_of, q, reverse, Q: tl.constexpr, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr
+    scores, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, reverse,
+    SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """One direction's weights (rows, rows) of a block of a chunk, whose scores are those in sight.
+    """(one direction's weights (rows, Q) of a chunk, the factors of what its rows take from the state).
 
-    With GRADIENT, rows are frames and columns results: dx is the scan turned round, with B and C in each other's place.
+    scores are those in sight. With GRADIENT, rows are frames and columns results: dx is the scan turned round, with B
+    and C in each other's place.
     """
+    at = (direction * heads + head) * slots + slot
+    v_of += at * Q
+    step_of += at * Q
+    j = tl.arange(0, Q)
     if GRADIENT:
-        of_frame = tl.load(v_of + q)[:, None]
-        of_result = load_u(v_of, q, reverse, Q, SHIFTED)[None, :]
-        return finite_power(of_result - of_frame) * scores * tl.load(step_of + q)[:, None]
+        v_i = tl.load(v_of + q)
+        step_i = tl.load(step_of + q)
+        u_j = load_u(v_of, j, reverse, Q, SHIFTED)
+        weights = finite_power(u_j[None, :] - v_i[:, None]) * scores * step_i[:, None]
+        return weights, tl.exp2(tl.load(total_of + at) - v_i) * step_i
     else:
-        of_frame = tl.load(v_of + q)[None, :]
-        of_result = load_u(v_of, q, reverse, Q, SHIFTED)[:, None]
-        return finite_power(of_result - of_frame) * scores * tl.load(step_of + q)[None, :]
+        u_i = load_u(v_of, q, reverse, Q, SHIFTED)
+        weights = finite_power(u_i[:, None] - tl.load(v_of + j)[None, :]) * scores * tl.load(step_of + j)[None, :]
+        return weights, tl.where(valid_i, tl.exp2(u_i), 0)
 
 
 @triton.jit
 def _from_state(
-    rows, columns, values, states, v_of, step_of, total_of, direction, head, slot, slots, heads, row, begin, first,
-    length, q, other, group, p, z_d, z_b, z_t, z_h, z_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
-    headdim: tl.constexpr, dstate: tl.constexpr, FLIP: tl.constexpr, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr,
-    BETWEEN: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
+    rows, states, entered, direction, head, slot, slots, heads, row, begin, length, i, group, p,
+    r_d, r_b, r_t, r_g, r_n, headdim: tl.constexpr, dstate: tl.constexpr,
+    FLIP: tl.constexpr, SHIFTED_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a block's rows take from one direction's state (rows, headdim); BETWEEN: from that between the blocks."""
+    """What a chunk's rows take from one direction's state (rows, headdim)."""
     at = (direction * heads + head) * slots + slot
-    reverse = is_reversed(direction, FLIP)
-    i = first + q
-    source, there = source_of(i, i < length, length, reverse, SHIFTED and not GRADIENT)
-    product = tl.zeros([q.shape[0], p.shape[0]], MATH)
+    source, there = source_of(i, i < length, length, is_reversed(direction, FLIP), SHIFTED_ROWS)
+    product = tl.zeros([i.shape[0], p.shape[0]], MATH)
     for start in range(0, dstate, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         left = load_tile(
             rows, direction, row, begin + source, group, n, there, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
         )
-        if BETWEEN:
-            state = tl.trans(
-                state_between(
-                    states, values, columns, v_of, step_of, total_of, direction, row, begin, first, length, at, at,
-                    head, group, other, p, n, reverse, z_d, z_b, z_t, z_h, z_p, c_d, c_b, c_t, c_g, c_n, headdim,
-                    dstate, SHIFTED, GRADIENT, Q, MATH, OPERAND, PRECISION,
-                )
-            )  # fmt: skip
-        else:
-            state = load_state(states, at, p, n, headdim, dstate, True)
+        state = load_state(states, at, p, n, headdim, dstate, True)
         product = tl.dot(left, state, product, input_precision=PRECISION, out_dtype=MATH)
-    return product * load_entered(
-        v_of + at * Q, step_of + at * Q, total_of + at, q, i < length, reverse, SHIFTED, GRADIENT, True, BETWEEN, Q
-    )[:, None]
-
-
-@triton.jit
-def _outputs_of(
-    z, x, rows, columns, D, states, v_of, step_of, total_of, out, skipped_of,
-    slots, heads, slot, direction, block, p, first_head, row, begin, first, length, stored,
-    z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
-    D_d, D_h, out_t, out_h,
-    group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
-    SUMMED: tl.constexpr, SUM_D: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr,
-    GRADIENT: tl.constexpr, BETWEEN: tl.constexpr, OTHER_BETWEEN: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`chunk_outputs` for one block of a chunk. BETWEEN, OTHER_BETWEEN: whether it takes the state between the blocks,
-    of direction and where both are SUMMED of the other direction, or the one that stands in memory."""
-    other = (1 - block) * ROWS
-    q = block * ROWS + tl.arange(0, ROWS)
-    i = first + q
-    valid = i < length
-    kept = stored[:, None] & (p < headdim)[None, :]
-    out_offset = q[:, None] * out_t + p[None, :]
-    group = first_head // group_heads
-    SHIFTED_ROWS: tl.constexpr = SHIFTED and not GRADIENT
-    SHIFTED_COLUMNS: tl.constexpr = SHIFTED and GRADIENT
-    reverse = is_reversed(direction, FLIP)
-    source_i, there_i = source_of(i, valid, length, reverse, SHIFTED_ROWS)
-    source_j, there_j = source_of(i, valid, length, reverse, SHIFTED_COLUMNS)
-    scores = _scores(
-        rows, columns, direction, row, begin, source_i, source_j, there_i, there_j, group,
-        r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
-    )  # fmt: skip
-    scores = scores_in_sight(scores, q, q, reverse, is_strict(direction, ONCE, SHIFTED), GRADIENT)
-    if SUMMED:
-        source_i, there_i = source_of(i, valid, length, True, SHIFTED_ROWS)
-        source_j, there_j = source_of(i, valid, length, True, SHIFTED_COLUMNS)
-        other_scores = _scores(
-            rows, columns, direction + 1, row, begin, source_i, source_j, there_i, there_j, group,
-            r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
-        )  # fmt: skip
-        strict = is_strict(direction + 1, ONCE, SHIFTED)
-        other_scores = scores_in_sight(other_scores, q, q, True, strict, GRADIENT)
-    for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
-        head = first_head + h
-        at = (direction * heads + head) * slots + slot
-        weights = _direction_weights(scores, v_of + at * Q, step_of + at * Q, q, reverse, Q, SHIFTED, GRADIENT)
-        if SUMMED:
-            at += tl.full([], 1, tl.int64) * heads * slots
-            weights += _direction_weights(
-                other_scores, v_of + at * Q, step_of + at * Q, q, True, Q, SHIFTED, GRADIENT
-            )  # fmt: skip
-        values = load_tile(
-            z, direction, row, begin + i, head, p, valid, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND, False
-        )
-        # Weights are done with before the states are looked at: both at once are more than there are registers.
-        result = tl.dot(weights.to(OPERAND), values, input_precision=PRECISION, out_dtype=MATH)
-        result += _from_state(
-            rows, columns, z, states, v_of, step_of, total_of, direction, head, slot, slots, heads, row, begin, first,
-            length, q, other, group, p, z_d, z_b, z_t, z_h, z_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
-            headdim, dstate, FLIP, SHIFTED, GRADIENT, BETWEEN, Q, BLOCK_N, MATH, OPERAND, PRECISION,
-        )  # fmt: skip
-        if SUMMED:
-            result += _from_state(
-                rows, columns, z, states, v_of, step_of, total_of, direction + 1, head, slot, slots, heads, row, begin,
-                first, length, q, other, group, p, z_d, z_b, z_t, z_h, z_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g,
-                c_n, headdim, dstate, FLIP, SHIFTED, GRADIENT, OTHER_BETWEEN, Q, BLOCK_N, MATH, OPERAND, PRECISION,
-            )  # fmt: skip
-        if D is not None:
-            skip = tl.load(D + direction * D_d + head * D_h).to(MATH)
-            if SUM_D:
-                skip += tl.load(D + D_d + head * D_h).to(MATH)
-            own = load_tile(
-                z, direction, row, begin + i, head, p, valid, headdim, z_d, z_b, z_t, z_h, z_p, MATH, False
-            )
-            result += skip * own
-            if skipped_of is not None:
-                own *= load_tile(
-                    x, direction, row, begin + i, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, MATH, False
-                )
-                tl.store(skipped_of + head * slots * Q + q, tl.sum(own, 1))
-        result = tl.where(valid[:, None], result, 0)
-        tl.store(out + head * out_h + out_offset, result.to(out.dtype.element_ty), mask=kept)
+    return product * entered[:, None]
 
 
 @triton.jit
@@ -319,15 +227,13 @@ def chunk_outputs(
 ):  # fmt: skip
     """y from x, with rows = C and columns = B; with GRADIENT dx from dy, with rows = B and columns = C.
 
-    SUMMED: both directions' weights are added up and multiply z as one product. A program takes ROWS frames, all or
-    one half of a chunk, BLOCK_P columns of headdim and HEADS heads of a group, which share the products of rows and
-    columns.
+    SUMMED: both directions' weights are added up and multiply z as one product. A program takes ROWS frames of a chunk,
+    BLOCK_P columns of headdim and HEADS heads of a group, which share the products of rows and columns.
 
     skipped_of (tiles of headdim, directions or 1 if SUMMED, heads, slots, Q): parts of the sums over x . dy, for
     `step_gradients`; it and x may be None.
     """
     BLOCKS: tl.constexpr = Q // ROWS
-    tl.static_assert(BLOCKS <= 2)
     slot = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
     p_tiles = (headdim + BLOCK_P - 1) // BLOCK_P
@@ -339,76 +245,137 @@ def chunk_outputs(
     direction = tl.full([], 0, tl.int64)
     if not SUMMED:
         direction += tl.program_id(1) // p_tiles // head_blocks
+    group = first_head // group_heads
     sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
     row, begin, length = frames_of(sequence, bounds, frames, KIND)
     chunk = slot - first_slot(sequence, bounds, frames, Q, KIND)
-    first = (chunk * Q).to(tl.int32)
     q = block * ROWS + tl.arange(0, ROWS)
-    stored = first + q < (length if KIND == "cu_seqlens" else frames)
+    i = (chunk * Q).to(tl.int32) + q
+    j = (chunk * Q).to(tl.int32) + tl.arange(0, Q)
+    valid_i = i < length
+    valid_j = j < length
+    stored = valid_i if KIND == "cu_seqlens" else i < frames
+    kept = stored[:, None] & (p < headdim)[None, :]
     # Results are our own memory, in which offsets in a chunk are small: 64 bits would take twice the registers.
     out += direction * out_d + row * out_b + (begin + chunk * Q) * out_t
+    out_offset = q[:, None] * out_t + p[None, :]
     if skipped_of is not None:
         WAYS: tl.constexpr = 1 if SUMMED else DIRECTIONS
         skipped_of += ((p_tile * WAYS + direction) * heads * slots + slot) * Q
     if chunk * Q + block * ROWS >= length:
         for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
             zeros = tl.zeros([ROWS, BLOCK_P], out.dtype.element_ty)
-            kept = stored[:, None] & (p < headdim)[None, :]
-            tl.store(out + (first_head + h) * out_h + q[:, None] * out_t + p[None, :], zeros, mask=kept)
+            tl.store(out + (first_head + h) * out_h + out_offset, zeros, mask=kept)
         return
 
-    if BLOCKS == 1:
-        _outputs_of(
-            z, x, rows, columns, D, states, v_of, step_of, total_of, out, skipped_of,
-            slots, heads, slot, direction, 0, p, first_head, row, begin, first, length, stored,
-            z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
-            D_d, D_h, out_t, out_h, group_heads, headdim, dstate, SUMMED, SUM_D, FLIP, ONCE, SHIFTED, GRADIENT,
-            False, False, Q, ROWS, HEADS, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
+    SHIFTED_ROWS: tl.constexpr = SHIFTED and not GRADIENT
+    SHIFTED_COLUMNS: tl.constexpr = SHIFTED and GRADIENT
+    reverse = is_reversed(direction, FLIP)
+    source_i, there_i = source_of(i, valid_i, length, reverse, SHIFTED_ROWS)
+    source_j, there_j = source_of(j, valid_j, length, reverse, SHIFTED_COLUMNS)
+    scores = _scores(
+        rows, columns, direction, row, begin, source_i, source_j, there_i, there_j, group,
+        r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
+    )  # fmt: skip
+    scores = scores_in_sight(scores, q, tl.arange(0, Q), reverse, is_strict(direction, ONCE, SHIFTED), GRADIENT)
+    if SUMMED:
+        source_i, there_i = source_of(i, valid_i, length, True, SHIFTED_ROWS)
+        source_j, there_j = source_of(j, valid_j, length, True, SHIFTED_COLUMNS)
+        other_scores = _scores(
+            rows, columns, direction + 1, row, begin, source_i, source_j, there_i, there_j, group,
+            r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
         )  # fmt: skip
-    elif is_behind(block, is_reversed(direction, FLIP)) != GRADIENT:
-        _outputs_of(
-            z, x, rows, columns, D, states, v_of, step_of, total_of, out, skipped_of,
-            slots, heads, slot, direction, block, p, first_head, row, begin, first, length, stored,
-            z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
-            D_d, D_h, out_t, out_h, group_heads, headdim, dstate, SUMMED, SUM_D, FLIP, ONCE, SHIFTED, GRADIENT,
-            True, False, Q, ROWS, HEADS, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
+        strict = is_strict(direction + 1, ONCE, SHIFTED)
+        other_scores = scores_in_sight(other_scores, q, tl.arange(0, Q), True, strict, GRADIENT)
+    for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
+        head = first_head + h
+        weights, entered = _direction_weights(
+            scores, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, reverse,
+            SHIFTED, GRADIENT, Q,
         )  # fmt: skip
-    else:
-        _outputs_of(
-            z, x, rows, columns, D, states, v_of, step_of, total_of, out, skipped_of,
-            slots, heads, slot, direction, block, p, first_head, row, begin, first, length, stored,
-            z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
-            D_d, D_h, out_t, out_h, group_heads, headdim, dstate, SUMMED, SUM_D, FLIP, ONCE, SHIFTED, GRADIENT,
-            False, True, Q, ROWS, HEADS, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
+        if SUMMED:
+            other_weights, other_entered = _direction_weights(
+                other_scores, v_of, step_of, total_of, direction + 1, head, slot, slots, heads, valid_i, q, True,
+                SHIFTED, GRADIENT, Q,
+            )  # fmt: skip
+            weights += other_weights
+        values = load_tile(
+            z, direction, row, begin + j, head, p, valid_j, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND, False
+        )
+        # Weights are done with before the states are looked at: both at once are more than there are registers.
+        result = tl.dot(weights.to(OPERAND), values, input_precision=PRECISION, out_dtype=MATH)
+        result += _from_state(
+            rows, states, entered, direction, head, slot, slots, heads, row, begin, length, i, group, p,
+            r_d, r_b, r_t, r_g, r_n, headdim, dstate, FLIP, SHIFTED_ROWS, BLOCK_N, MATH, OPERAND, PRECISION,
         )  # fmt: skip
+        if SUMMED:
+            result += _from_state(
+                rows, states, other_entered, direction + 1, head, slot, slots, heads, row, begin, length, i, group, p,
+                r_d, r_b, r_t, r_g, r_n, headdim, dstate, FLIP, SHIFTED_ROWS, BLOCK_N, MATH, OPERAND, PRECISION,
+            )  # fmt: skip
+        if D is not None:
+            skip = tl.load(D + direction * D_d + head * D_h).to(MATH)
+            if SUM_D:
+                skip += tl.load(D + D_d + head * D_h).to(MATH)
+            own = load_tile(
+                z, direction, row, begin + i, head, p, valid_i, headdim, z_d, z_b, z_t, z_h, z_p, MATH, False
+            )
+            result += skip * own
+            if skipped_of is not None:
+                own *= load_tile(
+                    x, direction, row, begin + i, head, p, valid_i, headdim, x_d, x_b, x_t, x_h, x_p, MATH, False
+                )
+                tl.store(skipped_of + head * slots * Q + q, tl.sum(own, 1))
+        result = tl.where(valid_i[:, None], result, 0)
+        tl.store(out + head * out_h + out_offset, result.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
-def _gradients_in(
-    rows, others, columns, own, states, v_of, step_of, total_of, out, moved_of, given_of, carried_of,
-    slots, heads, slot, direction, block, tile, group, head_block, part, row, begin, chunk, length, stored,
-    r_d, r_b, r_t, r_h, r_p, o_d, o_b, o_t, o_h, o_p, c_d, c_b, c_t, c_g, c_n, own_d, own_b, own_t, own_g, own_n, out_t,
-    group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr, OF_B: tl.constexpr, BETWEEN: tl.constexpr,
-    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, Q: tl.constexpr,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+def _gradients_of(
+    rows, others, columns, own, states, v_of, step_of, total_of, out, moved_of, given_of, carried_of, bounds, slot,
+    direction, tile, group, head_block, part, frames, sequences, slots, heads,
+    r_d, r_b, r_t, r_h, r_p, o_d, o_b, o_t, o_h, o_p, c_d, c_b, c_t, c_g, c_n,
+    own_d, own_b, own_t, own_g, own_n,
+    group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr, OF_B: tl.constexpr,
+    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, KIND: tl.constexpr,
+    Q: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_gradients_of` for one block of a chunk. BETWEEN: whether it takes the state, or its gradient, between the two
-    halves of the chunk.
+    """The gradient of own = C, from rows = dy, others = x and columns = B, or with OF_B that of own = B, from rows = x,
+    others = dy and columns = C; and what `step_gradients` takes from it.
 
     Nothing in the loop over heads is summed over more than a row: that is a warp's own, and no warp waits for another.
     """
-    COLUMNS: tl.constexpr = ROWS // 2 if ROWS >= 32 else ROWS  # of the block's weights at once: they stand in registers
-    CARRIES: tl.constexpr = OF_B if Q == ROWS else BETWEEN and not OF_B  # what of a state gets to the one that leaves
-    first = (chunk * Q).to(tl.int32)
-    q = block * ROWS + tl.arange(0, ROWS)
-    i = first + q
-    n = tile.to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = i < length
+    COLUMNS: tl.constexpr = Q // 2 if Q >= 32 else Q  # of the chunk's weights at once: they stand in registers
+    groups = heads // group_heads
+    sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
+    row, begin, length = frames_of(sequence, bounds, frames, KIND)
+    chunk = slot - first_slot(sequence, bounds, frames, Q, KIND)
     reverse = is_reversed(direction, FLIP)
     strict = is_strict(direction, ONCE, SHIFTED)
-    offset = q[:, None] * out_t + n[None, :]
+    q = tl.arange(0, Q)
+    i = (chunk * Q).to(tl.int32) + q
+    n = tile.to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = i < length
+    if KIND == "cu_seqlens":
+        batch = 1
+        stored = valid
+    else:
+        batch = sequences
+        stored = i < frames
+    # Of a batch (batch, L, groups, dstate): contiguous. In our own memory offsets in a chunk are small: 64 bits would
+    # take twice the registers.
+    line = row * frames + begin
+    out += ((head_block * DIRECTIONS + direction) * batch * frames + line) * groups * dstate + group * dstate
+    line_size = groups * dstate
+    offset = q[:, None] * line_size + n[None, :]
+    of_chunk = out + chunk * Q * line_size
     columns_there = (n < dstate)[None, :]
+    if chunk * Q >= length:
+        zeros = tl.zeros([Q, BLOCK_N], out.dtype.element_ty)
+        tl.store(of_chunk + offset, zeros, mask=stored[:, None] & columns_there)
+        return
+
     # A result takes C of the frame source, see triton_chunk.py.
     source, there = source_of(i, valid, length, reverse, SHIFTED)
     own_frame, own_valid = (i, valid) if OF_B else (source, there)
@@ -416,54 +383,47 @@ def _gradients_in(
         own, direction, row, begin + own_frame, group, n, own_valid, dstate, own_d, own_b, own_t, own_g, own_n, OPERAND,
         False,
     )  # fmt: skip
-    total_sum = tl.zeros([ROWS, BLOCK_N], MATH)
+    total_sum = tl.zeros([Q, BLOCK_N], MATH)
     for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         head = group * group_heads + head_block * HEADS + h
         at = (direction * heads + head) * slots + slot
         gradient_at = at + tl.full([], DIRECTIONS, tl.int64) * heads * slots
         of_tile = at + tile * DIRECTIONS * heads * slots
         of_part = at + part * DIRECTIONS * heads * slots
+        if OF_B:
+            v = tl.load(v_of + at * Q + q)
+            factor = tl.exp2(tl.load(total_of + at) - v)
+        else:
+            u = load_u(v_of + at * Q, q, reverse, Q, SHIFTED)
+            factor = tl.where(valid, tl.exp2(u), 0)
 
         # 2^u is in all that a result takes, 2^-v and dt are in all that a frame gives: what they have for a gradient is
         # the sum over C . dC, or B . dB. Through the state first.
-        result = tl.zeros([ROWS, BLOCK_N], MATH)
+        result = tl.zeros([Q, BLOCK_N], MATH)
         for start in range(0, headdim, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             row_tile = load_tile(
                 rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, OPERAND, False
             )
-            if BETWEEN:
-                state = state_between(
-                    states, others, columns, v_of, step_of, total_of, direction, row, begin, first, length,
-                    gradient_at if OF_B else at, at, head, group, (1 - block) * ROWS, p, n, reverse,
-                    o_d, o_b, o_t, o_h, o_p, c_d, c_b, c_t, c_g, c_n, headdim, dstate, SHIFTED, OF_B, Q, MATH, OPERAND,
-                    PRECISION,
-                )  # fmt: skip
-            else:
-                state = load_state(states, gradient_at if OF_B else at, p, n, headdim, dstate, False)
+            state = load_state(states, gradient_at if OF_B else at, p, n, headdim, dstate, False)
             result = tl.dot(row_tile, state, result, input_precision=PRECISION, out_dtype=MATH)
-            if CARRIES:
-                facing = load_state(states, at if OF_B else gradient_at, p, n, headdim, dstate, False)
-                carried = tl.sum(facing.to(MATH) * state.to(MATH), 1)
-                decay = tl.load(total_of + at)
-                if BETWEEN:
-                    decay -= load_middle(v_of + at * Q, reverse, Q)
-                tl.store(carried_of + of_tile * headdim + p, carried * tl.exp2(decay), mask=p < headdim)
-        result *= load_entered(
-            v_of + at * Q, step_of + at * Q, total_of + at, q, valid, reverse, SHIFTED, OF_B, False, BETWEEN, Q
-        )[:, None]
+            if OF_B:
+                before = load_state(states, at, p, n, headdim, dstate, False)
+                carried = tl.sum(before.to(MATH) * state.to(MATH), 1)
+                tl.store(carried_of + of_tile * headdim + p, carried, mask=p < headdim)
+        result *= factor[:, None]
         moved = tl.sum(widened(own_tile, h, MATH) * result, 1)
-        if OF_B and not BETWEEN:
+        if OF_B:
             tl.store(given_of + of_tile * Q + q, moved)
-        # Then in the block. C's side and B's sum one matrix, over its rows and over its columns, so that the two cancel
+        # Then in the chunk. C's side and B's sum one matrix, over its rows and over its columns, so that the two cancel
         # out where they should.
-        for start_j in tl.static_range(0, ROWS, COLUMNS):
-            q_j = block * ROWS + start_j + tl.arange(0, COLUMNS)
-            j = first + q_j
+        for start_j in tl.static_range(0, Q, COLUMNS):
+            q_j = start_j + tl.arange(0, COLUMNS)
+            j = (chunk * Q).to(tl.int32) + q_j
             valid_j = j < length
             source_j, there_j = source_of(j, valid_j, length, reverse, SHIFTED)
             column_frame, column_valid = (source_j, there_j) if OF_B else (j, valid_j)
-            weights = tl.zeros([ROWS, COLUMNS], MATH)
+            weights = tl.zeros([Q, COLUMNS], MATH)
             for start in range(0, headdim, BLOCK_P):
                 p = start + tl.arange(0, BLOCK_P)
                 row_tile = load_tile(
@@ -480,16 +440,14 @@ def _gradients_in(
             )  # fmt: skip
             scores = tl.dot(own_tile, tl.trans(column_tile), input_precision=PRECISION, out_dtype=MATH)
             if OF_B:
+                u_j = load_u(v_of + at * Q, q_j, reverse, Q, SHIFTED)
                 seen = in_sight(q_j[None, :], q[:, None], reverse, strict)
-                of_result = load_u(v_of + at * Q, q_j, reverse, Q, SHIFTED)[None, :]
-                of_frame = tl.load(v_of + at * Q + q)[:, None]
-                weights *= tl.exp2(tl.where(seen, of_result - of_frame, float("-inf")))
+                weights *= tl.exp2(tl.where(seen, u_j[None, :] - v[:, None], float("-inf")))
             else:
                 seen = in_sight(q[:, None], q_j[None, :], reverse, strict)
-                of_result = load_u(v_of + at * Q, q, reverse, Q, SHIFTED)[:, None]
-                of_frame = tl.load(v_of + at * Q + q_j)[None, :]
-                weights *= tl.exp2(tl.where(seen, of_result - of_frame, float("-inf")))
-                weights *= tl.load(step_of + at * Q + q_j)[None, :]
+                v_j = tl.load(v_of + at * Q + q_j)
+                step_j = tl.load(step_of + at * Q + q_j)
+                weights *= tl.exp2(tl.where(seen, u[:, None] - v_j[None, :], float("-inf"))) * step_j[None, :]
             moved += tl.sum(weights * scores, 1)
             result = tl.dot(weights.to(OPERAND), column_tile, result, input_precision=PRECISION, out_dtype=MATH)
         if OF_B:
@@ -497,59 +455,19 @@ def _gradients_in(
         total_sum += result
         tl.store(moved_of + of_part * Q + q, moved)
 
-    of_chunk = out + chunk * Q * out_t
     if SHIFTED and not OF_B:
         # Row i is for the frame source, one step before. The first step's result has no C, and no result takes the C of
         # the last step.
-        before = tl.where(reverse, out_t, -out_t)
+        before = tl.where(reverse, line_size, -line_size)
         tl.store(of_chunk + before + offset, total_sum.to(out.dtype.element_ty), mask=there[:, None] & columns_there)
-        zeros = tl.zeros([ROWS, BLOCK_N], out.dtype.element_ty)
+        zeros = tl.zeros([Q, BLOCK_N], out.dtype.element_ty)
         tl.store(of_chunk + offset, zeros, mask=(stored & (i >= length))[:, None] & columns_there)
         last_frame = tl.where(reverse, 0, length - 1)
-        # Once, by the first block with the first step.
-        written = tl.where((chunk == tl.where(reverse, (length - 1) // Q, 0)) & (block == 0), dstate, 0)
-        tl.store(out + last_frame * out_t + n, tl.zeros([BLOCK_N], out.dtype.element_ty), mask=n < written)
+        written = tl.where(chunk == tl.where(reverse, (length - 1) // Q, 0), dstate, 0)  # once, by the first step's
+        tl.store(out + last_frame * line_size + n, tl.zeros([BLOCK_N], out.dtype.element_ty), mask=n < written)
     else:
         total_sum = tl.where(valid[:, None], total_sum, 0).to(out.dtype.element_ty)
         tl.store(of_chunk + offset, total_sum, mask=stored[:, None] & columns_there)
-
-
-@triton.jit
-def _gradients_of(
-    rows, others, columns, own, states, v_of, step_of, total_of, out, moved_of, given_of, carried_of,
-    slots, heads, slot, direction, block, tile, group, head_block, part, row, begin, chunk, length, stored,
-    r_d, r_b, r_t, r_h, r_p, o_d, o_b, o_t, o_h, o_p, c_d, c_b, c_t, c_g, c_n, own_d, own_b, own_t, own_g, own_n, out_t,
-    group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr, OF_B: tl.constexpr,
-    DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, Q: tl.constexpr,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradient of own = C, from rows = dy, others = x and columns = B, or with OF_B that of own = B, from rows = x,
-    others = dy and columns = C; and what `step_gradients` takes from it."""
-    if Q == ROWS:
-        _gradients_in(
-            rows, others, columns, own, states, v_of, step_of, total_of, out, moved_of, given_of, carried_of,
-            slots, heads, slot, direction, 0, tile, group, head_block, part, row, begin, chunk, length, stored,
-            r_d, r_b, r_t, r_h, r_p, o_d, o_b, o_t, o_h, o_p, c_d, c_b, c_t, c_g, c_n, own_d, own_b, own_t, own_g,
-            own_n, out_t, group_heads, headdim, dstate, OF_B, False,
-            DIRECTIONS, FLIP, ONCE, SHIFTED, Q, ROWS, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
-        )  # fmt: skip
-    elif is_behind(block, is_reversed(direction, FLIP)) == OF_B:
-        _gradients_in(
-            rows, others, columns, own, states, v_of, step_of, total_of, out, moved_of, given_of, carried_of,
-            slots, heads, slot, direction, block, tile, group, head_block, part, row, begin, chunk, length, stored,
-            r_d, r_b, r_t, r_h, r_p, o_d, o_b, o_t, o_h, o_p, c_d, c_b, c_t, c_g, c_n, own_d, own_b, own_t, own_g,
-            own_n, out_t, group_heads, headdim, dstate, OF_B, False,
-            DIRECTIONS, FLIP, ONCE, SHIFTED, Q, ROWS, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
-        )  # fmt: skip
-    else:
-        _gradients_in(
-            rows, others, columns, own, states, v_of, step_of, total_of, out, moved_of, given_of, carried_of,
-            slots, heads, slot, direction, block, tile, group, head_block, part, row, begin, chunk, length, stored,
-            r_d, r_b, r_t, r_h, r_p, o_d, o_b, o_t, o_h, o_p, c_d, c_b, c_t, c_g, c_n, own_d, own_b, own_t, own_g,
-            own_n, out_t, group_heads, headdim, dstate, OF_B, True,
-            DIRECTIONS, FLIP, ONCE, SHIFTED, Q, ROWS, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -559,67 +477,41 @@ def chunk_gradients(
     dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, KIND: tl.constexpr,
-    Q: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    Q: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B and C, for one direction of a chunk, and what those of dt, A and dt_bias are made of.
 
-    dB, dC (heads / HEADS of a group, directions, batch, L, groups, dstate) may be parts of sums. A program takes ROWS
-    frames, all or one half of a chunk, BLOCK_N columns of B or of C and what these give: both at once are more than
-    there are registers. So of what is for `step_gradients` there are parts by columns, dstate / BLOCK_N of them, twice
-    as many of moved_of: B's, then C's.
+    dB, dC (heads / HEADS of a group, directions, batch, L, groups, dstate) may be parts of sums. A program takes
+    BLOCK_N columns of B or of C and what these give: both at once are more than there are registers. So of what is for
+    `step_gradients` there are parts by columns, dstate / BLOCK_N of them, twice as many of moved_of: B's, then C's.
 
     moved_of, given_of (parts, directions, heads, slots, Q): rows' sums over B . dB but for dt, or C . dC; of these what
-    B's rows give to the state that leaves the chunk, of halves the one that is behind the other in the direction's own
-    order. carried_of (parts, directions, heads, slots, headdim): sums over the state that enters the chunk, of halves
-    that one, times the gradient of the state that leaves it, and times the decay on the way.
+    B's rows give to the state that leaves the chunk. carried_of (parts, directions, heads, slots, headdim): sums over
+    the state that enters times the gradient of the one that leaves.
     """
-    BLOCKS: tl.constexpr = Q // ROWS
-    tl.static_assert(BLOCKS <= 2)
-    slot = (tl.program_id(0) // (BLOCKS * DIRECTIONS)).to(tl.int64)
+    slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
     direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
-    block = tl.program_id(0) // DIRECTIONS % BLOCKS
     n_tiles: tl.constexpr = (dstate + BLOCK_N - 1) // BLOCK_N
     part = (tl.program_id(1) % (2 * n_tiles)).to(tl.int64)
     tile = part % n_tiles
-    groups = heads // group_heads
-    group = (tl.program_id(1) // (2 * n_tiles) % groups).to(tl.int64)
-    head_block = (tl.program_id(1) // (2 * n_tiles) // groups).to(tl.int64)
-    sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
-    row, begin, length = frames_of(sequence, bounds, frames, KIND)
-    chunk = slot - first_slot(sequence, bounds, frames, Q, KIND)
-    q = block * ROWS + tl.arange(0, ROWS)
-    stored = (chunk * Q).to(tl.int32) + q < (length if KIND == "cu_seqlens" else frames)
-    # Of a batch (batch, L, groups, dstate): contiguous. In our own memory offsets in a chunk are small: 64 bits would
-    # take twice the registers.
-    batch = 1 if KIND == "cu_seqlens" else sequences
-    out_t = groups * dstate
-    line = (((head_block * DIRECTIONS + direction) * batch + row) * frames + begin) * out_t + group * dstate
-    if chunk * Q >= length:
-        n = tile.to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-        offset = line + chunk * Q * out_t + q[:, None] * out_t + n[None, :]
-        kept = stored[:, None] & (n < dstate)[None, :]
-        if part < n_tiles:
-            tl.store(dB + offset, tl.zeros([ROWS, BLOCK_N], dB.dtype.element_ty), mask=kept)
-        else:
-            tl.store(dC + offset, tl.zeros([ROWS, BLOCK_N], dC.dtype.element_ty), mask=kept)
-        return
-
+    group = (tl.program_id(1) // (2 * n_tiles) % (heads // group_heads)).to(tl.int64)
+    head_block = (tl.program_id(1) // (2 * n_tiles) // (heads // group_heads)).to(tl.int64)
     if part < n_tiles:
         _gradients_of(
-            x, dy, C, B, states, v_of, step_of, total_of, dB + line, moved_of, given_of, carried_of,
-            slots, heads, slot, direction, block, tile, group, head_block, part, row, begin, chunk, length, stored,
+            x, dy, C, B, states, v_of, step_of, total_of, dB, moved_of, given_of, carried_of, bounds, slot,
+            direction, tile, group, head_block, part, frames, sequences, slots, heads,
             x_d, x_b, x_t, x_h, x_p, dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
-            B_d, B_b, B_t, B_g, B_n, out_t, group_heads, headdim, dstate, True,
-            DIRECTIONS, FLIP, ONCE, SHIFTED, Q, ROWS, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
+            B_d, B_b, B_t, B_g, B_n, group_heads, headdim, dstate, True,
+            DIRECTIONS, FLIP, ONCE, SHIFTED, KIND, Q, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
         )  # fmt: skip
     else:
         _gradients_of(
-            dy, x, B, C, states, v_of, step_of, total_of, dC + line, moved_of, given_of, carried_of,
-            slots, heads, slot, direction, block, tile, group, head_block, part, row, begin, chunk, length, stored,
+            dy, x, B, C, states, v_of, step_of, total_of, dC, moved_of, given_of, carried_of, bounds, slot,
+            direction, tile, group, head_block, part, frames, sequences, slots, heads,
             dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n,
-            C_d, C_b, C_t, C_g, C_n, out_t, group_heads, headdim, dstate, False,
-            DIRECTIONS, FLIP, ONCE, SHIFTED, Q, ROWS, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
+            C_d, C_b, C_t, C_g, C_n, group_heads, headdim, dstate, False,
+            DIRECTIONS, FLIP, ONCE, SHIFTED, KIND, Q, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
         )  # fmt: skip
 
 
@@ -634,12 +526,11 @@ def _sum_of_tiles(parts, TILES: tl.constexpr, offset, tile_size, kept):
 
 @triton.jit
 def step_gradients(
-    dt, A, dt_bias, step_of, moved_of, given_of, carried_of, skipped_of, ddt, per_head, bounds,
+    dt, A, dt_bias, step_of, total_of, moved_of, given_of, carried_of, skipped_of, ddt, per_head, bounds,
     frames, sequences, slots, heads, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
     headdim: tl.constexpr, TILES: tl.constexpr, P_TILES: tl.constexpr, WAYS: tl.constexpr, DIRECTIONS: tl.constexpr,
     FLIP: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    KIND: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr,
-    MATH: tl.constexpr,
+    KIND: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of dt, and chunk by chunk those of A, dt_bias and D, for HEADS heads of one direction of a chunk.
 
@@ -676,21 +567,19 @@ def step_gradients(
         return
 
     rate = tl.load(A + direction * A_d + head * A_h, mask=there, other=0).to(tl.float64)
+    total = tl.load(total_of + at, mask=there, other=0)
     of_chunk = at[:, None] * Q + q[None, :]
     step = tl.load(step_of + of_chunk, mask=valid, other=0).to(tl.float64)
     from_frames = _sum_of_tiles(moved_of, TILES, of_chunk, tile_size * Q, valid)
     into_results = _sum_of_tiles(moved_of + TILES * tile_size * Q, TILES, of_chunk, tile_size * Q, valid)
-    giving = valid
-    if Q > ROWS:
-        giving &= is_behind(q // ROWS, reverse)[None, :]
-    given = _sum_of_tiles(given_of, TILES, of_chunk, tile_size * Q, giving)
+    given = _sum_of_tiles(given_of, TILES, of_chunk, tile_size * Q, valid)
     p = tl.arange(0, BLOCK_P)
     kept = (p < headdim)[None, :] & there[:, None]
     carried = _sum_of_tiles(carried_of, TILES, at[:, None] * headdim + p[None, :], tile_size * headdim, kept)
 
     # The gradient of the log decay a_k = dt_k A is that of every u and v it is part of, and of the total, which is in
     # what enters the chunk and in what frames give to what leaves it.
-    total_gradient = tl.sum(carried, 1) + tl.sum(step * given, 1)
+    total_gradient = tl.exp2(total) * tl.sum(carried, 1) + tl.sum(step * given, 1)
     change = into_results - step * from_frames
     prefix = tl.cumsum(change, 1)
     total_gradient += tl.where(reverse, 0, 1) * tl.sum(change, 1)
