@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import os
 import time
+import warnings
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from linconv.ops.distillation_loss import distillation_terms
 __all__ = ["METRICS_FILE", "DistillationTrainer"]
 
 METRICS_FILE = "metrics.jsonl"
+LOSSES = ("task_loss", "layer_loss", "kd_loss")  # in a log record, as far as a step has them
 SECONDS_TO_FREE = 1  # what processes gathered from each other, at the end of a run: far more than it takes
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,8 @@ class DistillationTrainer(Trainer):
       of whose layers has its counterpart to follow.
     - Each log record holds the parts of the loss, and per layer the MSE and the cosine between student and teacher
       (``layer_mse/1``, ...), over the optimizer step that was logged. All records also go to ``metrics.jsonl`` in
-      ``output_dir``.
+      ``output_dir``. A loss there that is not finite ends the training where weights are not finite any more, and is
+      warned of where they are.
     - Resuming from a checkpoint gives the same losses as a run never stopped, bit for bit on one CPU.
 
     Args:
@@ -58,7 +62,7 @@ class DistillationTrainer(Trainer):
 
     Raises:
         TypeError, ValueError: an argument that is not what is described here, as far as classes and configs tell; the
-            message names it.
+            message names it. FloatingPointError, of ``train``: training has diverged.
     """
 
     def __init__(
@@ -307,6 +311,26 @@ class DistillationTrainer(Trainer):
             record = {"step": self.state.global_step, **{k: v for k, v in logs.items() if "/" not in k}, **record}
             with open(os.path.join(self.args.output_dir, METRICS_FILE), "a") as file:
                 file.write(json.dumps(record) + "\n")
+        self._check_losses({name: record[name] for name in LOSSES if name in record})
+
+    def _check_losses(self, losses: dict[str, float]) -> None:
+        """Ends a run that would go on for nothing. The Trainer's own mean leaves out what is not finite."""
+        if all(map(math.isfinite, losses.values())):
+            return
+        step, told = self.state.global_step, ", ".join(f"{name} is {value}" for name, value in losses.items())
+        finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
+        spoilt = self.accelerator.reduce(torch.tensor(float(not finite), device=self.args.device), "sum")
+        if spoilt > 0:
+            raise FloatingPointError(
+                f"training has diverged: at step {step} {told}, and the student has weights that are not finite; want "
+                f"a lower learning_rate (got {self.args.learning_rate:g}), a longer warm-up or a smaller max_grad_norm "
+                f"(got {self.args.max_grad_norm:g}); checkpoints in {self.args.output_dir} from before may be whole"
+            )
+        warnings.warn(
+            f"at step {step} {told}; the weights are finite. Look for clips whose samples or labels are not, or train "
+            "in bfloat16 where it is float16",
+            stacklevel=2,
+        )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -142,7 +142,10 @@ class Run:
         else:
             if self.recipe.task == "ctc":
                 by_main_process(self.trainer.args, lambda: self._check_transcripts_fit(self._seconds("train")))
-            self.trainer.train(resume_from_checkpoint=checkpoint)
+            try:
+                self.trainer.train(resume_from_checkpoint=checkpoint)
+            except FloatingPointError as error:
+                raise UserError(str(error)) from error
         self.trainer.save_model()
         split = "test" if self.splits.test is not None else "validation"
         scores = {}

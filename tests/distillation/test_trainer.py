@@ -532,3 +532,23 @@ def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="use_reentrant=True"):
         arguments(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     assert isinstance(arguments(tmp_path), DistillationArguments)
+
+
+def test_a_run_that_diverges_ends(tmp_path):
+    student = models()[1]
+    unguided = trainer(tmp_path, student, logging_steps=1, learning_rate=1e30, max_steps=8)
+    with pytest.raises(FloatingPointError, match=r"training has diverged: at step \d+ task_loss is .*\(got 1e\+30\)"):
+        unguided.train()
+    # Before a checkpoint of it, and with the record of that step.
+    assert records(tmp_path)[-1]["step"] == unguided.state.global_step < 8
+
+
+def test_a_loss_that_is_not_finite_is_warned_of_where_weights_are(tmp_path):
+    unguided = trainer(tmp_path, models()[1])
+    unguided._measures = {"task_loss": torch.tensor(float("inf"))}
+    with pytest.warns(UserWarning, match="at step 0 task_loss is inf; the weights are finite"):
+        unguided.log({"loss": 1.0})
+    with torch.no_grad():
+        next(unguided.model.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="weights that are not finite"):
+        unguided.log({"loss": 1.0})
