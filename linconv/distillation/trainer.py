@@ -311,9 +311,9 @@ class DistillationTrainer(Trainer):
             record = {"step": self.state.global_step, **{k: v for k, v in logs.items() if "/" not in k}, **record}
             with open(os.path.join(self.args.output_dir, METRICS_FILE), "a") as file:
                 file.write(json.dumps(record) + "\n")
-        self._check_losses({name: record[name] for name in LOSSES if name in record})
+        self._check_finite({name: record[name] for name in LOSSES if name in record})
 
-    def _check_losses(self, losses: dict[str, float]) -> None:
+    def _check_finite(self, losses: dict[str, float]) -> None:
         """Ends a run that would go on for nothing. The Trainer's own mean leaves out what is not finite."""
         if all(map(math.isfinite, losses.values())):
             return

@@ -100,6 +100,17 @@ def test_any_shape_and_stride(
         assert_matches_the_recurrence(arguments, plan, **options)
 
 
+@pytest.mark.parametrize(
+    "plan, regime, groups", [("chunks", "separate", 1), ("sweeps", "hydra", 1), ("sweeps", "tied", 2)]
+)
+def test_more_heads_than_a_program_takes(plan, regime, groups):
+    """Heads that share B and C are in several programs, whose gradients are added up; and steps of the last of them are
+    of few heads. Also where a group's heads are in one program, and directions share B and C."""
+    arguments = on_device(scan_arguments(2, 5, 18, 2, groups, 3, per_direction=REGIMES[regime]))
+    options = dict(dt_softplus=True, diagonal="shifted", seq_lens=torch.tensor([5, 3], device=interpreter.DEVICE))
+    assert_matches_the_recurrence(arguments, plan, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @by_each_plan
 def test_error_against_torch(plan, dtype):
