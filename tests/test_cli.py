@@ -1,11 +1,15 @@
+import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from audio_folder import make_folder
@@ -239,6 +243,119 @@ def test_resume_goes_on_from_the_last_checkpoint(trained, tmp_path, capsys):
     linconv(*flags, "--steps", 3, "--resume")
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """64 clips to train on, each of another length, from 0.02 to 0.5 s, and 6 to test."""
+    folder = tmp_path_factory.mktemp("unequal")
+    draw = np.random.default_rng(0)
+    lengths = draw.permutation(np.geomspace(320, 8000, 70).astype(int))
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file_name", "word", "sentence", "split"])
+        for i, length in enumerate(lengths):
+            soundfile.write(folder / f"{i}.wav", 0.1 * draw.standard_normal(length), 16000)
+            table.writerow([f"{i}.wav", ("one", "two")[i % 2], "a", "train" if i < 64 else "test"])
+    return folder
+
+
+def by_length(path, command, *more):
+    linconv(command, path, "--batch", 2, "--set", f"{command}.train_sampling_strategy=group_by_length",
+            "--set", f"{command}.max_steps=-1", "--set", f"{command}.num_train_epochs=2",
+            "--set", f"{command}.save_strategy=steps", "--set", f"{command}.save_steps=40", *more)  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["classification", "ctc"])
+def test_batches_of_like_lengths_hold_each_clip_once_and_less_padding(unequal, tmp_path, monkeypatch, task):
+    from linconv.data import Collator
+    from linconv.data.sources import AudioClips
+
+    path = recipe(tmp_path, unequal, task=task)
+    collate, batches = Collator.__call__, []
+
+    def collated(self, clips):
+        batches.append([len(clip["audio"]) for clip in clips])
+        return collate(self, clips)
+
+    read, headers = AudioClips.sounds, []
+    monkeypatch.setattr(AudioClips, "sounds", lambda self: headers.append(len(self)) or read(self))
+    monkeypatch.setattr(Collator, "__call__", collated)
+    share = {}
+    for sampling in ("random", "group_by_length"):
+        made = pipeline.finetune(
+            load_recipe(
+                path,
+                [
+                    ("model.teacher", str(tmp_path / sampling)),
+                    ("finetune.max_steps", 16),
+                    ("finetune.train_sampling_strategy", sampling),
+                ],
+            )
+        )
+        headers.clear(), batches.clear()
+        made.execute()
+        assert headers == ([64] if sampling == "group_by_length" or task == "ctc" else [])  # read once
+        epoch = [batch for batch in batches if len(batch) == 4][:16]
+        known = [soundfile.info(file).frames for file in made.splits.train.files]
+        assert sorted(length for batch in epoch for length in batch) == sorted(known)
+        share[sampling] = 1 - sum(known) / sum(len(batch) * max(batch) for batch in epoch)
+    assert share["group_by_length"] < 0.6 * share["random"]
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_batches_of_like_lengths_resume_in_mid_epoch(unequal, tmp_path, command):
+    path = recipe(tmp_path, unequal)
+    if command == "distill":
+        linconv("finetune", path)
+    output = tmp_path / {"finetune": "teacher", "distill": "student"}[command]
+    by_length(path, command)  # 2 epochs of 32 steps
+
+    def left():
+        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
+        return (output / "model.safetensors").read_bytes(), losses
+
+    whole = left()
+    assert len(whole[1]) == 64
+    shutil.rmtree(output / "checkpoint-64")
+    (output / "model.safetensors").unlink()
+    by_length(path, command, "--resume")
+    assert left() == whole
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_stream_has_no_batches_of_like_lengths(data, tmp_path, monkeypatch, capsys, dry):
+    from types import SimpleNamespace
+
+    from linconv.data import sources
+
+    class Rows(list):
+        features = {"audio": None, "word": SimpleNamespace(names=["one", "two"], int2str=["one", "two"].__getitem__)}
+
+    def from_hub(data, column):
+        stream = sources.AudioStream(Rows(), data, data.label)
+        return {"train": stream, "validation": None, "test": None}
+
+    monkeypatch.setattr(sources, "_from_hub", from_hub)
+    linconv("finetune", recipe(tmp_path, "name/clips"), "--set", "data.streaming=true",
+            "--set", "finetune.train_sampling_strategy=group_by_length", *dry, status=2)  # fmt: skip
+    said = capsys.readouterr().err
+    assert "train_sampling_strategy: got group_by_length, and a train_dataset (AudioStream) that is streamed" in said
+    assert "data.streaming=false" in said and len(said.strip().splitlines()) == 1
+
+
+def test_scores_of_clips_stay_in_order_whatever_the_batches(unequal, tmp_path, capsys):
+    path = recipe(tmp_path, unequal)
+    by_length(path, "finetune")
+    scored = json.loads((tmp_path / "teacher" / "results.json").read_text())["clips"]
+    made = pipeline.finetune(load_recipe(path, [("model.teacher", str(tmp_path / "other"))]))
+    model = pipeline.load_model(str(tmp_path / "teacher"), "teacher").eval()
+    wrong = []
+    for i in range(len(made.splits.test)):
+        batch = made.trainer.data_collator([made.splits.test[i]])
+        wrong.append([int(model(**batch).logits.argmax() != batch["labels"]), 1])
+    assert scored == wrong and 0 < sum(mistakes for mistakes, _ in wrong) < 6
 
 
 def test_a_checkpoint_is_gone_on_from_by_its_own_run_only(trained, tmp_path, capsys):
@@ -616,6 +733,14 @@ MISTAKES = {
     ),
     "batch": (["distill", "RECIPE", "--set", "distill.per_device_train_batch_size=0"],
               "per_device_train_batch_size: got 0; want a whole number above 0"),
+    "order of examples": (
+        ["distill", "RECIPE", "--set", "distill.train_sampling_strategy=by_length"],
+        "train_sampling_strategy: no 'by_length'; did you mean 'group_by_length'?",
+    ),
+    "order without a meaning here": (
+        ["finetune", "RECIPE", "--set", "finetune.train_sampling_strategy=batch_rebalance"],
+        "train_sampling_strategy: no 'batch_rebalance'; there is group_by_length, random, sequential",
+    ),
     "no steps": (["distill", "RECIPE", "--set", "distill.max_steps=0"],
                  "max_steps: got 0; want a whole number above 0, or -1 for num_train_epochs"),
     "negative rate": (["distill", "RECIPE", "--set", "distill.learning_rate=-1"], "learning_rate: got -1; want"),

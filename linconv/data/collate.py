@@ -5,7 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from linconv.data.documents import Blocks
+from linconv.data.sentences import Sentences
+
 __all__ = ["BlockCollator", "Collator", "SentenceCollator"]
+
+ROWS_AT_ONCE = 1000  # to the tokenizer, where only their lengths are kept
 
 
 class Collator:
@@ -69,11 +74,24 @@ class SentenceCollator:
         self.tokenizer, self.encode, self.max_length = tokenizer, encode, max_length
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        texts = [list(column) for column in zip(*(row["text"] for row in rows))]
-        batch = self.tokenizer(
-            *texts, padding=True, padding_side="right", truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
+        batch = self._tokens([row["text"] for row in rows], padding=True, padding_side="right", return_tensors="pt")
         return {**batch, "labels": torch.tensor([self.encode(row["target"]) for row in rows])}
+
+    def lengths(self, rows: Sentences) -> list[int]:
+        """Tokens of each row, as it is cut. With a bar: all are tokenised."""
+        from tqdm import tqdm
+
+        found = []
+        with tqdm(total=len(rows), desc="lengths", unit="row", unit_scale=True, leave=False, disable=None) as bar:
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                some = rows.texts[start : start + ROWS_AT_ONCE]
+                found += map(len, self._tokens(some).input_ids)
+                bar.update(len(some))
+        return found
+
+    def _tokens(self, texts: list[tuple[str, ...]], **options):
+        columns = map(list, zip(*texts))
+        return self.tokenizer(*columns, truncation=True, max_length=self.max_length, **options)
 
 
 class BlockCollator:
@@ -95,3 +113,7 @@ class BlockCollator:
             "attention_mask": valid.long(),
             "labels": input_ids.masked_fill(~valid, -100),
         }
+
+    def lengths(self, blocks: Blocks) -> list[int]:
+        """Tokens of each block."""
+        return list(map(len, blocks.blocks))

@@ -6,10 +6,12 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from linconv.conversion import encoder_layers, frame_lengths
 from linconv.distillation.activation_cache import ActivationCache, check_cacheable
@@ -19,6 +21,7 @@ from linconv.distillation.checkpoint_names import accept_checkpoint_names
 from linconv.distillation.heads import Head
 from linconv.distillation.hooks import LayerStates
 from linconv.distillation.learning_rate import exponential_decay
+from linconv.distillation.sampling import LikeLengths
 from linconv.distillation.schedules import Mode, TargetGuided, TrajectoryGuided, Unguided
 from linconv.distillation.teachers import FixedTeacher, check_fits, check_trainable, make_teacher
 from linconv.mixers import Mixer
@@ -49,6 +52,8 @@ class DistillationTrainer(Trainer):
       ``output_dir``. A loss there that is not finite ends the training where weights are not finite any more, and is
       warned of where they are.
     - Resuming from a checkpoint gives the same losses as a run never stopped, bit for bit on one CPU.
+    - With ``train_sampling_strategy="group_by_length"`` batches to train on are of like lengths. Evaluation is in the
+      order of its data set all the same, for single clips are compared between runs.
 
     Args:
         model: the student, its weights in float32. None where ``model_init`` makes it.
@@ -58,6 +63,9 @@ class DistillationTrainer(Trainer):
             is only measured against. For TrajectoryGuided the pretrained model; for WaypointGuided any of the
             snapshots.
         mode: None is ``TargetGuided()`` with a teacher, ``Unguided()`` without.
+        lengths: of each training example, in any unit, for batches of like lengths. None leaves it to the stock
+            Trainer, which looks for ``length_column_name`` in a ``datasets.Dataset``, else takes the len of what the
+            model is given of each example.
         **kwargs: as for transformers' Trainer.
 
     Raises:
@@ -72,6 +80,7 @@ class DistillationTrainer(Trainer):
         *,
         teacher: PreTrainedModel | None = None,
         mode: Mode | None = None,
+        lengths: Sequence[float] | None = None,
         **kwargs,
     ):
         if not isinstance(args, DistillationArguments):
@@ -86,9 +95,11 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"teacher: got None; want a model, for the mode is {mode}")
         if model is not None:
             accept_checkpoint_names(model)
-        self.mode = mode
+        self.mode, self.lengths = mode, lengths
         self.guide: FixedTeacher | None = None
         super().__init__(model, args, **kwargs)
+        if self.train_dataset is not None and args.train_sampling_strategy == "group_by_length":
+            self._check_has_lengths(self.train_dataset)
         # Both say that compute_loss has divided by what is in the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -152,6 +163,36 @@ class DistillationTrainer(Trainer):
             torch.distributed.barrier()
             time.sleep(SECONDS_TO_FREE)
         self.accelerator.end_training()
+
+    # ---- The order of examples
+
+    @staticmethod
+    def _check_has_lengths(dataset) -> None:
+        if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
+            raise ValueError(
+                f"train_sampling_strategy: got group_by_length, and a train_dataset ({type(dataset).__name__}) that is "
+                "streamed, so that no lengths are known beforehand; want one that is read by index (in a recipe "
+                "data.streaming=false), or the strategy random"
+            )
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = self.lengths
+        if lengths is None:
+            try:
+                lengths = super()._get_train_sampler(dataset).lengths
+            except ValueError as error:
+                raise ValueError(f"lengths: got None; want one for each example of train_dataset: {error}") from error
+        if len(lengths) != len(dataset):
+            raise ValueError(f"lengths: got {len(lengths):,}; want {len(dataset):,}, one for each training example")
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LikeLengths(lengths, step, seed, epoch=lambda: int(self.state.epoch or 0))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return None  # the data set's own order
 
     # ---- The loss
 

@@ -19,7 +19,7 @@ from linconv.distillation import (
     WaypointGuided,
     make_mode,
 )
-from linconv.errors import UserError, check_output
+from linconv.errors import UserError, check_output, unknown
 from linconv.pipeline.checkpoints import OF_TEXT, TRAINED_IN, load_model, load_tokenizer, load_trained
 from linconv.pipeline.models import any_length, base_model, make_student, name_classes, override, task_config
 from linconv.pipeline.preprocessing import SPLITS, cut_into_blocks, feature_extractor_of, make_preprocessing
@@ -29,6 +29,7 @@ from linconv.progress import Progress
 from linconv.recipe import Recipe
 
 WAYPOINTS_FOLDER = "waypoints"  # in the teacher's
+SAMPLING = ("random", "sequential", "group_by_length")  # what transformers calls the orders of examples
 
 
 def finetune(recipe: Recipe, folder: str | None = None) -> Run:
@@ -163,6 +164,8 @@ def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> Di
         raise UserError(f"max_steps: got {steps}; want a whole number above 0, or -1 for num_train_epochs")
     if options.get("learning_rate", 0) < 0:
         raise UserError(f"learning_rate: got {options['learning_rate']:g}; want no number below 0")
+    if (sampling := options.get("train_sampling_strategy", "random")) not in SAMPLING:  # transformers would go on
+        raise unknown("train_sampling_strategy", sampling, SAMPLING)
     try:
         return DistillationArguments(**{**defaults, **options, **fixed})
     except (TypeError, ValueError) as error:

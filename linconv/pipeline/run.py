@@ -92,6 +92,18 @@ class Run:
             shortest=shortest_clip(self.trainer.model, extractor),
         )
 
+    def _lengths(self) -> list[float] | None:
+        """Of each example to train on, where batches are to be of like lengths: seconds of clips, tokens of text.
+
+        Of CTC it is checked on the way that transcripts fit: headers are read once.
+        """
+        grouped = self.trainer.args.train_sampling_strategy == "group_by_length"
+        seconds = self._seconds("train") if grouped or self.recipe.task == "ctc" else []
+        self._check_transcripts_fit(seconds)
+        if not grouped:
+            return None
+        return seconds or self.trainer.data_collator.lengths(self.splits.train)
+
     def _check_transcripts_fit(self, seconds: list[float]) -> None:
         """Looks for clips to train on whose CTC loss is infinite: all alignments have more frames than they do.
 
@@ -140,8 +152,7 @@ class Run:
             state = Path(checkpoint) / "trainer_state.json"
             self.trainer.state = transformers.TrainerState.load_from_json(str(state))
         else:
-            if self.recipe.task == "ctc":
-                by_main_process(self.trainer.args, lambda: self._check_transcripts_fit(self._seconds("train")))
+            self.trainer.lengths = by_main_process(self.trainer.args, self._lengths)
             try:
                 self.trainer.train(resume_from_checkpoint=checkpoint)
             except FloatingPointError as error:

@@ -289,6 +289,15 @@ def test_every_mode_runs_and_resumes(trained, tmp_path, mode, options):
     assert resumed["scores"] == whole["scores"] and resumed["clips"] == whole["clips"]
 
 
+def test_blocks_have_lengths(trained, tmp_path):
+    changes = [("output", str(tmp_path)), ("distill.train_sampling_strategy", "group_by_length")]
+    made = pipeline.distill(load_recipe(trained[1], changes))
+    made.execute()
+    blocks = made.splits.train
+    assert made.trainer.lengths == [len(blocks[i]["input_ids"]) for i in range(len(blocks))]
+    assert len(set(made.trainer.lengths)) == 2  # the last block is shorter
+
+
 def test_finetuning_resumes(trained, tmp_path):
     _, path = trained
     flags = ["--teacher", tmp_path / "teacher", "--steps", 4, "--set", "finetune.save_strategy=steps"]

@@ -102,6 +102,52 @@ def test_a_batch_is_padded_on_the_right_and_cut(checkpoint):
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1] * 6] and batch["labels"].tolist() == [1, 0]
 
 
+def test_lengths_are_those_of_the_batches(checkpoint, monkeypatch):
+    from linconv.data import collate
+
+    monkeypatch.setattr(collate, "ROWS_AT_ONCE", 2)
+    tokenizer = BertTokenizerFast.from_pretrained(checkpoint)
+    for texts, most in (
+        ([("it",), ("it was good film",), ("",), ("it was bad film film film",), ("film",)], 6),
+        ([("it", "was good"), ("it was", "film film")], None),
+    ):
+        rows, collator = Sentences(texts, ["0"] * len(texts)), SentenceCollator(tokenizer, int, most)
+        alone = [collator([rows[i]])["attention_mask"].shape[1] for i in range(len(rows))]
+        assert collator.lengths(rows) == alone and len(set(alone)) > 1
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_batches_of_like_lengths_are_padded_less(folder, checkpoint, tmp_path, monkeypatch, command):
+    collate, batches = SentenceCollator.__call__, []
+
+    def collated(self, rows):
+        batch = collate(self, rows)
+        batches.append(batch["attention_mask"])
+        return batch
+
+    monkeypatch.setattr(SentenceCollator, "__call__", collated)
+    padding = {}
+    for sampling in ("random", "group_by_length"):
+        training = {
+            "num_train_epochs": 1, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True,
+            "train_sampling_strategy": sampling, "save_strategy": "no",
+        }  # fmt: skip
+        data = Data(str(folder), sentence="sentence", label="label", validation="none", test="none")
+        teacher = {"finetune": str(tmp_path / sampling), "distill": str(checkpoint)}[command]
+        source = {"finetune": str(checkpoint), "distill": None}[command]
+        made = Recipe(
+            "text_classification", data=data, model=Model(source, teacher), output=str(tmp_path / f"{sampling}_out"),
+            conversion=Conversion("linformer", options={"r": 4}), finetune=training, distill=training,
+        )  # fmt: skip
+        run = getattr(pipeline, command)(made)
+        batches.clear()
+        run.execute()
+        rows = sorted(run.trainer.data_collator.lengths(run.splits.train))
+        assert sorted(length for batch in batches for length in batch.sum(-1).tolist()) == rows
+        padding[sampling] = sum(int((batch == 0).sum()) for batch in batches)
+    assert padding["group_by_length"] < 0.6 * padding["random"]
+
+
 def test_finetune_distill_and_eval(folder, checkpoint, tmp_path, capsys):
     training = {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
     recipe = {

@@ -1,5 +1,5 @@
 """A small distillation to be started as a process of its own: run.py FOLDER [--steps N] [--batch N] [--accumulate N]
-[--kill-at STEP] [--resume] [--augment] [--mode NAME] [--cache FOLDER]. Under torchrun too."""
+[--kill-at STEP] [--resume] [--augment] [--mode NAME] [--cache FOLDER] [--by-length]. Under torchrun too."""
 
 import argparse
 import copy
@@ -149,9 +149,11 @@ def main() -> None:
     parser.add_argument("--augment", action="store_true")
     parser.add_argument("--mode", default="hybrid")
     parser.add_argument("--cache")
+    parser.add_argument("--by-length", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     teacher, student = models(given.augment)
+    data = Noise()
     args = arguments(
         given.folder,
         max_steps=given.steps,
@@ -162,13 +164,15 @@ def main() -> None:
         warmup_steps=2,
         exponential_decay_to=0.1,
         teacher_cache=given.cache,
+        train_sampling_strategy="group_by_length" if given.by_length else "random",
     )
     trainer = DistillationTrainer(
         student,
         args,
         teacher=teacher,
         mode=make_mode(given.mode, teacher, given.folder),
-        train_dataset=Noise(),
+        train_dataset=data,
+        lengths=[len(data[i]["input_values"]) for i in range(len(data))] if given.by_length else None,
         data_collator=collate,
         callbacks=[KillAt(given.kill_at)] if given.kill_at else None,
     )

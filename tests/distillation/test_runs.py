@@ -71,23 +71,29 @@ def test_resumed_with_a_cache_of_activations_the_losses_are_the_same(tmp_path):
     assert_same_after_a_kill(tmp_path, "--mode", "target", cached=True)
 
 
-def assert_same_after_a_kill(tmp_path, *options, cached=False):
-    """A run killed at any step after its first checkpoint, and one that was not.
+def test_resumed_in_a_later_epoch_batches_of_like_lengths_are_the_same(tmp_path):
+    # An epoch has 12 steps, the checkpoint before the kill is of step 15.
+    assert_same_after_a_kill(tmp_path, "--augment", "--by-length", "--batch", "2", last=18, kill_at=17)
 
-    Checkpoints are 3 steps apart, an epoch has 6 steps, and Hybrid changes at step 5.
+
+def assert_same_after_a_kill(tmp_path, *options, cached=False, last=8, kill_at=None):
+    """A run killed at a step, any after its first checkpoint if none is given, and one that was not.
+
+    Checkpoints are 3 steps apart, an epoch has 6 steps of batches of 4, and Hybrid changes at step 5.
     """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
     def given(folder):
         return (*options, "--cache", str(folder / "cache")) if cached else options
 
-    kill_at = random.randrange(4, 9)
+    kill_at = kill_at or random.randrange(4, last + 1)
     print("killed at step", kill_at)
+    options = (*options, "--steps", str(last))
     assert_done(run(whole, *given(whole)))
     assert run(broken, *given(broken), "--kill-at", str(kill_at)).returncode == -9
     assert [r["step"] for r in steps(broken)] == list(range(1, kill_at))
     assert_done(run(broken, *given(broken), "--resume"))
-    assert [r["step"] for r in steps(broken)] == list(range(1, 9))
+    assert [r["step"] for r in steps(broken)] == list(range(1, last + 1))
     assert steps(broken) == steps(whole)
     weights = [torch.load(folder / "student.pt") for folder in (whole, broken)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
