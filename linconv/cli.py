@@ -67,7 +67,8 @@ def _build_parser() -> Parser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("inspect", _inspect, "What a conversion would swap, the parameters, and the operations by length.")
+    text = "What a conversion would swap, or has swapped; the parameters, and the operations by length."
+    sub = command("inspect", _inspect, text)
     _add_model_flags(sub)
 
     sub = command("convert", _convert, "Convert a checkpoint and save it. The new mixers are untrained.")
@@ -111,7 +112,7 @@ def _build_parser() -> Parser:
 
 def _add_model_flags(sub: Parser) -> None:
     sub.add_argument("model", metavar="MODEL", help="checkpoint folder, or model on the hub")
-    sub.add_argument("--mixer", default="bimamba2", help="what takes attention's place (default bimamba2)")
+    sub.add_argument("--mixer", help="what takes attention's place (default bimamba2)")
     sub.add_argument("--layers", help="which layers, as 0,1,5 or 0-5, =-1 for the last; all (default) or none")
     _add_set(sub, "an option of the mixer, such as d_state=64")
 
@@ -169,14 +170,16 @@ def _convert(arguments) -> None:
 def _checked_conversion(function, model, arguments):
     from linconv import mixers
 
-    if arguments.mixer not in mixers.names():
-        raise unknown("--mixer", arguments.mixer, mixers.names())
-    known, options = mixers.get(arguments.mixer).options(), dict(map(_key_value, arguments.set))
+    given = {} if arguments.mixer is None else {"mixer": arguments.mixer}
+    mixer = given.get("mixer", "bimamba2")
+    if mixer not in mixers.names():
+        raise unknown("--mixer", mixer, mixers.names())
+    known, options = mixers.get(mixer).options(), dict(map(_key_value, arguments.set))
     for key in options:
         if key not in known:
             raise unknown(f"--set {key}", key, known)
     try:
-        return function(model, mixer=arguments.mixer, layers=_layers(arguments.layers), **options)
+        return function(model, **given, layers=_layers(arguments.layers), **options)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
 

@@ -622,6 +622,21 @@ def test_inspect_and_convert(trained, tmp_path, capsys):
     assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").sampling_rate == 16000
 
 
+def test_inspect_tells_what_a_converted_checkpoint_is(trained, tmp_path, capsys):
+    folder, _ = trained
+    linconv("inspect", folder / "student")
+    said = capsys.readouterr().out
+    assert "LinconvWav2Vec2ForSequenceClassification (wav2vec2): converted already, nothing would be swapped" in said
+    assert "  BiMamba2 in 2 of 2 blocks, width 16, where Wav2Vec2Attention was\n  d_state 8, d_conv 4, " in said
+    parameters = json.loads((folder / "student" / "results.json").read_text())["parameters"]
+    assert f"  parameters {parameters:,}, of the original " in said and "predicted crossover, by operations" in said
+    linconv("convert", folder / "teacher", "--layers", "1", "--mixer", "hydra", "--set", "headdim=8", "--output",
+            tmp_path / "hybrid")  # fmt: skip
+    capsys.readouterr()
+    linconv("inspect", tmp_path / "hybrid")
+    assert "  Hydra in 1 of 2 blocks (1), width 16" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "text, layers",
     [
@@ -795,6 +810,14 @@ MISTAKES = {
     ),
     "split": (["eval", "FOLDER/student", "RECIPE", "--split", "tset"], "invalid choice: 'tset'"),
     "inspected model": (["inspect", "FOLDER/teachers"], "no folder 'FOLDER/teachers'; did you mean 'FOLDER/teacher'?"),
+    "mixer of a converted model": (
+        ["inspect", "FOLDER/student", "--mixer", "hydra"],
+        "converted already, of which nothing would be swapped, and got mixer; wanted no mixer, layers and options",
+    ),
+    "layers of a converted model": (["inspect", "FOLDER/student", "--layers", "1"], "and got layers; wanted no mixer"),
+    "conversion of a converted model": (
+        ["convert", "FOLDER/student", "--output", "FOLDER/x"], "converted already; wanted a stock model"
+    ),
     "inspect mixer": (["inspect", "FOLDER/teacher", "--mixer", "hidra"], "--mixer: no 'hidra'; did you mean 'hydra'?"),
     "convert option": (
         ["convert", "FOLDER/teacher", "--output", "FOLDER/x", "--set", "headim=8"],

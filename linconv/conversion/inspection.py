@@ -1,22 +1,28 @@
-"""What a conversion would do to a model, before it is done."""
+"""What a conversion would do to a model, before it is done, or has done to one that is converted."""
 
 import bisect
 import copy
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedModel
 
+from linconv import mixers
+from linconv.conversion import families
 from linconv.conversion.convert import check_direction, check_mixer, convertible_family, layer_indices
 from linconv.conversion.crossover import MeasuredCrossover, measured_crossover
+from linconv.conversion.models import ConvertedModel, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
     """What `linconv.inspect` found; ``print`` it for a table. Frames are tokens where the model is one of text.
 
-    flops: by number of frames, (attention, mixer) floating-point operations of the forward pass through all layers
-    to be converted, projections included, a multiply-add counting as two. crossover_frames: the shortest sequence for
+    converted: whether the model is converted already, in these layers; they are those to be converted if it is not.
+    parameters, parameters_after: of the original and of the converted model. options: those of the mixer.
+    flops: by number of frames, (attention, mixer) floating-point operations of the forward pass through all these
+    layers, projections included, a multiply-add counting as two. crossover_frames: the shortest sequence for
     which the mixer takes fewer; it predicts where time crosses as far as both run at the same rate. measured_crossover:
     the same by time, from layers that were measured; None where none with this mixer was.
     """
@@ -25,6 +31,7 @@ class Inspection:
     family: str
     attention: str
     mixer: str
+    options: dict[str, object]
     blocks: int
     layers: tuple[int, ...]
     width: int
@@ -34,14 +41,28 @@ class Inspection:
     crossover_frames: int
     frames_per_second: float | None
     measured_crossover: MeasuredCrossover | None = None
+    converted: bool = False
 
     def __str__(self):
         change, unit = self.parameters_after - self.parameters, self.unit
         seconds = "seconds" if self.frames_per_second else ""
-        lines = [
-            f"{self.model} ({self.family}): {len(self.layers)} of {self.blocks} blocks, width {self.width}",
-            f"  {self.attention} -> {self.mixer}",
-            f"  parameters {self.parameters:,} -> {self.parameters_after:,} ({change:+,})",
+        blocks = f"{len(self.layers)} of {self.blocks} blocks"
+        if self.converted:
+            which = "" if len(self.layers) == self.blocks else f" ({', '.join(map(str, self.layers))})"
+            options = ", ".join(f"{name} {value}" for name, value in self.options.items() if value is not None)
+            lines = [
+                f"{self.model} ({self.family}): converted already, nothing would be swapped",
+                f"  {self.mixer} in {blocks}{which}, width {self.width}, where {self.attention} was",
+                *([f"  {options}"] if options else []),
+                f"  parameters {self.parameters_after:,}, of the original {self.parameters:,} ({change:+,})",
+            ]
+        else:
+            lines = [
+                f"{self.model} ({self.family}): {blocks}, width {self.width}",
+                f"  {self.attention} -> {self.mixer}",
+                f"  parameters {self.parameters:,} -> {self.parameters_after:,} ({change:+,})",
+            ]
+        lines += [
             "",
             f"  {unit:>8} {seconds:>8} {self.attention + ' GFLOP':>26} {self.mixer + ' GFLOP':>24} {'ratio':>7}",
         ]
@@ -73,29 +94,70 @@ class Inspection:
 
 def inspect(
     teacher: PreTrainedModel,
-    mixer: str = "bimamba2",
+    mixer: str | None = None,
     layers: str | Sequence[int] | None = None,
     lengths: Sequence[int] = (250, 500, 1500, 3000, 15000, 30000),
     **mixer_kwargs,
 ) -> Inspection:
     """What `linconv.convert` with the same arguments would swap, and what that would save. Nothing is converted.
 
+    Of a model that is converted already, what was swapped, against what the original had.
+
     Args:
-        teacher, mixer, layers, mixer_kwargs: as for `linconv.convert`.
+        teacher: as for `linconv.convert`, or what it has made of one.
+        mixer, layers, mixer_kwargs: as for `linconv.convert`, None for its own defaults. They are not given where the
+            model is converted already.
         lengths: numbers of frames to count operations for.
 
     Raises:
-        TypeError, ValueError: as `linconv.convert`.
+        TypeError, ValueError: as `linconv.convert`, or a mixer, layers or options given for a model that is converted
+            already.
     """
-    family = convertible_family(teacher)
-    mixer_class = check_mixer(mixer, family)
-    blocks = family.blocks(teacher)
-    indices = layer_indices(layers, len(blocks))
+    if isinstance(teacher, ConvertedModel) and (recipe := Recipe.from_config(teacher.config)).layers:
+        given = [
+            name for name, value in {"mixer": mixer, "layers": layers, **mixer_kwargs}.items() if value is not None
+        ]
+        if given:
+            raise TypeError(
+                f"teacher is a {type(teacher).__name__}, converted already, of which nothing would be swapped, and got "
+                f"{', '.join(given)}; wanted no mixer, layers and options, or a model that is not converted"
+            )
+        found = _compare(_original(teacher), recipe, lengths)
+        parameters = sum(p.numel() for p in teacher.parameters())
+        return dataclasses.replace(found, model=type(teacher).__name__, parameters_after=parameters, converted=True)
+    family, mixer = convertible_family(teacher), "bimamba2" if mixer is None else mixer
+    check_mixer(mixer, family)
+    indices = layer_indices(layers, len(family.blocks(teacher)))
     check_direction(teacher, mixer, indices, family)
+    return _compare(teacher, Recipe(mixer, indices, mixer_kwargs), lengths)
+
+
+def _original(converted: PreTrainedModel) -> PreTrainedModel:
+    """The stock model that a converted one was, in sizes only.
+
+    Raises:
+        TypeError: a part of a model, without its head.
+    """
+    entries = converted.config.to_dict()
+    for name in ("model_type", "linconv", "auto_map"):
+        entries.pop(name, None)
+    config = families.of(converted).stock_config_class().from_dict(entries)
+    classes = (base for base in type(converted).__mro__ if issubclass(base, PreTrainedModel))
+    stock = next(base for base in classes if not issubclass(base, ConvertedModel))
+    with torch.device("meta"):
+        original = stock(config)
+    convertible_family(original)
+    return original
+
+
+def _compare(teacher: PreTrainedModel, recipe: Recipe, lengths: Sequence[int]) -> Inspection:
+    """A stock model, or one in which no layer is converted, with what it is by the recipe."""
+    family, mixer_class, indices = families.of(teacher), mixers.get(recipe.mixer), recipe.layers
+    blocks = family.blocks(teacher)
     attentions = [block.get_submodule(family.attention) for block in blocks]
     width = teacher.config.hidden_size
     sizes_only = [copy.deepcopy(family.self_attention(blocks[i])).to("meta") for i in indices or (0,)]
-    layers_of_mixer = [mixer_class.from_attention(sizes, teacher.config, **mixer_kwargs) for sizes in sizes_only]
+    layers_of_mixer = [mixer_class.from_attention(sizes, teacher.config, **recipe.options) for sizes in sizes_only]
     mixer_class.join(layers_of_mixer)
     new = layers_of_mixer[0]
 
@@ -123,6 +185,10 @@ def inspect(
         family=family.model_type,
         attention=type(attentions[0]).__name__,
         mixer=mixer_class.__name__,
+        options={  # None is what the mixer makes of it
+            name: getattr(new, name, None) if value is None else value
+            for name, value in {**mixer_class.options(), **recipe.options}.items()
+        },
         blocks=len(blocks),
         layers=indices,
         width=width,
@@ -133,5 +199,5 @@ def inspect(
         },
         crossover_frames=crossover,
         frames_per_second=family.frames_per_second,
-        measured_crossover=measured_crossover(mixer, width, new.flops(1)),
+        measured_crossover=measured_crossover(recipe.mixer, width, new.flops(1)),
     )
