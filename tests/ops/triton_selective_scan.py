@@ -196,9 +196,13 @@ def test_second_derivative_is_refused():
 
 def test_tiles_of_every_size():
     """A chunk is whole tiles, all are powers of two, and the states that enter tiles have 64 registers of a thread."""
-    for math in (torch.float32, torch.float64):
+    for dtype, math in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
         for dstate in range(1, 257):
-            t = CHOOSE_TILES(dstate, math)
+            t = CHOOSE_TILES(dstate, torch.empty(0, dtype=dtype))
             assert t.chunk % t.steps == 0 and t.gradient_chunk % t.gradient_steps == 0
             N = 1 << (dstate - 1).bit_length()
             for size in (*vars(t).values(), N):

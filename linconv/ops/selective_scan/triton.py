@@ -41,17 +41,18 @@ class Tiles:
     gradient_warps: int
 
 
-def choose_tiles(dstate: int, math: torch.dtype) -> Tiles:
+def choose_tiles(dstate: int, x: torch.Tensor) -> Tiles:
     """The committed table, of every GPU: what registers have room for.
 
-    Forward a thread has 64 registers of each block (steps, dstate, channels). Backward it has 16, since more blocks
-    are needed at once, and 64 of the states that enter a chunk's tiles.
+    Forward a thread has 64 registers of each block (steps, dstate, channels), 32 in float32, whose powers of two take
+    some. Backward it has 16, since more blocks are needed at once, and 64 of the states that enter a chunk's tiles.
     """
-    registers = triton.next_power_of_2(dstate) * math.itemsize // 4  # of one channel's state
-    warps, gradient_warps = (min(8, max(1, registers // held)) for held in (16, 4))
+    held = 32 if x.dtype == torch.float32 else 64
+    registers = triton.next_power_of_2(dstate) * math_dtype(x).itemsize // 4  # of one channel's state
+    warps, gradient_warps = (min(8, max(1, registers // of_a_warp)) for of_a_warp in (16, 4))
     wide = registers > 32
     return Tiles(
-        chunk=64, steps=min(16, max(1, 64 * warps // registers)), channels=32, warps=warps,
+        chunk=64, steps=min(16, max(1, held * warps // registers)), channels=32, warps=warps,
         gradient_chunk=16 if wide else 64, gradient_steps=2 if wide else min(16, 16 * gradient_warps // registers),
         gradient_channels=2048 // registers if wide else 32, gradient_warps=gradient_warps,
     )  # fmt: skip
@@ -83,7 +84,7 @@ class Call:
         self.bounds = self.cu_seqlens if self.cu_seqlens is not None else self.seq_lens
         self.kind = "cu_seqlens" if self.cu_seqlens is not None else "seq_lens" if self.seq_lens is not None else ""
         self.sequences = self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        self.tiles = choose_tiles(self.dstate, self.math)
+        self.tiles = choose_tiles(self.dstate, self.x)
         self.chunk = self.tiles.gradient_chunk if self.gradient else self.tiles.chunk
         if self.cu_seqlens is not None:
             self.slots = self.frames // self.chunk + self.sequences

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from linconv.ops.ssd.triton_chunk import divides, first_slot, frames_of, sequence_of, softplus
-from linconv.ops.triton_math import pairwise_sum, sigmoid
+from linconv.ops.triton_math import exact_exp2, pairwise_sum, sigmoid
 from linconv.ops.triton_sums import column_sums
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634074), tl.constexpr(0.69314718055994530942)
@@ -141,6 +141,15 @@ def _at(states, index, which):
 
 
 @triton.jit
+def _decays(exponents, EXACT: tl.constexpr):
+    """As exact as torch's where inputs are float32; those of 16 bits have larger errors than the GPU's own powers."""
+    if EXACT:
+        return exact_exp2(exponents)
+    else:
+        return tl.exp2(exponents)
+
+
+@triton.jit
 def _inputs(
     x, dt, bias, rate, frame, valid, c, left, WHOLE: tl.constexpr, x_t, x_c, dt_t, dt_c, SOFTPLUS: tl.constexpr,
     MATH: tl.constexpr,
@@ -150,7 +159,7 @@ def _inputs(
     raw = _load_rows(dt, frame, c, valid, left, WHOLE, dt_t, dt_c, MATH) + bias[None, :]
     time = softplus(raw, MATH) if SOFTPLUS else raw
     time = tl.where(valid[:, None], time, 0)
-    return values, raw, time, tl.exp2(time[:, None, :] * rate)
+    return values, raw, time, _decays(time[:, None, :] * rate, x.dtype.element_ty == tl.float32)
 
 
 @triton.jit
@@ -280,7 +289,7 @@ def pass_states(
         made = tl.load(states + chunk * size, mask=kept, other=0)
         time = tl.load(time_of + chunk * channels, mask=kept, other=0)
         tl.store(states + chunk * size, state, mask=kept)
-        state = tl.fma(state, tl.exp2(time * rate), made)
+        state = tl.fma(state, _decays(time * rate, tl.float32 == MATH), made)
 
 
 @triton.jit
@@ -420,6 +429,18 @@ def differentiate(
     if z is not None:
         z += row * z_b + first * z_c
         dz += row * frames * channels + first
+    if KIND == "seq_lens":
+        zeros = tl.zeros([T, BC], MATH)
+        of_group = tl.zeros([T, N], MATH)
+        for start in range(tiles * T, _steps_of(chunk, frames, Q), T):
+            step = chunk * Q + start + position
+            there = step < frames
+            _store_rows(dx, step, c, there, left, WHOLE, channels, zeros)
+            _store_rows(ddt, step, c, there, left, WHOLE, channels, zeros)
+            if z is not None:
+                _store_rows(dz, step, c, there, left, WHOLE, channels, zeros)
+            _store_rows(dB, step, n, there, dstate, divides(N, dstate), groups * dstate, of_group)
+            _store_rows(dC, step, n, there, dstate, divides(N, dstate), groups * dstate, of_group)
     state = _entering(
         states, initial, slot, sequence, count, first, n, c, left, initial_s, initial_c, initial_n, channels, dstate,
         MATH,
@@ -493,18 +514,6 @@ def differentiate(
         of_bias += tl.sum(of_dt, 0)
         _store_rows(dx, frame, c, stored, left, WHOLE, channels, tl.where(valid[:, None], of_x, 0))
         _store_rows(ddt, frame, c, stored, left, WHOLE, channels, of_dt)
-    if KIND == "seq_lens":
-        zeros = tl.zeros([T, BC], MATH)
-        of_group = tl.zeros([T, N], MATH)
-        for start in range(tiles * T, _steps_of(chunk, frames, Q), T):
-            step = chunk * Q + start + position
-            there = step < frames
-            _store_rows(dx, step, c, there, left, WHOLE, channels, zeros)
-            _store_rows(ddt, step, c, there, left, WHOLE, channels, zeros)
-            if z is not None:
-                _store_rows(dz, step, c, there, left, WHOLE, channels, zeros)
-            _store_rows(dB, step, n, there, dstate, divides(N, dstate), groups * dstate, of_group)
-            _store_rows(dC, step, n, there, dstate, divides(N, dstate), groups * dstate, of_group)
     _store_state(dA + (slot * channels + first) * dstate, n, c, left, dstate, 1, dstate, of_rates)
     at = slot * channels + first + c
     if D is not None:
