@@ -1,10 +1,12 @@
 """The measuring harness: what it counts, how it predicts, what it refuses."""
 
+import platform
+
 import numpy as np
 import pytest
 import torch
 
-from linconv.benchmarking import compare, crossover, fit_quadratic, measure, peak_extra_bytes, predict
+from linconv.benchmarking import compare, crossover, fit_quadratic, machine, measure, peak_extra_bytes, predict
 from linconv.benchmarking.curves import Curve, latency_curves, memory_curve
 
 MIB = 2**20
@@ -123,3 +125,23 @@ def test_a_record_is_on_disk_row_by_row(tmp_path, capsys):
     assert len(written["rows"]) == 2 and written["benchmark"] == "scan" and written["provenance"]["freed_memory_kept"]
     assert [p.name for p in path.parent.iterdir()] == ["scan.json"]
     assert "seconds 500.00 ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "lines, wanted",
+    [
+        (
+            ["processor\t: 0", "cpu family\t: 26", "model\t\t: 2", "model name\t: AMD EPYC", "", "model name\t: other"],
+            "AMD EPYC (family 26, model 2)",
+        ),
+        (["processor : 0", "model name : Some: CPU"], "Some: CPU"),
+        (["processor : 0", "CPU part : 0xd40"], platform.processor()),
+        (None, platform.processor()),
+    ],
+)
+def test_a_processor_is_told_from_its_next_generation(tmp_path, lines, wanted):
+    """Virtual machines name both alike."""
+    file = tmp_path / "cpuinfo"
+    if lines is not None:
+        file.write_text("\n".join(lines))
+    assert machine._cpu_model(file) == wanted
