@@ -34,10 +34,13 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     operator = getattr(torch.ops.linconv, name).default
     below, after, any_requires_grad = (getattr(torch._C, part) for part in _MADE_OF)
 
+    # Of lists an autograd function takes the elements; most operators have none, and are spared the looking.
+    lists = any(isinstance(argument.type, torch.ListType) for argument in operator._schema.arguments)
+
     class Gradients(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keyset, lengths, *flat):
-            inputs = _nested(flat, lengths)
+            inputs = _nested(flat, lengths) if lists else flat
             ctx.lengths = lengths
             with below():
                 output = operator.redispatch(keyset & after, *inputs)
@@ -47,20 +50,21 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         @staticmethod
         def backward(ctx, *grads):
             needed = ctx.needs_input_grad
-            ctx.needs_input_grad = _nested(needed[2:], ctx.lengths)
+            ctx.needs_input_grad = _nested(needed[2:], ctx.lengths) if lists else needed[2:]
             try:
                 results = backward(ctx, *grads)
             finally:
                 ctx.needs_input_grad = needed
-            return None, None, *_flat(results if isinstance(results, tuple) else (results,), ctx.lengths)
+            results = results if isinstance(results, tuple) else (results,)
+            return None, None, *(_flat(results, ctx.lengths) if lists else results)
 
     def differentiable(keyset, *inputs):
         if getattr(forward_ad, "_current_level", -1) >= 0:
             _refuse_tangents(name, inputs)
         if torch.is_grad_enabled() and any_requires_grad(*inputs):
-            lengths = tuple(len(value) if isinstance(value, list | tuple) else -1 for value in inputs)
+            lengths = _lengths(inputs) if lists else None
             try:
-                return Gradients.apply(keyset, lengths, *_flat(inputs, lengths))
+                return Gradients.apply(keyset, lengths, *(_flat(inputs, lengths) if lists else inputs))
             except RuntimeError as error:
                 if "functorch transforms" not in str(error):
                     raise
@@ -76,8 +80,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
 
 def _refuse_tangents(name: str, inputs: tuple) -> None:
     """An autograd function without a formula for forward mode would be an error; below autograd a tangent is lost."""
-    lengths = tuple(len(value) if isinstance(value, list | tuple) else -1 for value in inputs)
-    for value in _flat(inputs, lengths):
+    for value in _flat(inputs, _lengths(inputs)):
         if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
             raise NotImplementedError(
                 f"linconv::{name} has no derivative in forward mode (torch.func.jvp, forward_ad), wanted reverse mode: "
@@ -128,15 +131,15 @@ def once_differentiable(gradients: Callable) -> Callable:
 # for what is no list.
 
 
+def _lengths(values: tuple) -> tuple:
+    return tuple(len(value) if isinstance(value, list | tuple) else -1 for value in values)
+
+
 def _flat(values: tuple, lengths: tuple) -> tuple:
-    if max(lengths) < 0:
-        return values
     return tuple(x for value, length in zip(values, lengths) for x in ((value,) if length < 0 else value))
 
 
 def _nested(flat: tuple, lengths: tuple) -> tuple:
-    if max(lengths) < 0:
-        return flat
     values, at = [], 0
     for length in lengths:
         values.append(flat[at] if length < 0 else list(flat[at : at + length]))

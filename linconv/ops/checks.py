@@ -1,9 +1,51 @@
 """Argument checks shared by the operators: each error names the argument, what it got and what it wants."""
 
+import functools
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+MOST_REMEMBERED = 1024  # calls of a check
+
+
+def remembered(check):
+    """Makes a check that has passed pass for all arguments alike, with the result it had.
+
+    A check of many arguments takes longer than a launch, and the calls of a model are few in kind. ``check`` depends on
+    its tensors' shapes, dtypes, devices and layouts alone, on other arguments by type and value, and on nothing else.
+    What it returns is returned again, so it is nothing that can be changed.
+    """
+    passed = {}
+
+    @functools.wraps(check)
+    def run(*arguments):
+        if torch.compiler.is_compiling():  # sizes may be symbols
+            return check(*arguments)
+        kind = tuple(map(_kind, arguments))
+        try:
+            found = passed.get(kind, passed)
+        except TypeError:  # of something that has no hash
+            return check(*arguments)
+        if found is not passed:
+            return found
+        result = check(*arguments)
+        if len(passed) >= MOST_REMEMBERED:
+            passed.clear()
+        passed[kind] = result
+        return result
+
+    return run
+
+
+def _kind(argument):
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.dtype, argument.device, argument.layout
+    if isinstance(argument, tuple | list):  # which may be equal though what they hold is of other types
+        return type(argument), *map(_kind, argument)
+    return type(argument), argument
 
 
 def tensor(name: str, value) -> None:

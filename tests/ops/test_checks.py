@@ -74,3 +74,45 @@ def test_tensors():
         checks.like("y", double, "x", x)
     with pytest.raises(ValueError, match="y is on meta, wanted cpu as x"):
         checks.like("y", x.to("meta"), "x", x)
+
+
+def test_a_check_that_passed_is_not_made_again():
+    """But for arguments that are not alike, and each time where it fails."""
+    made = []
+
+    @checks.remembered
+    def check(x, n, options=()):
+        made.append((x.shape, n))
+        checks.shape("x", x, (n,), "(n,)")
+        return len(made)
+
+    x = torch.ones(3)
+    assert check(x, 3) == check(torch.zeros(3), 3) == 1
+    for other in (x.double(), x.to("meta"), x.to_sparse()):
+        before = len(made)
+        assert check(other, 3) == check(other, 3) == before + 1
+    for _ in range(2):
+        before = len(made)
+        with pytest.raises(ValueError, match=r"x has shape \(3,\), wanted \(n,\) = \(4\)"):
+            check(x, 4)
+        assert len(made) == before + 1
+    before = len(made)
+    check(x, 3.0)  # equal to 3 but of another type: what is wanted of it may be an int
+    check(x, 3, {})  # has no hash
+    check(x, 3, {})
+    for options in ((0.0, 1.0), (0, 1.0), [0, 1.0], (0, (1.0,)), (0, (1,)), (False, (1,))):  # not alike, and once each
+        check(x, 3, options)
+        check(x, 3, options)
+    assert len(made) == before + 3 + 6
+
+
+def test_checks_do_not_remember_without_bound(monkeypatch):
+    monkeypatch.setattr(checks, "MOST_REMEMBERED", 4)
+    made = []
+    check = checks.remembered(made.append)
+    for n in range(9):
+        check(n)
+    check(8)
+    assert made == list(range(9))
+    check(0)
+    assert made == [*range(9), 0]

@@ -33,6 +33,32 @@ def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None, ba
 
     Source: Dao and Gu, arXiv 2405.21060 (the norm before the output projection; Zhang and Sennrich, arXiv 1910.07467).
     """
+    lead, per_direction = _checked(x, z, weight, eps, group_size)
+    d = weight.shape[-1]
+    if seq_lens is not None:
+        if len(lead) != 2:
+            shape = "(2, batch, L, d)" if per_direction else "(batch, L, d)"
+            raise ValueError(f"seq_lens is given with x of shape {tuple(x.shape)}, wanted {shape}")
+        checks.sequence_bounds(seq_lens, None, lead[0], lead[1], x.device)
+    backend = dispatch.pick("gated_rms_norm", x.device, backend)
+    if backend == "reference":
+        return reference.gated_rms_norm(x, z, weight, eps=eps, group_size=group_size, seq_lens=seq_lens)
+    x, z, weight = reference.directions(x, z, weight)
+    operator = dispatch.operator("gated_rms_norm", backend)
+    if len(lead) == 2:  # as the operator takes them: views cost time, and gradients twice that
+        out = operator(x, z, weight, eps, group_size or d, seq_lens)
+        return out if per_direction else out[0]
+    rows = (math.prod(lead[:-1]), lead[-1] if lead else 1)
+    x, z = (t.reshape(t.shape[0], *rows, d) for t in (x, z))
+    out = operator(x, z, weight, eps, group_size or d, seq_lens)
+    if not per_direction:
+        return out[0].reshape(*lead, d)
+    return out.movedim(0, -2).reshape(*lead, 2, d).movedim(-2, 0)
+
+
+@checks.remembered
+def _checked(x, z, weight, eps, group_size):
+    """The sizes before d and after directions, and whether there are directions, of arguments that fit each other."""
     for name, value in (("x", x), ("z", z), ("weight", weight)):
         checks.floating_tensor(name, value)
         checks.like(name, value, "x", x)
@@ -44,22 +70,7 @@ def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None, ba
         raise TypeError(f"eps is {type(eps).__name__}, wanted a float")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}, wanted a finite number from 0 up")
-    if seq_lens is not None:
-        if len(lead) != 2:
-            shape = "(2, batch, L, d)" if per_direction else "(batch, L, d)"
-            raise ValueError(f"seq_lens is given with x of shape {tuple(x.shape)}, wanted {shape}")
-        checks.sequence_bounds(seq_lens, None, lead[0], lead[1], x.device)
-    backend = dispatch.pick("gated_rms_norm", x.device, backend)
-    if backend == "reference":
-        return reference.gated_rms_norm(x, z, weight, eps=eps, group_size=group_size, seq_lens=seq_lens)
-    x, z, weight = reference.directions(x, z, weight)
-    rows = (math.prod(lead[:-1]), lead[-1] if lead else 1)
-    out = dispatch.operator("gated_rms_norm", backend)(
-        x.reshape(x.shape[0], *rows, d), z.reshape(z.shape[0], *rows, d), weight, eps, group_size or d, seq_lens
-    )
-    if not per_direction:
-        return out[0].reshape(*lead, d)
-    return out.movedim(0, -2).reshape(*lead, 2, d).movedim(-2, 0)
+    return lead, per_direction
 
 
 def _lead(x, z, weight):

@@ -29,6 +29,20 @@ def linear(x, weight, bias=None, *, factor=None, backend=None):
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
     """
+    _check(x, weight, bias, factor)
+    ours = x.device.type == "cpu" and backend in (None, "cpu") and dispatch.compiled("linear")
+    if not ours or dispatch.pick("linear", x.device) == "reference":
+        return reference.linear(x, weight, bias, factor=factor)
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        low = torch.get_autocast_dtype("cpu")
+        x, weight = x.to(low), weight.to(low)
+    factor = None if factor is None or bias is None else factor.reshape(-1)
+    *lead, d = x.shape
+    return _linear(x.reshape(math.prod(lead), d), weight, bias, factor).reshape(*lead, weight.shape[0])
+
+
+@checks.remembered
+def _check(x, weight, bias, factor):
     for name, value in (("x", x), ("weight", weight), ("bias", bias), ("factor", factor)):
         if value is not None or name in ("x", "weight"):
             checks.floating_tensor(name, value)
@@ -41,14 +55,6 @@ def linear(x, weight, bias=None, *, factor=None, backend=None):
         checks.shape("bias", bias, (weight.shape[0],), "(columns,)")
     if factor is not None:
         checks.shape("factor", factor, tuple(lead), "(...,)")
-    ours = x.device.type == "cpu" and backend in (None, "cpu") and dispatch.compiled("linear")
-    if not ours or dispatch.pick("linear", x.device) == "reference":
-        return reference.linear(x, weight, bias, factor=factor)
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        low = torch.get_autocast_dtype("cpu")
-        x, weight = x.to(low), weight.to(low)
-    factor = None if factor is None or bias is None else factor.reshape(-1)
-    return _linear(x.reshape(math.prod(lead), d), weight, bias, factor).reshape(*lead, weight.shape[0])
 
 
 def _linear(x, weight, bias=None, factor=None):

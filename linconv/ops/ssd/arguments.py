@@ -1,5 +1,7 @@
 """What `ssd` and `bidirectional_ssd` ask of their arguments, checked before any kernel runs."""
 
+import types
+
 import torch
 
 from linconv.ops import checks
@@ -18,6 +20,14 @@ MAX_SIZE = 256  # of headdim and of dstate
 
 
 def check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, *, directions):
+    """As `sizes_of`, and of where the sequences lie."""
+    sizes = sizes_of(x, dt, A, B, C, D, dt_bias, dt_limit, directions)
+    checks.sequence_bounds(seq_lens, cu_seqlens, sizes["batch"], sizes["L"], x.device)
+    return sizes
+
+
+@checks.remembered
+def sizes_of(x, dt, A, B, C, D, dt_bias, dt_limit, directions):
     """Raises ValueError or TypeError naming the argument, what it got and what it wants.
 
     directions: 2 where arguments may carry a leading axis of 2, else 1. Returns the sizes by name.
@@ -43,8 +53,7 @@ def check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, *, directi
     if sizes["groups"] < 1 or sizes["heads"] % sizes["groups"]:
         raise ValueError(f"B has {sizes['groups']} groups, wanted a divisor of the {sizes['heads']} heads of x")
     _check_limit(dt_limit)
-    checks.sequence_bounds(seq_lens, cu_seqlens, sizes["batch"], sizes["L"], x.device)
-    return sizes
+    return types.MappingProxyType(sizes)
 
 
 def _check_limit(dt_limit):
