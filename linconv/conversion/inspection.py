@@ -67,9 +67,9 @@ class Inspection:
             f"  {unit:>8} {seconds:>8} {self.attention + ' GFLOP':>26} {self.mixer + ' GFLOP':>24} {'ratio':>7}",
         ]
         for length, (before, after) in self.flops.items():
-            ratio = before / after if after else float("nan")
+            ratio = f"{before / after:.2f}" if after else "-"  # no layer is converted
             seconds = self._seconds(length)
-            lines.append(f"  {length:>8} {seconds:>8} {before / 1e9:>26.3f} {after / 1e9:>24.3f} {ratio:>7.2f}")
+            lines.append(f"  {length:>8} {seconds:>8} {before / 1e9:>26.3f} {after / 1e9:>24.3f} {ratio:>7}")
         lines += ["", f"  predicted crossover, by operations: {self._duration(self.crossover_frames)}"]
         measured = self.measured_crossover
         if measured is None:
