@@ -59,6 +59,12 @@ STABLE_TORCH_LIBRARY(linconv, m) {
       "gated_rms_norm_backward(Tensor grad, Tensor x, Tensor z, Tensor weight, float eps, int group_size, "
       "Tensor? seq_lens) -> (Tensor, Tensor, Tensor)");
 
+  // short_conv, and ssd or bidirectional_ssd of what it makes, by the backends that are named. Made of these in Python, for
+  // every device.
+  m.def(
+      "conv_scan(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor? D, Tensor? dt_bias, "
+      "int dstate, int ngroups, str diagonal, int lookahead, Tensor? seq_lens, str conv, str scan) -> Tensor");
+
   // student, teacher: a hidden state (batch, L, d) a layer; logits (batch, L, classes); masks bool (batch, L) or lengths
   // (batch,) -> mean squared error and mean cosine (layers,), KL (1,), and what is known of each row of logits, float64.
 #define GUIDANCE                                                                                            \

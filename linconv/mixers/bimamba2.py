@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from linconv import ops
 from linconv.mixers.protocol import Linear
 from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, scan_flops
 
@@ -51,25 +50,10 @@ class BiMamba2(DualMixer):
 
     def forward(self, hidden_states, seq_lens=None):
         self.check_hidden_states(hidden_states)
-        zxBCdt = torch.unflatten(self.in_proj(hidden_states), -1, (2, self.d_in_proj))
-        zxBCdt = zxBCdt.movedim(-2, 0)  # (2, b, L, d_in_proj)
-        z, xBC, dt = zxBCdt.split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
-        xBC = ops.bidirectional_short_conv(xBC, *self.conv1d(), seq_lens=seq_lens)
-        x, B, C = xBC.split((self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state), dim=-1)
-        y = ops.bidirectional_ssd(
-            torch.unflatten(x, -1, (self.nheads, self.headdim)),  # (2, b, L, heads, headdim)
-            dt,
-            self.A,
-            torch.unflatten(B, -1, (self.ngroups, self.d_state)),  # (2, b, L, groups, d_state)
-            torch.unflatten(C, -1, (self.ngroups, self.d_state)),
-            D=self.D,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            seq_lens=seq_lens,
-        )
-        del x, B, C, xBC  # views of the largest tensor here: let it go before the norm's result is allocated
-        group_size = self.d_inner // self.ngroups
-        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm()[0], group_size=group_size, seq_lens=seq_lens)
+        # Cut before directions come first: gradients are joined as the projection lies, by one copy.
+        columns = torch.unflatten(self.in_proj(hidden_states), -1, (2, self.d_in_proj))  # (b, L, 2, d_in_proj)
+        parts = columns.split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
+        y = self.conv_scan_norm(*(part.movedim(-2, 0) for part in parts), seq_lens)  # (2, b, L, d_inner)
         return self.out_proj(y.movedim(0, -2).flatten(-2))  # (b, L, 2 d_inner), a view
 
     def flops(self, length):

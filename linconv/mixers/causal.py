@@ -28,6 +28,9 @@ class CausalConv(Weights, nn.Conv1d):
     def __init__(self, channels: int, width: int):
         super().__init__(channels, channels, width, groups=channels)
 
+    def forward(self):
+        return self.weight.squeeze(1), self.bias
+
 
 class CausalMixer:
     """The causal side of a `StateSpaceMixer`; a subclass sets ``conv1d``, and ``state_shape`` of its scan.
@@ -41,7 +44,6 @@ class CausalMixer:
     def convolve(self, x, seq_lens, state: MambaState | None):
         """The short convolution and SiLU of (batch, L, channels); ``state`` goes on to each row's last valid frame."""
         weight, bias = self.conv1d()
-        weight = weight.squeeze(1)
         if state is None:
             return ops.short_conv(x, weight, bias, seq_lens=seq_lens)
         past, length = self.d_conv - 1, x.shape[1]

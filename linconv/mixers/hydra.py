@@ -2,7 +2,6 @@
 
 import torch
 
-from linconv import ops
 from linconv.mixers.protocol import Linear
 from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, scan_flops
 
@@ -40,26 +39,8 @@ class Hydra(DualMixer):
     def forward(self, hidden_states, seq_lens=None):
         self.check_hidden_states(hidden_states)
         z, xBC, dt = self.in_proj(hidden_states).split((self.d_inner, self.conv_dim, 2 * self.nheads), dim=-1)
-        xBC = ops.short_conv(xBC, *self.conv1d(), lookahead=self.d_conv // 2, seq_lens=seq_lens)  # (b, L, conv_dim)
-        x, BC = xBC.split((self.d_inner, 4 * self.ngroups * self.d_state), dim=-1)
-        BC = torch.unflatten(BC, -1, (2, 2, self.ngroups, self.d_state))  # (b, L, direction, B or C, groups, d_state)
-        B, C = BC.movedim(2, 0).unbind(3)  # (2, b, L, groups, d_state) each
-        y = ops.bidirectional_ssd(
-            torch.unflatten(x, -1, (self.nheads, self.headdim)),  # (b, L, heads, headdim)
-            torch.unflatten(dt, -1, (2, self.nheads)).movedim(-2, 0),  # (2, b, L, heads)
-            self.A,
-            B,
-            C,
-            D=self.D,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            diagonal="shifted",
-            seq_lens=seq_lens,
-        )
-        del x, B, C, BC, xBC
-        group_size = self.d_inner // self.ngroups
-        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm()[0], group_size=group_size, seq_lens=seq_lens)
-        return self.out_proj(y)
+        dt = torch.unflatten(dt, -1, (2, self.nheads)).movedim(-2, 0)  # (2, b, L, heads)
+        return self.out_proj(self.conv_scan_norm(z, xBC, dt, seq_lens, diagonal="shifted", lookahead=self.d_conv // 2))
 
     def flops(self, length):
         projections = self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv1d.weight.numel()

@@ -32,6 +32,8 @@ class Mamba2(CausalMixer, DualMixer):
         """As `Mixer.forward`; with ``state``, goes on from it and leaves it at each row's last valid frame."""
         self.check_hidden_states(hidden_states)
         z, xBC, dt = self.in_proj(hidden_states).split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
+        if state is None:
+            return self.out_proj(self.conv_scan_norm(z, xBC, dt, seq_lens))
         xBC = self.convolve(xBC, seq_lens, state)
         x, B, C = xBC.split((self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state), dim=-1)
         y, last = ops.ssd(
@@ -43,15 +45,12 @@ class Mamba2(CausalMixer, DualMixer):
             D=self.D,
             dt_bias=self.dt_bias,
             dt_softplus=True,
-            initial_states=None if state is None else state.ssm,
+            initial_states=state.ssm,
             return_final_states=True,
             seq_lens=seq_lens,
         )
-        if state is not None:
-            state.ssm = last.detach()
-        group_size = self.d_inner // self.ngroups
-        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm()[0], group_size=group_size, seq_lens=seq_lens)
-        return self.out_proj(y)
+        state.ssm = last.detach()
+        return self.out_proj(self.gated_norm(y, z, seq_lens))
 
     def flops(self, length):
         projections = self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv1d.weight.numel()

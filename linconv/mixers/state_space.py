@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from linconv import ops
 from linconv.mixers.protocol import Mixer, Weights, check_integer, check_number
 from linconv.ops.short_conv import WIDTHS
 from linconv.ops.ssd.arguments import MAX_SIZE
@@ -101,6 +102,22 @@ class DualMixer(StateSpaceMixer):
         self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log_())
         self.D.fill_(1)
         draw_steps(self.dt_bias)
+
+    def conv_scan_norm(self, z, xBC, dt, seq_lens, **options):
+        """What stands between the projections: ([2,] b, L, d_inner) of z ([2,] b, L, d_inner), xBC and dt.
+
+        options: of `linconv.ops.conv_scan`, which says what xBC and dt are.
+        """
+        y = ops.conv_scan(
+            xBC, dt, *self.conv1d(), self.A, self.D, self.dt_bias, dstate=self.d_state, ngroups=self.ngroups,
+            seq_lens=seq_lens, **options,
+        )  # fmt: skip
+        return self.gated_norm(y, z, seq_lens)
+
+    def gated_norm(self, y, z, seq_lens):
+        """y ([2,] b, L, heads, headdim) behind the gate z and the norm, ([2,] b, L, d_inner)."""
+        group_size = self.d_inner // self.ngroups
+        return ops.gated_rms_norm(y.flatten(-2), z, self.norm()[0], group_size=group_size, seq_lens=seq_lens)
 
     def extra_repr(self):
         return f"heads={self.nheads}, headdim={self.headdim}, d_state={self.d_state}, ngroups={self.ngroups}"

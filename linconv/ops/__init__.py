@@ -1,6 +1,7 @@
 """Operators: each is a ``torch.library`` operator, ``torch.ops.linconv.<name>``, with its public function here."""
 
 from linconv.ops.bidirectional_ssd import bidirectional_ssd
+from linconv.ops.conv_scan import conv_scan
 from linconv.ops.dispatch import LinconvPerformanceWarning, backends
 from linconv.ops.distillation_loss import (
     distillation_loss,
@@ -20,6 +21,7 @@ __all__ = [
     "backends",
     "bidirectional_short_conv",
     "bidirectional_ssd",
+    "conv_scan",
     "distillation_loss",
     "distillation_terms",
     "gated_rms_norm",

@@ -29,6 +29,7 @@ __all__ = [
     "operator",
     "pick",
     "register",
+    "register_composite",
     "warn_once",
 ]
 
@@ -165,6 +166,24 @@ def register(op, *, fake, setup_context, backward, fake_backward=None, triton=No
         if fake_backward is not None:
             torch.library.register_fake(f"linconv::{op}_backward{suffix}", fake_backward)
         register_autograd(name, with_operator, setup_context)
+
+
+def register_composite(op, run, *, fake, setup_context, backward) -> bool:
+    """Registers ``linconv::<op>`` with torch, an operator that is made of others for every device.
+
+    Args:
+        op, fake, setup_context, backward: as for :func:`register`; there is no ``ctx.backward_operator``.
+        run: what it does.
+
+    Returns:
+        Whether it is there: the CPU library holds the schemas, and one that was built before may not have this one.
+    """
+    if _cpu_problem is not None or not hasattr(torch.ops.linconv, op):
+        return False
+    torch.library.impl(f"linconv::{op}", "CompositeExplicitAutograd", run)
+    torch.library.register_fake(f"linconv::{op}", fake)
+    register_autograd(op, backward, setup_context)
+    return True
 
 
 def define_triton(name: str, module: str, run=None) -> None:

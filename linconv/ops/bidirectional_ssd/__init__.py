@@ -45,8 +45,7 @@ def bidirectional_ssd(
         ValueError, TypeError: an argument whose shape, dtype, device or value does not fit; the message names it.
     """
     arguments.check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, directions=2)
-    if diagonal not in DIAGONALS:
-        raise ValueError(f"diagonal is {diagonal!r}, wanted one of {', '.join(map(repr, DIAGONALS))}")
+    check_diagonal(diagonal)
     backend = dispatch.pick("bidirectional_ssd", x.device, backend, cuda_takes=_fused(x, B, C))
     if backend in SCANS:
         return reference.bidirectional_ssd(
@@ -59,10 +58,19 @@ def bidirectional_ssd(
     )
 
 
+def check_diagonal(diagonal):
+    """Raises ValueError unless there is such a diagonal."""
+    if diagonal not in DIAGONALS:
+        raise ValueError(f"diagonal is {diagonal!r}, wanted one of {', '.join(map(repr, DIAGONALS))}")
+
+
 def _fused(x, B, C):
-    """Whether csrc/bidirectional_ssd/cuda.cu takes such arguments."""
-    half = x.dtype in (torch.bfloat16, torch.float16) and x.dtype == B.dtype == C.dtype
-    return half and x.shape[-1] == 64 and B.shape[-1] in (64, 128)
+    return x.dtype == B.dtype == C.dtype and fused_takes(x.dtype, x.shape[-1], B.shape[-1])
+
+
+def fused_takes(dtype, headdim, dstate):
+    """Whether csrc/bidirectional_ssd/cuda.cu takes x, B and C of this dtype and such sizes."""
+    return dtype in (torch.bfloat16, torch.float16) and headdim == 64 and dstate in (64, 128)
 
 
 def _fake(x, *_):

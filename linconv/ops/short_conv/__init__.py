@@ -101,16 +101,20 @@ def _check(x, weight, bias, activation, lookahead, seq_lens, cu_seqlens):
     checks.like("weight", weight, "x", x)
     if bias is not None:
         checks.like("bias", bias, "x", x)
-    width = weight.shape[-1]
-    if width not in WIDTHS:
-        raise ValueError(f"weight has width {width}, wanted {WIDTHS.start} to {WIDTHS.stop - 1}")
     if activation not in ("silu", None):
         raise ValueError(f"activation is {activation!r}, wanted 'silu' or None")
+    check_window("weight", weight.shape[-1], lookahead)
+    checks.sequence_bounds(seq_lens, cu_seqlens, x.shape[-3], x.shape[-2], x.device)
+
+
+def check_window(name, width, lookahead):
+    """Raises ValueError or TypeError unless the frames that taps see, ``width`` of the weight ``name``, can be."""
+    if not WIDTHS.start <= width < WIDTHS.stop:  # not `in`: of a graph being traced the width may be a symbol
+        raise ValueError(f"{name} has width {width}, wanted {WIDTHS.start} to {WIDTHS.stop - 1}")
     if not isinstance(lookahead, int):
         raise TypeError(f"lookahead is {type(lookahead).__name__}, wanted an int")
     if not 0 <= lookahead < width:
         raise ValueError(f"lookahead is {lookahead}, wanted 0 to width - 1 = {width - 1}")
-    checks.sequence_bounds(seq_lens, cu_seqlens, x.shape[-3], x.shape[-2], x.device)
 
 
 def _fake(x, weight, bias, silu, reverse, lookahead, seq_lens, cu_seqlens):

@@ -1,0 +1,162 @@
+"""The short convolution of a Mamba-2 layer and the scan of what it makes, as one operator.
+
+What the convolution makes, x, B and C, is for the scan alone, and computed again for gradients: nothing of it is kept.
+"""
+
+import torch
+
+from linconv.ops import checks, dispatch
+from linconv.ops.autograd import once_differentiable
+from linconv.ops.bidirectional_ssd import fused_takes
+from linconv.ops.conv_scan import reference
+from linconv.ops.conv_scan.arguments import checked
+from linconv.ops.conv_scan.layout import Layout
+from linconv.ops.ssd.arguments import in_math_dtype, only_present
+
+__all__ = ["conv_scan"]
+
+INF = float("inf")
+
+
+def conv_scan(
+    xBC, dt, conv_weight, conv_bias, A, D=None, dt_bias=None, *, dstate, ngroups=1, diagonal="both", lookahead=0,
+    seq_lens=None, backend=None,
+):  # fmt: skip
+    """The scan of a Mamba-2 layer (arXiv 2405.21060, figure 6), x, B and C as its short convolution makes them.
+
+    `short_conv` with its SiLU, and `ssd` or `bidirectional_ssd` with softplus of dt + dt_bias, to the bits of calls to
+    these, in forward and backward. Kept for the backward pass are the arguments.
+
+    Args:
+        xBC: float32, bfloat16, float16 or float64, any strides; with n = ngroups * dstate, channels of
+
+            - (batch, L, heads * headdim + 2 n): x, B and C, dt (batch, L, heads): one direction, Mamba-2.
+            - (batch, L, heads * headdim + 4 n): x shared by two directions, B and C of the forward one, B and C of the
+              backward one, dt (2, batch, L, heads): Hydra, arXiv 2407.09941.
+            - (2, batch, L, heads * headdim + 2 n): x, B and C of each direction; the backward one's convolution is
+              anti-causal: two Mamba-2 layers, arXiv 2410.06846. dt (2, batch, L, heads) or (batch, L, heads).
+        dt: as xBC says, before bias and softplus.
+        conv_weight: (channels, width), 2 <= width <= 8; (2, channels, width) where xBC is per direction.
+        conv_bias: (channels,) or (2, channels), or None.
+        A, D, dt_bias: (heads,), or in two directions (2, heads); D and dt_bias may be None.
+        dstate: size of the state of each channel of x, 1 to 256.
+        ngroups: groups of heads that share B and C.
+        diagonal: of two directions, as for `bidirectional_ssd`.
+        lookahead: frames ahead that the convolution's window reaches, 0 <= lookahead < width; 0 where xBC is per
+            direction.
+        seq_lens: int32 or int64 (batch,): frames of each row that are not padding. Padding is not read; the result
+            there and its gradients are zero.
+        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is for each of the two.
+
+    Returns:
+        (batch, L, heads, headdim), the directions summed, or (2, batch, L, heads, headdim) where xBC is per direction;
+        in its dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value; the message names it.
+    """
+    tensors = (xBC, dt, conv_weight, conv_bias, A, D, dt_bias)
+    layout = checked(*tensors, dstate, ngroups, diagonal, lookahead)
+    checks.sequence_bounds(seq_lens, None, *xBC.shape[-3:-1], xBC.device)
+    kernels = _kernels(layout, xBC, backend)
+    if not (_registered and _COMPILED.issuperset(kernels)):
+        return reference.conv_scan(layout, *tensors, diagonal, lookahead, seq_lens, backend)
+    A, D, dt_bias = in_math_dtype(xBC, A, D, dt_bias)
+    return torch.ops.linconv.conv_scan(
+        xBC, dt, conv_weight, conv_bias, A, D, dt_bias, dstate, ngroups, diagonal, lookahead, seq_lens, *kernels
+    )
+
+
+_COMPILED = {"cpu", "cuda", "triton"}
+
+
+def _kernels(layout, xBC, backend):
+    """The backends that run the convolution and the scan."""
+    one = layout.directions == 1
+    return (
+        dispatch.pick("short_conv", xBC.device, backend),
+        dispatch.pick(
+            _scan(layout), xBC.device, backend, prefer=("cuda", "triton") if one and xBC.shape[-2] == 1 else None,
+            cuda_takes=one or fused_takes(xBC.dtype, layout.headdim, layout.dstate),
+        ),
+    )  # fmt: skip
+
+
+def _scan(layout):
+    return "ssd" if layout.directions == 1 else "bidirectional_ssd"
+
+
+class _Steps:
+    """The two operators of a call, with what each is told: one behind the other, and their gradients."""
+
+    def __init__(self, xBC, dt, conv_weight, conv_bias, A, D, dt_bias, *options):
+        dstate, ngroups, diagonal, lookahead, seq_lens, *self.kernels = options
+        self.layout, self.per_direction = Layout.of(xBC, dt, ngroups, dstate), xBC.dim() == 4
+        if not self.per_direction:  # the convolution's kernels have an axis of directions
+            xBC, conv_weight = xBC[None], conv_weight[None]
+            conv_bias = None if conv_bias is None else conv_bias[None]
+        self.of_conv = (xBC, conv_weight, conv_bias, True, False, lookahead, seq_lens, None)
+        self.dt, self.A, self.of_scan = dt, A, (D, dt_bias, True, 0.0, INF)
+        if self.layout.directions == 1:
+            self.of_scan += (None, seq_lens, None, False)
+        else:
+            self.of_scan += (diagonal, seq_lens, None)
+
+    def operators(self, suffix=""):
+        """Convolution and scan."""
+        names = ("short_conv", _scan(self.layout))
+        return [dispatch.operator(name + suffix, kernel) for name, kernel in zip(names, self.kernels)]
+
+    def scanned(self, convolved):
+        """The arguments of the scan."""
+        x, B, C = self.layout.operands(convolved)
+        return x, self.dt, self.A, B, C, *self.of_scan
+
+    def run(self):
+        convolve, scan = self.operators()
+        y = scan(*self.scanned(convolve(*self.of_conv)))
+        return y[0] if self.layout.directions == 1 else y
+
+    def gradients(self, dy):
+        """Of the tensors among the arguments, in their order."""
+        convolve, _ = self.operators()
+        convolve_backward, scan_backward = self.operators("_backward")
+        upstream = (dy, None) if self.layout.directions == 1 else (dy,)
+        dx, ddt, dA, dB, dC, dD, ddt_bias, *_ = scan_backward(*upstream, *self.scanned(convolve(*self.of_conv)))
+        dconvolved = self.layout.joined(dx, dB, dC)
+        del dx, dB, dC
+        of_conv = convolve_backward(dconvolved, *self.of_conv)
+        if not self.per_direction:
+            of_conv = [gradient[0] for gradient in of_conv]
+        dxBC, dconv_weight, dconv_bias = of_conv
+        return dxBC, ddt, dconv_weight, dconv_bias, dA, dD, ddt_bias
+
+
+def _run(*inputs):
+    return _Steps(*inputs).run()
+
+
+def _fake(xBC, dt, conv_weight, conv_bias, A, D, dt_bias, dstate, ngroups, *_):
+    layout = Layout.of(xBC, dt, ngroups, dstate)
+    return xBC.new_empty(*xBC.shape[:-1], layout.heads, layout.headdim)
+
+
+def _save(ctx, inputs, output):
+    *tensors, dstate, ngroups, diagonal, lookahead, seq_lens, conv, scan = inputs
+    ctx.save_for_backward(*tensors, seq_lens)
+    ctx.options = (dstate, ngroups, diagonal, lookahead), (conv, scan)
+
+
+def _backward(ctx, dy):
+    return *_gradients(ctx, dy, *ctx.saved_tensors), *[None] * 7
+
+
+@once_differentiable
+def _gradients(ctx, dy, *saved):
+    *tensors, seq_lens = saved
+    options, kernels = ctx.options
+    gradients = _Steps(*tensors, *options, seq_lens, *kernels).gradients(dy)
+    return tuple(only_present(gradients, tensors))
+
+
+_registered = dispatch.register_composite("conv_scan", _run, fake=_fake, setup_context=_save, backward=_backward)
