@@ -23,6 +23,16 @@ if not INTERPRETING and not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 
+@pytest.fixture(autouse=True)
+def triton(monkeypatch):
+    """What the tests call the compiled backend is this one, and tensors are made where it wants them: in each test file
+    that imports this."""
+    monkeypatch.setattr("judge._here", "triton")
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
 def _mend_interpreter():
     """What Triton 3.6's interpreter cannot do itself."""
     from triton.runtime import interpreter

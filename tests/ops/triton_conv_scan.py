@@ -1,26 +1,17 @@
 """Convolution and scan as one operator on Triton kernels, judged by its own tests; run by test_triton.py."""
 
 import interpreter
-import judge
 import pytest
 import test_conv_scan as cases
 import torch
+from interpreter import triton  # noqa: F401
 from test_conv_scan import FORMS
 
 
-@pytest.fixture(autouse=True)
-def triton(monkeypatch):
-    """What the tests call the compiled backend is this one, and tensors are made where it wants them."""
-    monkeypatch.setattr(judge, "_here", "triton")
-    torch.set_default_device(interpreter.DEVICE)
-    yield
-    torch.set_default_device(None)
-
-
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length, padded", [(11, False), (11, True), (1, False), (0, True)])
 @pytest.mark.parametrize("form", FORMS)
-def test_agrees_with_the_definition(form, padded):
-    sizes = dict(batch=2, length=11, heads=4, headdim=3, groups=2, dstate=4, width=4, bias=not padded)
+def test_agrees_with_the_definition(form, length, padded):
+    sizes = dict(batch=2, length=length, heads=4, headdim=3, groups=2, dstate=4, width=4, bias=not padded)
     cases.agrees_with_the_definition(form, sizes, padded)
 
 

@@ -1,10 +1,10 @@
 """The gated norm on its Triton kernels, judged by the operator's own tests; run by test_triton.py."""
 
 import interpreter
-import judge
 import pytest
 import test_gated_rms_norm as cases
 import torch
+from interpreter import triton  # noqa: F401
 from judge import gradients
 from test_gated_rms_norm import (  # noqa: F401
     random,
@@ -17,15 +17,6 @@ from test_gated_rms_norm import (  # noqa: F401
 
 from linconv.ops.gated_rms_norm import gated_rms_norm
 from linconv.ops.gated_rms_norm import triton as module
-
-
-@pytest.fixture(autouse=True)
-def triton(monkeypatch):
-    """What the tests call the compiled backend is this one, and tensors are made where it wants them."""
-    monkeypatch.setattr(judge, "_here", "triton")
-    torch.set_default_device(interpreter.DEVICE)
-    yield
-    torch.set_default_device(None)
 
 
 def small_tiles(monkeypatch, rows, columns):

@@ -46,7 +46,8 @@ def bidirectional_ssd(
     """
     arguments.check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, directions=2)
     check_diagonal(diagonal)
-    backend = dispatch.pick("bidirectional_ssd", x.device, backend, cuda_takes=_fused(x, B, C))
+    dtype = x.dtype if x.dtype == B.dtype == C.dtype else None
+    backend = pick(x.device, dtype, x.shape[-1], B.shape[-1], backend)
     if backend in SCANS:
         return reference.bidirectional_ssd(
             x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, diagonal=diagonal,
@@ -64,13 +65,11 @@ def check_diagonal(diagonal):
         raise ValueError(f"diagonal is {diagonal!r}, wanted one of {', '.join(map(repr, DIAGONALS))}")
 
 
-def _fused(x, B, C):
-    return x.dtype == B.dtype == C.dtype and fused_takes(x.dtype, x.shape[-1], B.shape[-1])
-
-
-def fused_takes(dtype, headdim, dstate):
-    """Whether csrc/bidirectional_ssd/cuda.cu takes x, B and C of this dtype and such sizes."""
-    return dtype in (torch.bfloat16, torch.float16) and headdim == 64 and dstate in (64, 128)
+def pick(device, dtype, headdim, dstate, backend=None):
+    """The backend that runs x, B and C of this dtype, None where theirs differ, and such sizes."""
+    # What csrc/bidirectional_ssd/cuda.cu takes.
+    fused = dtype in (torch.bfloat16, torch.float16) and headdim == 64 and dstate in (64, 128)
+    return dispatch.pick("bidirectional_ssd", device, backend, cuda_takes=fused)
 
 
 def _fake(x, *_):

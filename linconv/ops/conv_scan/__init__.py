@@ -7,10 +7,11 @@ import torch
 
 from linconv.ops import checks, dispatch
 from linconv.ops.autograd import once_differentiable
-from linconv.ops.bidirectional_ssd import fused_takes
+from linconv.ops.bidirectional_ssd import pick as pick_bidirectional_ssd
 from linconv.ops.conv_scan import reference
 from linconv.ops.conv_scan.arguments import checked
 from linconv.ops.conv_scan.layout import Layout
+from linconv.ops.ssd import pick as pick_ssd
 from linconv.ops.ssd.arguments import in_math_dtype, only_present
 
 __all__ = ["conv_scan"]
@@ -72,14 +73,11 @@ _COMPILED = {"cpu", "cuda", "triton"}
 
 def _kernels(layout, xBC, backend):
     """The backends that run the convolution and the scan."""
-    one = layout.directions == 1
-    return (
-        dispatch.pick("short_conv", xBC.device, backend),
-        dispatch.pick(
-            _scan(layout), xBC.device, backend, prefer=("cuda", "triton") if one and xBC.shape[-2] == 1 else None,
-            cuda_takes=one or fused_takes(xBC.dtype, layout.headdim, layout.dstate),
-        ),
-    )  # fmt: skip
+    if layout.directions == 1:
+        scan = pick_ssd(xBC.device, xBC.shape[-2], backend)
+    else:
+        scan = pick_bidirectional_ssd(xBC.device, xBC.dtype, layout.headdim, layout.dstate, backend)
+    return dispatch.pick("short_conv", xBC.device, backend), scan
 
 
 def _scan(layout):

@@ -51,9 +51,7 @@ def ssd(
         checks.floating_tensor("z", z)
         checks.shape("z", z, tuple(x.shape), "the shape of x")
         checks.like("z", z, "x", x)
-    # The CUDA kernel takes one frame after another with the state in registers: best for a decode step only.
-    one_frame = sizes["L"] == 1
-    backend = dispatch.pick("ssd", x.device, backend, prefer=("cuda", "triton") if one_frame else None)
+    backend = pick(x.device, sizes["L"], backend)
     if backend in reference.SCANS:
         # Before a gate y stays in the math dtype: one rounding.
         y, states = reference.ssd(
@@ -81,6 +79,12 @@ def ssd(
     if z is not None:
         y = _gated(y, z, seq_lens, x.dtype)
     return (y, states) if return_final_states else y
+
+
+def pick(device, length, backend=None):
+    """The backend that runs so many frames."""
+    # The CUDA kernel takes one frame after another with the state in registers: best for a decode step only.
+    return dispatch.pick("ssd", device, backend, prefer=("cuda", "triton") if length == 1 else None)
 
 
 def _gated(y, z, seq_lens, dtype):
