@@ -180,15 +180,24 @@ def test_a_factor_of_no_bias_does_nothing():
     assert not of_factor.any()
 
 
-def test_parameters_in_another_precision():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_parameters_in_another_precision(backend):
     """Gradients come in each one's dtype, and are not rounded to another's on the way."""
     x, weight, bias = random(20, 16).half(), random(8, 16).float(), random(8).float()
     upstream = random(20, 8).half()
-    y, grads = gradients(linear, [x, weight, bias], upstream)
+    y, grads = gradients(lambda *t: linear(*t, backend=backend), [x, weight, bias], upstream)
     assert y.dtype == torch.float16 and [g.dtype for g in grads] == [torch.float16, torch.float32, torch.float32]
     exact = gradients(F.linear, [t.double() for t in (x, weight, bias)], upstream.double())[1]
     for got, wanted in zip(grads[1:], exact[1:]):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_decides_the_dtype(backend):
+    x, weight, bias, factor = random(20, 16).half(), random(8, 16).float(), random(8).float(), random(20).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias, backend=backend).dtype == torch.bfloat16
+        assert linear(x, weight, bias, factor=factor, backend=backend).dtype == torch.bfloat16
 
 
 def test_who_multiplies():

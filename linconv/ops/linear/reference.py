@@ -1,12 +1,20 @@
 """The product with a weight in plain torch."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 
 def linear(x, weight, bias=None, *, factor=None):
     """The function of `linconv.ops.linear.linear`, differentiable by torch."""
+    # torch multiplies numbers of one dtype: of several, in one that holds them all.
+    dtypes = [t.dtype for t in (x, weight, bias) if t is not None]
+    common = functools.reduce(torch.promote_types, dtypes)
+    given, (weight, bias) = x.to(common), (None if t is None else t.to(common) for t in (weight, bias))
     if bias is None or factor is None:
-        return F.linear(x, weight, bias)
-    out = F.linear(x, weight)
-    return torch.addcmul(out, factor[..., None].to(out.dtype), bias.to(out.dtype))
+        out = F.linear(given, weight, bias)
+    else:
+        out = F.linear(given, weight)
+        out = torch.addcmul(out, factor[..., None].to(out.dtype), bias.to(out.dtype))
+    return out.to(x.dtype) if out.dtype == common else out  # of another dtype it is by autocast
