@@ -573,6 +573,9 @@ def test_bad_logits(name):
     logits = {n: torch.zeros(2, 3) for n in ("student_logits", "teacher_logits")}
     with pytest.raises(ValueError, match=f"{name}: got layout torch.sparse_coo; want torch.strided"):
         kd_loss(**{**logits, name: logits[name].to_sparse()})
+    for dtype in (torch.int64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=f"{name}: got {dtype}; want one of torch.float32"):
+            kd_loss(**{**logits, name: logits[name].to(dtype)})
     for temperature in (0, float("inf"), float("nan"), "2"):
         with pytest.raises(ValueError, match="temperature: got .*; want a finite number above 0"):
             kd_loss(**logits, temperature=temperature)

@@ -22,8 +22,8 @@ def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
     for n, t in ((name, tensor), (other_name, other)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{n}: got {type(t).__name__}; want a tensor")
-        if not t.is_floating_point():
-            raise TypeError(f"{n}: got {t.dtype}; want a floating-point dtype")
+        if t.dtype not in checks.FLOATING:
+            raise TypeError(f"{n}: got {t.dtype}; want one of {', '.join(map(str, checks.FLOATING))}")
         _check_layout(n, t)
         if t.ndim < 2 or t.shape[-1] == 0:
             raise ValueError(f"{n}: got shape {tuple(t.shape)}; want (..., width) with at least two axes and width > 0")
