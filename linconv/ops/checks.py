@@ -24,10 +24,10 @@ def remembered(check):
     def run(*arguments):
         if torch.compiler.is_compiling():  # sizes may be symbols
             return check(*arguments)
-        kind = tuple(map(_kind, arguments))
         try:
+            kind = tuple(map(_kind, arguments))
             found = passed.get(kind, passed)
-        except TypeError:  # of something that has no hash
+        except (TypeError, RuntimeError):  # of something that has no hash, or a nested tensor, which has no shape
             return check(*arguments)
         if found is not passed:
             return found
@@ -52,8 +52,13 @@ def tensor(name: str, value) -> None:
     """``value`` is a strided tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {type(value).__name__}, wanted a torch.Tensor")
-    if value.layout != torch.strided:
-        raise ValueError(f"{name} has layout {value.layout}, wanted {torch.strided}")
+    if layout(value) != torch.strided:
+        raise ValueError(f"{name} has layout {layout(value)}, wanted {torch.strided}")
+
+
+def layout(value: torch.Tensor):
+    """The layout of ``value``, "nested" for a nested tensor: it may call itself strided, but has no shape."""
+    return "nested" if value.is_nested else value.layout
 
 
 def floating_tensor(name: str, value) -> None:

@@ -64,6 +64,9 @@ def test_tensors():
         checks.floating_tensor("x", torch.ones(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="x has layout torch.sparse_coo, wanted torch.strided"):
         checks.floating_tensor("x", x.to_sparse())
+    for layout in (torch.strided, torch.jagged):
+        with pytest.raises(ValueError, match="x has layout nested, wanted torch.strided"):
+            checks.floating_tensor("x", torch.nested.nested_tensor([x, x], layout=layout))
     checks.shape("x", x, (2, None), "(batch, L)")
     with pytest.raises(ValueError, match=r"x has shape \(2, 3\), wanted \(batch, L\) = \(any, 4\)"):
         checks.shape("x", x, (None, 4), "(batch, L)")
@@ -100,6 +103,8 @@ def test_a_check_that_passed_is_not_made_again():
     check(x, 3.0)  # equal to 3 but of another type: what is wanted of it may be an int
     check(x, 3, {})  # has no hash
     check(x, 3, {})
+    with pytest.raises(ValueError, match="x has layout nested"):
+        checks.remembered(checks.tensor)("x", torch.nested.nested_tensor([x, x], layout=torch.strided))
     for options in ((0.0, 1.0), (0, 1.0), [0, 1.0], (0, (1.0,)), (0, (1,)), (False, (1,))):  # not alike, and once each
         check(x, 3, options)
         check(x, 3, options)

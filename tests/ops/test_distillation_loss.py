@@ -573,6 +573,9 @@ def test_bad_logits(name):
     logits = {n: torch.zeros(2, 3) for n in ("student_logits", "teacher_logits")}
     with pytest.raises(ValueError, match=f"{name}: got layout torch.sparse_coo; want torch.strided"):
         kd_loss(**{**logits, name: logits[name].to_sparse()})
+    nested = torch.nested.nested_tensor([torch.zeros(3)] * 2, layout=torch.strided)
+    with pytest.raises(ValueError, match=f"{name}: got layout nested; want torch.strided"):
+        kd_loss(**{**logits, name: nested})
     for dtype in (torch.int64, torch.float8_e4m3fn):
         with pytest.raises(TypeError, match=f"{name}: got {dtype}; want one of torch.float32"):
             kd_loss(**{**logits, name: logits[name].to(dtype)})

@@ -85,8 +85,8 @@ def checked_weights(weights, student: list) -> Tensor | None:
 
 
 def _check_layout(name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name}: got layout {tensor.layout}; want {torch.strided}")
+    if checks.layout(tensor) != torch.strided:
+        raise ValueError(f"{name}: got layout {checks.layout(tensor)}; want {torch.strided}")
 
 
 def valid_rows(mask: Tensor | None, like: Tensor) -> Tensor | None:
