@@ -237,6 +237,16 @@ def test_packed_is_alone():
     same_bits(states, torch.cat([h for _, h in alone]))
 
 
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+def test_no_packed_sequence_at_all(backend):
+    arguments = {n: t.bfloat16().requires_grad_() for n, t in arguments_of(1, 0).items()}
+    y, states = scan(here(backend))(arguments, cu_seqlens=torch.tensor([0]))
+    assert y.shape == (1, 0, 6) and states.shape == (0, 6, 3)
+    assert y.dtype == torch.bfloat16 and states.dtype == torch.float32
+    y.sum().backward()
+    assert arguments["x"].grad.shape == (1, 0, 6)
+
+
 @pytest.mark.parametrize("batch, channels", [(0, 4), (2, 0), (1, 5)])
 def test_empty(batch, channels):
     arguments = arguments_of(batch, 3, channels, 1, 4, states=batch)

@@ -186,6 +186,16 @@ def test_gate_of_packed_sequences():
     torch.testing.assert_close(gated, ssd("reference")(arguments, z=z, cu_seqlens=bounds)[0])
 
 
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+def test_no_packed_sequence_at_all(backend):
+    arguments = {n: t.requires_grad_() for n, t in scan_arguments(1, 0, dtype=torch.bfloat16).items()}
+    y, states = ssd(here(backend))(arguments, cu_seqlens=torch.tensor([0]))
+    assert y.shape == (1, 0, 4, 5) and states.shape == (0, 4, 5, 3)
+    assert y.dtype == torch.bfloat16 and states.dtype == torch.float32
+    y.sum().backward()
+    assert arguments["x"].grad.shape == (1, 0, 4, 5)
+
+
 def test_padding_is_never_read():
     arguments = scan_arguments(2, 100, dtype=torch.float32)
     lengths = torch.tensor([100, 37])

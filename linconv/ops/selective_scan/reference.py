@@ -59,8 +59,9 @@ def selective_scan(
             )
             for i, (lo, hi) in enumerate(zip(bounds, bounds[1:]))
         ]  # fmt: skip
-        if not parts:
-            return torch.zeros_like(x), A.new_zeros(0, *A.shape)
+        if not parts:  # of no frames: a row as long, without its state
+            y, h = selective_scan(x, dt, A, B, C, D, z, **options)
+            return y, h[:0]
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([h for _, h in parts])
 
     dtype, batch, groups = x.dtype, x.shape[0], B.shape[2]

@@ -95,8 +95,9 @@ def ssd(
             )
             for i, (lo, hi) in enumerate(zip(bounds, bounds[1:]))
         ]  # fmt: skip
-        if not parts:
-            return torch.zeros_like(x), x.new_zeros(0, x.shape[2], x.shape[3], B.shape[3])
+        if not parts:  # of no frames: a row as long, without its state
+            y, h = ssd(x, dt, A, B, C, D, **options)
+            return y, h[:0]
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([h for _, h in parts])
 
     dtype = x.dtype
