@@ -36,12 +36,12 @@ _WITHOUT_EFFECT = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 for a mistake in what it was told, which it says in one line."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["demo"]:  # has arguments of its own
-        from linconv.demo import main as demo
-
-        return demo(argv[1:]) or 0
-    parser = _build_parser()
     try:
+        if argv[:1] == ["demo"]:  # has arguments of its own
+            from linconv.demo import main as demo
+
+            return demo(argv[1:]) or 0
+        parser = _build_parser()
         if argv and not argv[0].startswith("-") and argv[0] not in parser.command_parsers:
             raise unknown("command", argv[0], parser.command_parsers)
         arguments = parser.parse_args(argv)
@@ -52,6 +52,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         # A DataLoader's worker hands on its whole traceback, which ends in what it is about.
         print(f"linconv: error: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:  # operators and mixers do without the packages that commands are made of
+        package = (error.name or "linconv").partition(".")[0]
+        if package == "linconv":
+            raise
+        brings = "pip install 'linconv[models]' brings what commands need"
+        print(f"linconv: error: {package} is not installed; {brings}", file=sys.stderr)
         return 2
 
 

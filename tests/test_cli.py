@@ -697,6 +697,27 @@ def test_help_does_not_wait_for_transformers():
     )
 
 
+@pytest.mark.parametrize(
+    "argv, package",
+    [
+        (["inspect", "folder"], "transformers"),
+        (["distill", "recipe.yaml"], "yaml"),
+        (["bench", "conv", "--out", "new"], "tqdm"),
+        (["demo"], "rich"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_without_the_packages_of_the_commands_the_way_to_them_is_told(argv, package, tmp_path):
+    absent = f"import sys; sys.modules[{package!r}] = None"
+    paths = ":".join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", f"{absent}; from linconv.cli import main; sys.exit(main({argv!r}))"],
+        cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": paths},
+    )  # fmt: skip
+    said = f"linconv: error: {package} is not installed; pip install 'linconv[models]' brings what commands need\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 MISTAKES = {
     "command": (["distil"], "command: no 'distil'; did you mean 'distill'?"),
     "flag": (["distill", "RECIPE", "--mixr", "x"], "no argument '--mixr'; did you mean '--mixer'?"),
