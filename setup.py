@@ -35,6 +35,14 @@ def torch_dir() -> Path:
     return Path(spec.origin).parent
 
 
+def step(*command: str | Path) -> None:
+    """Runs a step of the build. pip ends with the last line: behind a traceback nobody would look for the reason."""
+    if subprocess.run(command).returncode:
+        raise SystemExit(
+            "linconv's build failed, for the reason above. It wants a C++20 compiler, GCC or Clang, on PATH or in CXX."
+        )
+
+
 class build_native(Command):
     """Configure, build and install the compiled libraries into linconv/lib."""
 
@@ -84,9 +92,9 @@ class build_native(Command):
         define = [f"-D{key}={value}" for key, value in options.items()]
         with open(work / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree wait for each other
-            subprocess.run([cmake, "-S", ROOT, "-B", work, "-G", "Ninja", *define], check=True)
-            subprocess.run([cmake, "--build", work], check=True)
-            subprocess.run([cmake, "--install", work, "--prefix", target], check=True)
+            step(cmake, "-S", ROOT, "-B", work, "-G", "Ninja", *define)
+            step(cmake, "--build", work)
+            step(cmake, "--install", work, "--prefix", target)
 
 
 class build_with_native(build):

@@ -230,6 +230,19 @@ print(*sorted(torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")))
         assert linconv.ops.backends()["cuda"] == "torch sees no CUDA device"
 
 
+@pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja"))), reason="needs cmake and ninja")
+def test_a_build_without_a_compiler_ends_in_what_it_wants(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("cmake", "csrc", "linconv"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    command = [sys.executable, "setup.py", "--quiet", "build_native", "--build-lib=built"]
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "no-such-compiler" in done.stderr  # cmake's own words
+    assert "Traceback" not in done.stderr and "C++20 compiler" in done.stderr.splitlines()[-1]
+
+
 def test_wheel_serves_every_python():
     # The source tree's egg-info may stand before the installed distribution.
     installed = [found.read_text("WHEEL") for found in importlib.metadata.distributions(name="linconv")]
