@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -230,17 +231,36 @@ print(*sorted(torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")))
         assert linconv.ops.backends()["cuda"] == "torch sees no CUDA device"
 
 
-@pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja"))), reason="needs cmake and ninja")
-def test_a_build_without_a_compiler_ends_in_what_it_wants(tmp_path):
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
+@pytest.fixture
+def source_tree(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CMakeLists.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("cmake", "csrc", "linconv"):
+    for name in ("cmake", "csrc", "linconv", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("lib", "__pycache__"))
-    command = [sys.executable, "setup.py", "--quiet", "build_native", "--build-lib=built"]
-    environment = {**os.environ, "CXX": "no-such-compiler"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return tmp_path
+
+
+def set_up(tree, *command, **variables):
+    words = [sys.executable, "setup.py", "--quiet", *command]
+    return subprocess.run(words, cwd=tree, env={**os.environ, **variables}, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja"))), reason="needs cmake and ninja")
+def test_a_build_without_a_compiler_ends_in_what_it_wants(source_tree):
+    done = set_up(source_tree, "build_native", "--build-lib=built", CXX="no-such-compiler")
     assert done.returncode != 0 and "no-such-compiler" in done.stderr  # cmake's own words
     assert "Traceback" not in done.stderr and "C++20 compiler" in done.stderr.splitlines()[-1]
+
+
+def test_source_distribution_is_what_a_build_needs(source_tree):
+    done = set_up(source_tree, "sdist")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (source_tree / "dist").iterdir()
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {"setup.py", "LICENSE", "CMakeLists.txt", "cmake/cuda.cmake", "csrc/library.cpp"} <= names
+    assert {"linconv/conversion/layer_fits.json", "linconv/demo/recipe.yaml"} <= names
+    assert not {name for name in names if name.startswith(("tests", "linconv/lib"))}
 
 
 def test_wheel_serves_every_python():
