@@ -258,7 +258,7 @@ class _Runner:
                 raise
             self.why[key] = _in_short(error)
             return
-        self._row(case, implementation, length)["extra_bytes"] = extra
+        self._row(case, implementation, length).update(extra_bytes=extra, memory_run=len(self.results.runs) - 1)
         self.report(f"  {length:>7,} {case.unit}: {implementation.name} {extra / 2**20:,.1f} MiB")
 
     @staticmethod

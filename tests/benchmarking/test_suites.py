@@ -109,6 +109,13 @@ def test_a_run_that_goes_on_measures_what_is_missing_only(clock, monkeypatch):
     assert len(results.runs) == 2 and results.rows[case().key, "ours", 160]["run"] == 1
 
 
+def test_a_row_names_the_run_of_its_time_and_that_of_its_memory(clock):
+    results = measured(measure=["memory"])
+    measured(results=results, measure=["latency"])
+    row = results.rows[case().key, "ours", 10]
+    assert (row["run"], row["memory_run"]) == (1, 0)
+
+
 def test_what_is_measured_is_kept_as_it_comes(clock, tmp_path, capsys):
     """A run that is killed has a file of the lengths before, to go on from."""
     arguments = parsed("layer", "--out", tmp_path, "--measure", "latency")
