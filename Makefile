@@ -2,7 +2,7 @@
 #
 # Everything is installed into a virtual environment of its own, .venv. What may be set on the command line:
 #   PYTHON       the Python it is made with, 3.10 or later
-#   VENV         where it is; an environment that has torch already keeps it
+#   VENV         where it is, a path without spaces; an environment that has torch already keeps it
 #   TORCH        which torch to install where there is none, 2.11 or later
 #   TORCH_INDEX  where its CPU-only build is looked for besides the default index, if it can be reached; the default
 #                index's Linux builds of torch bring gigabytes of CUDA libraries along
@@ -72,7 +72,7 @@ SANITIZED := LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 sanitize: $(VENV)/.installed
 	$(PY) setup.py --quiet build_native --sanitize=address,undefined
-	LINCONV_LIBRARY_PATH=$(CURDIR)/build/sanitize/lib $(SANITIZED) $(PYTEST) tests/ops
+	LINCONV_LIBRARY_PATH="$(CURDIR)/build/sanitize/lib" $(SANITIZED) $(PYTEST) tests/ops
 	LINCONV_HOST_SANITIZE=address,undefined $(SANITIZED) $(PYTEST) tests/csrc/test_cuda_on_host.py
 
 # Both ends of the range of transformers: each in an environment laid over $(VENV), which lends it torch and the rest.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in parts of under ten minutes each. Needs this tree, nvcc, and a Python with torch and
-# triton; no network.
+# triton, for tests pytest and hypothesis too, for suites transformers, scipy and tqdm; no network.
 #
 #   benchmarks/gpu.sh build       compiles csrc against that torch, into linconv/lib
 #   benchmarks/gpu.sh triton      the Triton kernels' tests; offsets past 2^31, repeats, CUDA graphs
