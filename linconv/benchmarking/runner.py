@@ -20,7 +20,6 @@ from linconv.benchmarking.suite import LARGEST, Absent, Case, CheckFailed, Imple
 
 __all__ = ["Limits", "run"]
 
-PREDICTED_BY_FIT = "a + b·length + c·length², fitted to the lengths measured"
 USED_UP = "the time of the runs was used up"
 
 

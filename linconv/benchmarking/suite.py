@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 LARGEST = 0  # as a batch: what fits
-WORKS = ("forward", "training", "step")
 AUDIO_LENGTHS = (249, 499, 1_499, 2_999, 5_999, 14_999, 29_999, 89_999, 179_999)  # 5 s to 1 h at 50 frames a second
 TOKEN_LENGTHS = (512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536)
 

@@ -568,6 +568,19 @@ def test_a_peer_whose_package_does_not_import_is_taken_singly(tmp_path, monkeypa
         peers.need("a_peer_of_ours.ops.good", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("suite", "of"),
+    [("model", ("whisper-tiny encoder", "hydra", 1, 64)), ("generation", ("pythia-160m", "mamba, expand 1", 1))],
+)
+def test_a_conversion_that_breaks_is_no_absence(suite, of, monkeypatch):
+    def broken(model, **options):
+        raise TypeError("broken")
+
+    monkeypatch.setattr("linconv.convert", broken)
+    with pytest.raises(TypeError, match="broken"):
+        suites._module(suite).build(*of)
+
+
 def test_layers_of_mixed_lengths():
     [each] = [c for c in suites.get("layer") if c.setting.mixed]
     assert each.setting.frames(80) == 10 + 20 + 30 + 40 + 50 + 60 + 70 + 80

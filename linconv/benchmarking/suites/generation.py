@@ -6,7 +6,7 @@ import inspect
 import torch
 
 import linconv
-from linconv.benchmarking.suite import TOKEN_LENGTHS, Absent, Case, Implementation, Setting, Shortcut
+from linconv.benchmarking.suite import TOKEN_LENGTHS, Case, Implementation, Setting, Shortcut
 from linconv.benchmarking.suites.modules import check_module
 from linconv.conversion import families
 
@@ -21,11 +21,7 @@ MIXERS = {  # about as many parameters as attention has
 
 
 def build(name, mixer, layers):
-    """The model with so many layers, converted unless ``mixer`` is None.
-
-    Raises:
-        Absent: linconv does not convert the family.
-    """
+    """The model with so many layers, converted unless ``mixer`` is None."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     _, sizes = MODELS[name]
@@ -33,11 +29,8 @@ def build(name, mixer, layers):
     original = GPTNeoXForCausalLM(config).eval()
     if mixer is None:
         return original
-    try:
-        mixer, options = MIXERS[mixer]
-        return linconv.convert(original, mixer=mixer, **options).eval()
-    except (TypeError, ValueError) as error:
-        raise Absent(f"this version of linconv does not convert it: {error}") from error
+    mixer, options = MIXERS[mixer]
+    return linconv.convert(original, mixer=mixer, **options).eval()
 
 
 def _on(setting, module):

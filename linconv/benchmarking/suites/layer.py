@@ -5,16 +5,7 @@ import functools
 import torch
 
 from linconv import mixers
-from linconv.benchmarking.suite import (
-    LARGEST,
-    TOKEN_LENGTHS,
-    Absent,
-    Case,
-    CheckFailed,
-    Cost,
-    Implementation,
-    Setting,
-)
+from linconv.benchmarking.suite import LARGEST, TOKEN_LENGTHS, Case, CheckFailed, Cost, Implementation, Setting
 from linconv.benchmarking.suites import peers
 from linconv.benchmarking.suites.modules import check_module, key_mask
 
@@ -41,13 +32,7 @@ def attention_layer(width, implementation, causal=False):
 
 
 def build(name, width, length):
-    """A mixer in place of such a layer, for sequences of up to ``length``.
-
-    Raises:
-        Absent: linconv has no mixer of that name.
-    """
-    if name not in mixers.names():
-        raise Absent(f"this version of linconv has no mixer {name}")
+    """A mixer in place of such a layer, for sequences of up to ``length``."""
     mixer, (attention, config) = mixers.get(name), attention_layer(width, "sdpa", causal=name in CAUSAL_MIXERS)
     longest = {"max_length": length} if "max_length" in mixer.options() else {}
     return mixer.from_attention(attention, config, **longest).eval()
