@@ -1,4 +1,4 @@
-"""The suites' cases under pytest-benchmark, at short lengths: `make bench`. For growth with length: `linconv bench`.
+"""The cases of operators and layers under pytest-benchmark, at one short length: `make bench`. Else `linconv bench`.
 
     python -m pytest benchmarks -k "layer and hydra" --benchmark-autosave --benchmark-compare
 
@@ -15,7 +15,7 @@ LENGTH = 499  # 10 s of audio
 
 
 def every():
-    for suite in ("scan", "conv", "linformer", "loss", "layer"):
+    for suite in ("scan", "selective_scan", "conv", "linformer", "loss", "layer"):
         for case in suites.get(suite):
             if case.setting.batch == LARGEST:  # which batch that is, only `linconv bench` finds out
                 continue
