@@ -150,9 +150,6 @@ def valid_tokens(attention_mask: Tensor | None, batch: int, length: int, past: i
     """
     if attention_mask is None:
         return None
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(f"attention_mask is {got}, wanted (batch, L)")
     check_size(attention_mask, batch, past + length)
     if attention_mask.dim() == 4:
         attention_mask = attention_mask[:, 0, -1]

@@ -22,23 +22,23 @@ UNCHANGED = ("flash_attention_2", "flash_attention_3")
 
 def _padding_mask(stock_mask):
     def mask(*args, mask_function, attention_mask=None, config, **kwargs):
-        if mask_function is not bidirectional_mask_function:  # a decoder's
-            converted = () if config.is_encoder_decoder else config.linconv["layers"]
-            # A graph is traced with a mask for packed sequences whether there are any or not.
-            packed = mask_function is not causal_mask_function and not torch.compiler.is_compiling()
-            if converted and packed:
-                raise ValueError(
-                    "position_ids start anew within a row, wanted one sequence a row: mixers take no packed ones"
-                )
-            if len(converted) < config.num_hidden_layers:
-                return stock_mask(
-                    *args, mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs
-                )
-        if attention_mask is None:
-            return None
-        # Of the queries, as in self-attention: without a cache transformers takes kv_length from the mask itself.
-        check_size(attention_mask, kwargs["batch_size"], kwargs["q_offset"] + kwargs["q_length"])
-        if not torch.compiler.is_compiling() and attention_mask.all():
+        decoder = mask_function is not bidirectional_mask_function
+        converted = () if decoder and config.is_encoder_decoder else config.linconv["layers"]
+        # A graph is traced with a mask for packed sequences whether there are any or not.
+        packed = decoder and mask_function is not causal_mask_function and not torch.compiler.is_compiling()
+        if converted and packed:
+            raise ValueError(
+                "position_ids start anew within a row, wanted one sequence a row: mixers take no packed ones"
+            )
+        if attention_mask is not None and (converted or not decoder):
+            # Of the queries, as in self-attention: without a cache transformers takes kv_length from the mask itself,
+            # and the stock causal mask would take another length as it is.
+            check_size(attention_mask, kwargs["batch_size"], kwargs["q_offset"] + kwargs["q_length"])
+        if decoder and len(converted) < config.num_hidden_layers:
+            return stock_mask(
+                *args, mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs
+            )
+        if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
             return None
         return attention_mask
 
@@ -75,11 +75,14 @@ def register() -> None:
 
 
 def check_size(attention_mask: Tensor, batch: int, length: int) -> None:
-    """A mask, its first axis the batch and its last one frames, fits ``batch`` rows of ``length`` frames.
+    """A mask, (batch, L) or (batch, 1, any, L), fits ``batch`` rows of ``length`` frames.
 
     Raises:
-        ValueError: it is of another size.
+        ValueError: it is of another form or size.
     """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"attention_mask is {got}, wanted (batch, L)")
     if (attention_mask.shape[0], attention_mask.shape[-1]) != (batch, length):
         between = "1, L, " if attention_mask.dim() == 4 else ""
         raise ValueError(
@@ -102,9 +105,6 @@ def seq_lens(attention_mask: Tensor | None, batch: int, length: int) -> Tensor |
     """
     if attention_mask is None:
         return None
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(f"attention_mask is {got}, wanted (batch, L)")
     check_size(attention_mask, batch, length)
     readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
     if attention_mask.dim() == 4:
