@@ -139,30 +139,53 @@ def valid_tokens(attention_mask: Tensor | None, batch: int, length: int, past: i
 
     Args:
         attention_mask: (batch, past + length), True, or 1, at the valid tokens; or (batch, 1, length, past + length),
-            whose last query sees all of these, True at them or, in floating point, 0 at them and below elsewhere. None:
-            all are valid.
+            where every valid query sees the valid tokens up to its own: True at them or, in floating point, 0 at them
+            and below elsewhere. None: all are valid.
         batch, length: of the hidden states.
         past: tokens before them, in a cache.
 
     Raises:
-        ValueError: a mask of another form or size, or one with padding between valid tokens; its values are read on the
-            CPU only, for elsewhere that would stall the device.
+        ValueError: a mask of another form or size, one with padding between valid tokens, or one that differs from a
+            causal one by more than padding; its values are read on the CPU only, for elsewhere that would stall the
+            device.
     """
     if attention_mask is None:
         return None
     check_size(attention_mask, batch, past + length)
+    readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
     if attention_mask.dim() == 4:
-        attention_mask = attention_mask[:, 0, -1]
-        if attention_mask.is_floating_point():
-            attention_mask = attention_mask >= 0
-    valid = attention_mask[:, -length:].to(torch.bool)
-    if valid.device.type == "cpu" and not torch.compiler.is_compiling():
+        seen = attention_mask >= 0 if attention_mask.is_floating_point() else attention_mask.to(torch.bool)
+        # A query sees its own token unless that is padding; a query of padding may see others, or none.
+        valid = seen[:, 0].diagonal(past, dim1=-2, dim2=-1)  # (batch, length)
+        if seen.shape[2] != length or (readable and not _of_whole_sequences(seen, valid, past)):
+            raise ValueError(
+                "attention_mask differs from a causal one by more than padding, wanted one sequence a row, each token "
+                "of which sees itself and all before it"
+            )
+    else:
+        valid = attention_mask[:, -length:].to(torch.bool)
+    if readable:
         if valid.all():
             return None
         edges = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=-1) + valid[:, 0]
         if (edges > 1).any():
             raise ValueError("attention_mask has padding between valid tokens, wanted it on one side or both")
     return valid
+
+
+def _of_whole_sequences(seen: Tensor, valid: Tensor, past: int) -> bool:
+    """Whether each valid query sees as many tokens as are valid up to its own.
+
+    Args:
+        seen: (batch, any, length, past + length), True where a query sees a token.
+        valid: (batch, length), True at the valid queries.
+        past: tokens before the first query.
+    """
+    before = seen.sum(dim=-1, dtype=torch.int32) - valid.cumsum(dim=-1)[:, None]  # (batch, any, length)
+    # Of those in the cache each query of a row sees the same ones.
+    most = before.masked_fill(~valid[:, None], 0).amax(dim=(1, 2))
+    least = before.masked_fill(~valid[:, None], past).amin(dim=(1, 2))
+    return not ((most > past) | (most > least)).any()
 
 
 def _moved(rows: Tensor, by: Tensor) -> Tensor:

@@ -291,6 +291,25 @@ def test_what_mixers_cannot_honour_is_refused(layers):
         student(inputs["input_ids"], position_ids=packed, use_cache=False)
 
 
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_of_queries_and_tokens_is_one_of_padding(layers, side):
+    """Queries of padding see other tokens or none; a mask that hides valid tokens from later ones is refused."""
+    student, inputs = linconv.convert(make(), layers=layers, **MIXER), tokens(side)
+    valid = inputs["attention_mask"].bool()
+    wanted = output_of(student, inputs)[valid]
+    causal = (torch.ones(LENGTH, LENGTH).tril().bool() & valid[:, None])[:, None]  # (2, 1, L, L)
+    for mask in (causal, causal & valid[:, None, :, None]):
+        found = output_of(student, inputs | {"attention_mask": mask})[valid]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+
+    packed = torch.arange(LENGTH) >= 7
+    window = torch.ones(LENGTH, LENGTH).triu(-3).bool()
+    for mask in (causal & (packed[:, None] == packed), causal & window, causal | causal.mT, causal[:, :, -1:]):
+        with pytest.raises(ValueError, match="attention_mask differs from a causal one by more than padding"):
+            student(inputs["input_ids"], attention_mask=mask)
+
+
 @pytest.mark.parametrize("function", [linconv.convert, linconv.inspect])
 @pytest.mark.parametrize("mixer", ["bimamba2", "hydra", "linformer"])
 def test_mixers_that_look_ahead_are_refused(function, mixer):
