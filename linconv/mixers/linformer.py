@@ -137,20 +137,19 @@ class LinformerAttention(Mixer):
                 'sharing is "layerwise", and proj_k of the layer that holds it is offloaded when another one wants it; '
                 "wanted that layer in memory, by a device_map, or another sharing"
             )
-        # An adapter in the place of a projection is not one that gives its weights: it is passed over.
-        q, k, v = (m() if isinstance(m, Linear) else (m.weight, m.bias) for m in self._projections()[:3])
-        y = ops.linformer_self_attention(
-            hidden_states,
-            *q,
-            *k,
-            *v,
-            proj_k,
-            self.proj_v,
-            num_heads=self.num_heads,
-            seq_lens=seq_lens,
-            normalize=self.normalize,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        options = dict(seq_lens=seq_lens, normalize=self.normalize, dropout_p=self.dropout if self.training else 0.0)
+        projections = self._projections()[:3]
+        if all(isinstance(projection, Linear) for projection in projections):
+            q, k, v = (projection() for projection in projections)
+            y = ops.linformer_self_attention(
+                hidden_states, *q, *k, *v, proj_k, self.proj_v, num_heads=self.num_heads, **options
+            )
+        else:  # what stands in the place of one, such as an adapter, is not its weights alone
+            q, k, v = (
+                torch.unflatten(projection(hidden_states), -1, (self.num_heads, -1)).transpose(1, 2)
+                for projection in projections
+            )
+            y = ops.linformer_attention(q, k, v, proj_k, self.proj_v, **options).transpose(1, 2).flatten(-2)
         y = self.out_proj(y)
         if seq_lens is None:
             return y

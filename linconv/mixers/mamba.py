@@ -61,10 +61,14 @@ class Mamba(CausalMixer, StateSpaceMixer):
         x, z = self.in_proj(hidden_states).split(self.d_inner, dim=-1)
         x = self.convolve(x, seq_lens, state)
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        weight, dt_bias = self.dt_proj()
+        if isinstance(self.dt_proj, Linear):
+            weight, dt_bias = self.dt_proj()
+            dt = linear(dt, weight, None)  # its bias is the scan's to add, in fp32
+        else:  # what stands in its place, such as an adapter
+            dt, dt_bias = self.dt_proj(dt), None
         y, last = ops.selective_scan(
             x,
-            linear(dt, weight, None),  # its bias is the scan's to add, in fp32
+            dt,
             self.A,
             B.unsqueeze(2),  # (b, L, 1, d_state)
             C.unsqueeze(2),

@@ -1,5 +1,6 @@
 """Mixers against the formulas of the papers, against transformers' Mamba-2, and against their own contract."""
 
+import copy
 import math
 
 import pytest
@@ -246,6 +247,56 @@ def test_every_parameter_gets_a_gradient(name):
     mixer(torch.randn(2, 20, 16)).square().sum().backward()
     for parameter_name, parameter in mixer.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
+
+
+class Adapter(nn.Module):
+    """A low-rank addition to a linear layer, in its place, as LoRA's."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down, self.up = (
+            nn.Parameter(torch.randn(shape) * 0.3) for shape in ((2, base.in_features), (base.out_features, 2))
+        )
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        return self.base(x) + F.linear(F.linear(x, self.down), self.up)
+
+
+@pytest.mark.parametrize(
+    "name, layers",
+    [
+        ("linformer", ["q_proj"]),
+        ("linformer", ["q_proj", "k_proj", "v_proj", "out_proj"]),
+        ("mamba", ["in_proj", "x_proj", "dt_proj", "out_proj"]),
+        ("mamba2", ["in_proj", "out_proj"]),
+        ("bimamba2", ["in_proj", "out_proj"]),
+        ("hydra", ["in_proj", "out_proj"]),
+    ],
+)
+def test_an_adapter_of_a_projection_does_what_it_does_merged(name, layers):
+    torch.manual_seed(0)
+    options = dict(r=4, max_length=16, num_heads=2) if name == "linformer" else {}
+    adapted = mixers.get(name)(16, **options) if options else small(name)
+    merged = copy.deepcopy(adapted)
+    for layer in layers:
+        adapter = Adapter(getattr(adapted, layer))
+        setattr(adapted, layer, adapter)
+        getattr(merged, layer).weight.data.addmm_(adapter.up.data, adapter.down.data)
+    x, seq_lens = torch.randn(2, 9, 16), torch.tensor([9, 5])
+    y = adapted(x, seq_lens)
+    torch.testing.assert_close(y, merged(x, seq_lens))
+    assert not y[1, 5:].any()
+    y.sum().backward()
+    assert all(parameter.grad.any() for path, parameter in adapted.named_parameters() if path.endswith(("up", "down")))
 
 
 def test_bidirectional_mixers_see_both_ways_and_causal_ones_do_not_look_ahead():
