@@ -104,6 +104,7 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._take(self.model, teacher)
+        self._check_losses(teacher)
         if teacher is not None:
             self.guide = make_teacher(teacher.to(args.device), mode, self)
         self.cache: ActivationCache | None = None
@@ -150,6 +151,22 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"{self.mode}: not supported with DeepSpeed, FSDP or fp16; bf16 is")
         if moving:
             check_trainable("teacher", teacher)
+
+    def _check_losses(self, teacher: PreTrainedModel | None) -> None:
+        """There is something to learn, and the weights go with the layers."""
+        args, lessons = self.args, self.mode.lessons(0)
+        if not (args.alpha_ce or lessons.kd and args.alpha_kd or lessons.layers and args.alpha_ld):
+            got = f"{args.alpha_ce:g}, {args.alpha_kd:g}, {args.alpha_ld:g}"
+            raise ValueError(
+                f"alpha_ce, alpha_kd, alpha_ld: got {got}; want one above 0 that the mode {self.mode} uses"
+            )
+        weights = args.layer_weights
+        if weights is None or teacher is None:
+            return
+        if len(weights) != (want := len(self.student_layers) + args.include_embeddings):
+            raise ValueError(f"layer_weights: got {len(weights)}; want {want}, one for each hidden state")
+        if not all(0 <= weight < math.inf for weight in weights):
+            raise ValueError(f"layer_weights: got {weights}; want numbers from 0 up")
 
     def leave_process_group(self) -> None:
         """Ends a run over several processes: the last call of a script, without effect in a single process.
@@ -270,7 +287,7 @@ class DistillationTrainer(Trainer):
             )
         if with_layers:
             weights = self.args.layer_weights
-            mse = terms.mse if weights is None else terms.mse * self._layer_weights(terms.mse)
+            mse = terms.mse if weights is None else terms.mse * terms.mse.new_tensor(weights)
             layers = share_of_frames * getattr(mse, self.args.layer_reduction)()
             loss = loss + self.args.alpha_ld * layers
             self._measure(layer_loss=layers)
@@ -305,12 +322,6 @@ class DistillationTrainer(Trainer):
         with states, augment.applied_to(self.teacher), self.accelerator.autocast():
             outputs = self.teacher(**self.inputs_for(self.teacher, inputs), **augment.arguments)
         return self._states(states), self.head.logits(outputs)
-
-    def _layer_weights(self, like: Tensor) -> Tensor:
-        weights = like.new_tensor(self.args.layer_weights)
-        if weights.shape != like.shape:
-            raise ValueError(f"layer_weights: got {len(weights)}; want {len(like)}, one for each hidden state")
-        return weights
 
     def _states(self, states: LayerStates) -> list[Tensor]:
         return [states.before, *states.after] if self.args.include_embeddings else states.after

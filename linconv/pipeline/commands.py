@@ -1,7 +1,6 @@
 """Fine-tune a teacher, distil a student, score a checkpoint."""
 
 import copy
-import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -193,7 +192,6 @@ def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwarg
         if not asked:
             raise
         raise UserError(f"{' or '.join(asked)}: {' '.join(str(error).split())[:300]}") from error
-    _check_losses(trainer)
     _warn_of_what_comes_too_late(recipe, args)
     trainer.add_callback(KeepRecipe(recipe))
     # One of the two is there, by disable_tqdm.
@@ -201,21 +199,6 @@ def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwarg
     if trainer.pop_callback(transformers.trainer_callback.ProgressCallback) is not None:
         trainer.add_callback(Progress())
     return trainer
-
-
-def _check_losses(trainer: DistillationTrainer) -> None:
-    """Raises UserError where there is nothing to learn, or the weights do not go with the layers."""
-    args, lessons = trainer.args, trainer.mode.lessons(0)
-    if not (args.alpha_ce or lessons.kd and args.alpha_kd or lessons.layers and args.alpha_ld):
-        got = f"{args.alpha_ce:g}, {args.alpha_kd:g}, {args.alpha_ld:g}"
-        raise UserError(f"alpha_ce, alpha_kd, alpha_ld: got {got}; want one above 0 that the mode {trainer.mode} uses")
-    weights = args.layer_weights
-    if weights is None or trainer.teacher is None:
-        return
-    if len(weights) != (want := len(trainer.student_layers) + args.include_embeddings):
-        raise UserError(f"layer_weights: got {len(weights)}; want {want}, one for each hidden state")
-    if not all(0 <= weight < math.inf for weight in weights):
-        raise UserError(f"layer_weights: got {weights}; want numbers from 0 up")
 
 
 def _warn_of_what_comes_too_late(recipe: Recipe, args) -> None:

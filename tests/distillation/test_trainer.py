@@ -532,6 +532,16 @@ def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="use_reentrant=True"):
         arguments(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     assert isinstance(arguments(tmp_path), DistillationArguments)
+    for weights, match in (
+        ([1.0], "got 1; want 2, one for each"),
+        ([1.0, -2.0], r"got \[1.0, -2.0\]; want numbers from 0"),
+    ):
+        with pytest.raises(ValueError, match=f"layer_weights: {match}"):
+            trainer(tmp_path, student, teacher, layer_weights=weights)
+    nothing = {"alpha_ce": 0.0, "alpha_kd": 0.0, "alpha_ld": 0.0}
+    for options in ({"teacher": teacher, **nothing}, {"teacher": teacher, "alpha_ce": 0.0, "mode": Unguided()}):
+        with pytest.raises(ValueError, match="alpha_ce, alpha_kd, alpha_ld: got 0, .*; want one above 0 that the mode"):
+            trainer(tmp_path, student, **options)
 
 
 def test_a_run_that_diverges_ends(tmp_path):
