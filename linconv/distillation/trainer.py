@@ -318,6 +318,8 @@ class DistillationTrainer(Trainer):
         return (states if with_states else ()), logits
 
     def _ask(self, inputs, augment: SharedSpecAugment) -> tuple[list[Tensor], Tensor]:
+        # Without the labels where they are for a loss alone: the teacher may have other classes.
+        inputs = {name: x for name, x in inputs.items() if name not in self.head.label_names}
         states = LayerStates(self.teacher_layers)
         with states, augment.applied_to(self.teacher), self.accelerator.autocast():
             outputs = self.teacher(**self.inputs_for(self.teacher, inputs), **augment.arguments)

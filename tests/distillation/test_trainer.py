@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
+    RobertaForSequenceClassification,
     RobertaForTokenClassification,
     TrainingArguments,
     Wav2Vec2ConformerForAudioFrameClassification,
@@ -19,6 +20,7 @@ from transformers import (
     Wav2Vec2Model,
     WhisperConfig,
     WhisperForAudioClassification,
+    default_data_collator,
 )
 
 import linconv
@@ -502,6 +504,17 @@ def test_other_classes_are_fine_where_outputs_are_not_compared(tmp_path):
     _, student = models()
     trainer(tmp_path, student, Wav2Vec2ForCTC(config(vocab_size=9)), alpha_kd=0.0, max_steps=1).train()
     assert "layer_loss" in records(tmp_path)[0]
+
+
+def test_a_teacher_of_other_classes_is_not_asked_for_the_loss_of_the_labels(tmp_path):
+    def classifier(classes):
+        return RobertaForSequenceClassification(RobertaConfig(vocab_size=60, num_labels=classes, **TOKENS))
+
+    student = linconv.convert(classifier(3), mixer="linformer", r=4)
+    sentences = [{"input_ids": torch.tensor([5, 6, 7]), "labels": 2}] * 4
+    options = {"alpha_kd": 0.0, "max_steps": 1, "collator": default_data_collator}
+    trainer(tmp_path, student, classifier(2), data=sentences, **options).train()
+    assert records(tmp_path)[0]["layer_loss"] > 0
 
 
 def test_stale_records_are_dropped_when_a_run_starts_again(tmp_path):
