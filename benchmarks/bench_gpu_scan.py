@@ -215,7 +215,12 @@ def seconds(work):
 def with_backward(function, tensors):
     leaves = [t.detach().requires_grad_() for t in tensors]
     upstream = torch.randn_like(function(*leaves))
-    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream, allow_unused=True)
+
+    def work():
+        y = function(*leaves)
+        return y, *torch.autograd.grad(y, leaves, upstream, allow_unused=True)
+
+    return work
 
 
 def least_bytes(width, dstate, length):
@@ -224,7 +229,7 @@ def least_bytes(width, dstate, length):
 
 
 def extra_bytes(work):
-    """At its highest, beyond the arguments and what the work returns."""
+    """At its highest, beyond the arguments and what the work returns: results, gradients."""
     kept = []
     peak = peak_extra_cuda_bytes(lambda: kept.append(work()))
     returned = kept[0] if isinstance(kept[0], tuple) else kept

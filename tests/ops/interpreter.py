@@ -98,6 +98,7 @@ if INTERPRETING:
     import sanitizer
     from triton.runtime import interpreter as _interpreter
 
+    np.seterr(divide="ignore")  # a GPU's log2 of 0 says nothing
     _mend_interpreter()
     _patch_language_once()
     _remember_dtypes()

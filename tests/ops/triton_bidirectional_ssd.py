@@ -73,6 +73,21 @@ def test_matches_the_recurrence(plan, regime, diagonal, kind):
     assert_matches_the_recurrence(arguments, plan, **options)
 
 
+@pytest.mark.parametrize("low", [0.0, -0.5])
+@pytest.mark.parametrize("regime, diagonal, kind", CASES)
+def test_steps_in_exponents(monkeypatch, regime, diagonal, kind, low):
+    """As where products are rounded, but in float64, which tells whether it is the same. Steps of zero have a logarithm
+    that is no number, and those below have none."""
+    from linconv.ops.ssd import triton as scan
+
+    monkeypatch.setattr(scan, "rounds_products", lambda *_: True)
+    batch = {"all": 1, "seq_lens": 3, "cu_seqlens": 1}[kind]
+    arguments = on_device(scan_arguments(batch, LONGEST, 2, 5, 1, 3, per_direction=REGIMES[regime]))
+    options = dict(dt_limit=(low, 1.5), diagonal=diagonal, **sequences(kind, batch, LONGEST))
+    for plan in interpreter.SCAN_PLANS if low == 0 else ["sweeps"]:
+        assert_matches_the_recurrence(arguments, plan, **options)
+
+
 @settings(deadline=None, max_examples=3 if interpreter.INTERPRETING else 10, derandomize=interpreter.INTERPRETING)
 @given(
     regime=st.sets(st.sampled_from(NAMES)),

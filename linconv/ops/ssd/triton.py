@@ -26,6 +26,7 @@ from linconv.ops.ssd.triton_tiles import (
     choose_tiles,
     forced_plan,
     may_spill,
+    rounds_products,
 )
 from linconv.ops.triton_launch import ALL_REGISTERS, capability_of, empty, launch, launched
 from linconv.ops.triton_replay import replayed
@@ -77,6 +78,8 @@ class Scan:
         elif not self.precision:
             half = types <= {torch.float16, torch.bfloat16}
             self.precision = "tf32" if half else PRECISIONS[torch.get_float32_matmul_precision()]
+        # dt may stand in exponents where it has a logarithm, and rounding there is less than that of products.
+        self.logarithmic = self.dt_min >= 0 and rounds_products(self.operand, self.precision)
         self.bounds = self.cu_seqlens if self.cu_seqlens is not None else self.seq_lens
         self.kind = "cu_seqlens" if self.cu_seqlens is not None else "seq_lens" if self.seq_lens is not None else ""
         self.sequences = self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
@@ -152,7 +155,7 @@ def _state_strides(tensor, prefix) -> dict:
 
 
 def _states(scan: Scan, chunk: int, dy=None, dlast=None):
-    """(states that enter each chunk, v, step and total of each, last states, gradient of the first states).
+    """(states that enter each chunk, their decays as kernels take them, last states, gradient of the first states).
 
     With dy the gradients of the states that leave each chunk stand behind the states.
     """
@@ -160,27 +163,32 @@ def _states(scan: Scan, chunk: int, dy=None, dlast=None):
     per_chunk = (scan.directions, scan.heads, slots)
     kinds = 1 if dy is None else 2
     states = scan.empty(kinds, *per_chunk, scan.headdim, scan.dstate, dtype=scan.operand)
-    steps = scan.empty(*per_chunk, chunk), scan.empty(*per_chunk, chunk), scan.empty(*per_chunk)
+    of_frames = (*per_chunk, chunk)
+    decays = dict(
+        v_of=scan.empty(*of_frames),
+        step_of=None if scan.logarithmic else scan.empty(*of_frames),
+        w_of=scan.empty(*of_frames) if scan.logarithmic else None,
+        total_of=scan.empty(*per_chunk),
+    )
     per_sequence = (scan.sequences, scan.heads, scan.headdim, scan.dstate)
     last = scan.last_states() if dy is None else None
     dfirst = scan.empty(*per_sequence) if dy is not None and scan.initial_states is not None else None
     find = _swept_states if scan.plan == "sweeps" else _passed_states
-    find(scan, chunk, states, steps, dy, last, dlast, dfirst)
-    return states, steps, last, dfirst
+    find(scan, chunk, states, decays, dy, last, dlast, dfirst)
+    return states, decays, last, dfirst
 
 
-def _passed_states(scan: Scan, chunk: int, states, steps, dy, last, dlast, dfirst):
+def _passed_states(scan: Scan, chunk: int, states, decays, dy, last, dlast, dfirst):
     """What each chunk adds, all at once, and then from chunk to chunk."""
-    slots, tiles, (v, step, total), kinds = scan.slots(chunk), scan.tiles, steps, states.shape[0]
+    slots, tiles, kinds = scan.slots(chunk), scan.tiles, states.shape[0]
     p_tiles, n_tiles = triton.cdiv(scan.headdim, tiles.state_p), triton.cdiv(scan.dstate, tiles.state_n)
     launch(
         kernels.chunk_states,
         (slots * scan.directions, scan.heads * p_tiles * n_tiles),
         dict(
             x=scan.x, dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, B=scan.B, dy=dy, C=None if dy is None else scan.C,
-            states=states, v_of=v, step_of=step, total_of=total, **scan.sizes(slots),
-            **_x_strides(scan.x, "x"), **_dt_strides(scan), **_B_strides(scan.B, "B"), **_x_strides(dy, "dy"),
-            **_B_strides(None if dy is None else scan.C, "C"),
+            states=states, **decays, **scan.sizes(slots), **_x_strides(scan.x, "x"), **_dt_strides(scan),
+            **_B_strides(scan.B, "B"), **_x_strides(dy, "dy"), **_B_strides(None if dy is None else scan.C, "C"),
             **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", *STEP_OPTIONS, *TYPES),
             GRADIENT=dy is not None, Q=chunk, BLOCK_P=tiles.state_p, BLOCK_N=tiles.state_n,
         ),
@@ -194,18 +202,17 @@ def _passed_states(scan: Scan, chunk: int, states, steps, dy, last, dlast, dfirs
         kernels.pass_states,
         (scan.sequences * triton.cdiv(scan.headdim * scan.dstate, block), scan.heads * scan.directions * kinds),
         dict(
-            states=states, total_of=total, first=scan.initial_states, last=last, dlast=dlast, dfirst=dfirst, **sizes,
-            **_state_strides(scan.initial_states, "first"), **_state_strides(dlast, "dlast"),
+            states=states, total_of=decays["total_of"], first=scan.initial_states, last=last, dlast=dlast,
+            dfirst=dfirst, **sizes, **_state_strides(scan.initial_states, "first"), **_state_strides(dlast, "dlast"),
             **scan.options("DIRECTIONS", "FLIP", "KIND", "MATH"), Q=chunk, BLOCK=block, STAGES=4,
         ),
         4, 4,
     )  # fmt: skip
 
 
-def _swept_states(scan: Scan, chunk: int, states, steps, dy, last, dlast, dfirst):
+def _swept_states(scan: Scan, chunk: int, states, decays, dy, last, dlast, dfirst):
     """By a program for each sequence, head and direction, chunk after chunk."""
-    slots, tiles, (v, step, total) = scan.slots(chunk), scan.tiles, steps
-    decays = dict(v_of=v, step_of=step, total_of=total, Q=chunk)
+    slots, tiles = scan.slots(chunk), scan.tiles
     sizes = scan.sizes(slots)
     for name in ("group_heads", "headdim", "dstate"):
         del sizes[name]
@@ -215,7 +222,7 @@ def _swept_states(scan: Scan, chunk: int, states, steps, dy, last, dlast, dfirst
         (slots * scan.directions, triton.cdiv(scan.heads, heads_at_once)),
         dict(
             dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, **decays, **sizes, **_dt_strides(scan),
-            **scan.options("DIRECTIONS", "FLIP", "KIND", "MATH", *STEP_OPTIONS), HEADS=heads_at_once,
+            **scan.options("DIRECTIONS", "FLIP", "KIND", "MATH", *STEP_OPTIONS), Q=chunk, HEADS=heads_at_once,
         ),
         4, 1, **ALL_REGISTERS,
     )  # fmt: skip
@@ -232,13 +239,13 @@ def _swept_states(scan: Scan, chunk: int, states, steps, dy, last, dlast, dfirst
             **_x_strides(dy, "dy"), **_B_strides(C, "C"), **_state_strides(scan.initial_states, "first"),
             **_state_strides(dlast, "dlast"),
             **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", *TYPES),
-            BLOCK_P=tiles.sweep_p, BLOCK_N=tiles.sweep_n, STAGES=tiles.sweep_stages,
+            Q=chunk, BLOCK_P=tiles.sweep_p, BLOCK_N=tiles.sweep_n, STAGES=tiles.sweep_stages,
         ),
         tiles.sweep_warps, tiles.sweep_stages, **ALL_REGISTERS,
     )  # fmt: skip
 
 
-def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool, skipped=None):
+def _outputs(scan: Scan, chunk, rows, z, out, states, decays, gradient: bool, skipped=None):
     """y from x, or with ``gradient`` dx from dy, and where there is a ``skipped`` sums for D's gradient."""
     slots, tiles = scan.slots(chunk), scan.tiles
     left, right = (scan.B, scan.C) if gradient else (scan.C, scan.B)
@@ -246,15 +253,14 @@ def _outputs(scan: Scan, chunk, rows, z, out, states, steps, gradient: bool, ski
     heads = _divisor(scan.heads // scan.groups, tiles.heads)
     p_tiles = triton.cdiv(scan.headdim, tiles.block_p)
     ways = scan.directions if not scan.summed else 1
-    v, step, total = steps
     out_strides = _x_strides(out, "out")
     del out_strides["out_p"]
     launch(
         kernels.chunk_outputs,
         (slots * (chunk // rows), p_tiles * (scan.heads // heads) * ways),
         dict(
-            z=z, x=x, rows=left, columns=right, D=scan.D, states=states, v_of=v, step_of=step, total_of=total, out=out,
-            skipped_of=skipped, **scan.sizes(slots), **_x_strides(z, "z"), **_x_strides(x, "x"),
+            z=z, x=x, rows=left, columns=right, D=scan.D, states=states, out=out, skipped_of=skipped, **decays,
+            **scan.sizes(slots), **_x_strides(z, "z"), **_x_strides(x, "x"),
             **_B_strides(left, "r"), **_B_strides(right, "c"), **_strides(scan.D, "D", "h", 1), **out_strides,
             **scan.options("DIRECTIONS", "SUMMED", "SUM_D", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
             GRADIENT=gradient, Q=chunk, ROWS=rows, HEADS=heads, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
@@ -268,8 +274,8 @@ def scan_forward(scan: Scan):
     """(y as x, contiguous; the last states of the one direction, or None)."""
     y = scan.empty(*scan.x.shape, dtype=scan.x.dtype)
     chunk = scan.tiles.chunk
-    states, steps, last, _ = _states(scan, chunk)
-    _outputs(scan, chunk, scan.tiles.rows, scan.x, y, states, steps, gradient=False)
+    states, decays, last, _ = _states(scan, chunk)
+    _outputs(scan, chunk, scan.tiles.rows, scan.x, y, states, decays, gradient=False)
     return y, last
 
 
@@ -281,11 +287,10 @@ def scan_backward(scan: Scan, dy, dlast=None):
     group_heads = heads // scan.groups
     dx = scan.empty(*scan.x.shape, dtype=scan.x.dtype)
     rows = min(tiles.rows, chunk)
-    states, steps, _, dfirst = _states(scan, chunk, dy, dlast)
-    v, step, total = steps
+    states, decays, _, dfirst = _states(scan, chunk, dy, dlast)
     p_tiles, ways = triton.cdiv(scan.headdim, tiles.block_p), 1 if scan.summed else directions
     skipped = None if scan.D is None else scan.empty(p_tiles, ways, heads, slots, chunk)
-    _outputs(scan, chunk, rows, dy, dx, states[1:], steps, gradient=True, skipped=skipped)
+    _outputs(scan, chunk, rows, dy, dx, states[1:], decays, gradient=True, skipped=skipped)
 
     def like(argument):
         return scan.empty(*argument.shape, dtype=argument.dtype) if argument is not None else scan.empty(0)
@@ -315,8 +320,8 @@ def scan_backward(scan: Scan, dy, dlast=None):
         kernels.chunk_gradients,
         (slots * directions, 2 * n_tiles * scan.groups * blocks),
         dict(
-            dy=dy, x=scan.x, B=scan.B, C=scan.C, states=states, v_of=v, step_of=step, total_of=total, dB=dB_parts,
-            dC=dC_parts, **for_steps, **scan.sizes(slots), **_x_strides(dy, "dy"), **_x_strides(scan.x, "x"),
+            dy=dy, x=scan.x, B=scan.B, C=scan.C, states=states, dB=dB_parts, dC=dC_parts, **decays, **for_steps,
+            **scan.sizes(slots), **_x_strides(dy, "dy"), **_x_strides(scan.x, "x"),
             **_B_strides(scan.B, "B"), **_B_strides(scan.C, "C"),
             **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
             Q=chunk, HEADS=block_heads, BLOCK_P=tiles.gradient_p, BLOCK_N=tiles.gradient_n,
@@ -334,7 +339,7 @@ def scan_backward(scan: Scan, dy, dlast=None):
         kernels.step_gradients,
         (slots * directions, triton.cdiv(heads, heads_at_once)),
         dict(
-            dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, step_of=step, total_of=total, **for_steps, skipped_of=skipped,
+            dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, total_of=decays["total_of"], **for_steps, skipped_of=skipped,
             ddt=ddt_parts, per_head=per_head, **sizes, **_dt_strides(scan), TILES=n_tiles, P_TILES=p_tiles, WAYS=ways,
             **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", "MATH", *STEP_OPTIONS), Q=chunk,
             BLOCK_P=triton.next_power_of_2(scan.headdim), HEADS=heads_at_once,

@@ -4,7 +4,8 @@ A direction's own order of frames is their order in time, or the reverse of it. 
 sum of A dt / ln 2 in the chunk, and u is v, or the exclusive sum where results are shifted by one step. Result i takes
 2^{u_i - v_j} dt_j (C_i . B_j) x_j from frame j and 2^{u_i} C_i S from the state S that enters the chunk; the state that
 leaves it takes 2^{total - v_j} dt_j x_j B_j^T. Shifted, C_i is that of the frame one step before. A power of two is one
-instruction of a GPU, and one of e is six.
+instruction of a GPU, and one of e is six. Where products are taken of fewer digits than float32 has,
+kernels have w = v - log2 dt in place of dt: 2^{u_i - w_j} is decay and step at once.
 
 Frames are cut into chunks of Q from each sequence's own first frame on, in both directions, so what a sequence gives
 does not depend on what it is batched with. A *slot* is where a chunk's intermediate results stand; the slots of packed
@@ -177,6 +178,26 @@ def decays_of(
     v = tl.where(reverse, tl.cumsum(log_decay, AXIS, reverse=True), tl.cumsum(log_decay, AXIS))
     u = v - log_decay if SHIFTED else v
     return step, v.to(MATH), u.to(MATH), total
+
+
+@triton.jit
+def store_decays(v_of, step_of, w_of, total_of, at, offset, v, step, total, kept, there):
+    """Leaves them for other kernels, at and offset being where; step_of or w_of is None."""
+    tl.store(v_of + offset, v, mask=kept)
+    if step_of is not None:
+        tl.store(step_of + offset, step, mask=kept)
+    if w_of is not None:
+        tl.store(w_of + offset, v - tl.log2(step), mask=kept)
+    tl.store(total_of + at, total, mask=there)
+
+
+@triton.jit
+def decayed_step(until, v_of, step_of, w_of, offset):
+    """2^{until - v} dt, of which step_of or w_of is None."""
+    if w_of is not None:
+        return tl.exp2(until - tl.load(w_of + offset))
+    else:
+        return tl.exp2(until - tl.load(v_of + offset)) * tl.load(step_of + offset)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from linconv.ops.ssd.triton_chunk import (
     added_by,
+    decayed_step,
     decays_of,
     finite_power,
     first_slot,
@@ -22,6 +23,7 @@ from linconv.ops.ssd.triton_chunk import (
     scores_in_sight,
     sequence_of,
     source_of,
+    store_decays,
     widened,
 )
 from linconv.ops.triton_math import sigmoid
@@ -29,7 +31,7 @@ from linconv.ops.triton_math import sigmoid
 
 @triton.jit
 def chunk_states(
-    x, dt, A, dt_bias, B, dy, C, states, v_of, step_of, total_of, bounds,
+    x, dt, A, dt_bias, B, dy, C, states, v_of, step_of, w_of, total_of, bounds,
     frames, sequences, slots, heads,
     x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h, B_d, B_b, B_t, B_g, B_n,
     dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
@@ -40,8 +42,9 @@ def chunk_states(
 ):  # fmt: skip
     """What each chunk adds to the state that leaves it and, with GRADIENT, to the gradient of the state that enters it.
 
-    states (1 or 2 with GRADIENT, directions, heads, slots, headdim, dstate); v_of, step_of (directions, heads, slots,
-    Q) and total_of (directions, heads, slots) keep v, dt and the chunk's total for the kernels that follow.
+    states (1 or 2 with GRADIENT, directions, heads, slots, headdim, dstate); v_of, step_of, w_of (directions, heads,
+    slots, Q) and total_of (directions, heads, slots) keep v, dt, w and the chunk's total for the kernels that follow;
+    step_of or w_of is None.
     """
     slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
     direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
@@ -66,9 +69,7 @@ def chunk_states(
         bias_h, 0, SHIFTED, SOFTPLUS, LOW, HIGH, MATH,
     )  # fmt: skip
     if tile == 0:
-        tl.store(v_of + at * Q + position, v)
-        tl.store(step_of + at * Q + position, step)
-        tl.store(total_of + at, total)
+        store_decays(v_of, step_of, w_of, total_of, at, at * Q + position, v, step, total, position >= 0, None)
     p = p_tile * BLOCK_P + tl.arange(0, BLOCK_P)
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     out = states + at * (headdim * dstate) + p[:, None] * dstate + n[None, :]
@@ -148,17 +149,19 @@ def pass_states(
 
 @triton.jit
 def _scores(
-    rows, columns, direction, row, begin, i, j, valid_i, valid_j, group,
+    held, rows, columns, direction, row, begin, i, j, valid_i, valid_j, group,
     r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
     dstate: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """rows_i . columns_j over dstate."""
+    """rows_i . columns_j over dstate, with the rows that are held, or read if that is None."""
     scores = tl.zeros([i.shape[0], j.shape[0]], MATH)
     for start in range(0, dstate, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        left = load_tile(
-            rows, direction, row, begin + i, group, n, valid_i, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
-        )
+        left = held
+        if held is None:
+            left = load_tile(
+                rows, direction, row, begin + i, group, n, valid_i, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
+            )
         right = load_tile(
             columns, direction, row, begin + j, group, n, valid_j, dstate, c_d, c_b, c_t, c_g, c_n, OPERAND, True
         )
@@ -167,55 +170,92 @@ def _scores(
 
 
 @triton.jit
-def _direction_weights(
-    scores, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, reverse,
+def _decays_between(
+    v_of, step_of, w_of, total_of, direction, head, slot, slots, heads, valid_i, q, reverse,
     SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """(one direction's weights (rows, Q) of a chunk, the factors of what its rows take from the state).
+    """(exponents of one direction's decays (rows, Q), dt that broadcasts to them, the factors of what rows take from
+    the state). Where there is w, dt is in the exponents.
 
-    scores are those in sight. With GRADIENT, rows are frames and columns results: dx is the scan turned round, with B
-    and C in each other's place.
+    With GRADIENT, rows are frames and columns results: dx is the scan turned round, with B and C in each other's place.
     """
     at = (direction * heads + head) * slots + slot
-    v_of += at * Q
-    step_of += at * Q
+    rows = at * Q + q
     j = tl.arange(0, Q)
+    step = 1.0
     if GRADIENT:
-        v_i = tl.load(v_of + q)
-        step_i = tl.load(step_of + q)
-        u_j = load_u(v_of, j, reverse, Q, SHIFTED)
-        weights = finite_power(u_j[None, :] - v_i[:, None]) * scores * step_i[:, None]
-        return weights, tl.exp2(tl.load(total_of + at) - v_i) * step_i
+        u = load_u(v_of + at * Q, j, reverse, Q, SHIFTED)[None, :]
+        if w_of is not None:
+            exponents = u - tl.load(w_of + rows)[:, None]
+        else:
+            exponents = u - tl.load(v_of + rows)[:, None]
+            step = tl.load(step_of + rows)[:, None]
+        return exponents, step, decayed_step(tl.load(total_of + at), v_of, step_of, w_of, rows)
     else:
-        u_i = load_u(v_of, q, reverse, Q, SHIFTED)
-        weights = finite_power(u_i[:, None] - tl.load(v_of + j)[None, :]) * scores * tl.load(step_of + j)[None, :]
-        return weights, tl.where(valid_i, tl.exp2(u_i), 0)
+        columns = at * Q + j
+        u = load_u(v_of + at * Q, q, reverse, Q, SHIFTED)
+        if w_of is not None:
+            exponents = u[:, None] - tl.load(w_of + columns)[None, :]
+        else:
+            exponents = u[:, None] - tl.load(v_of + columns)[None, :]
+            step = tl.load(step_of + columns)[None, :]
+        return exponents, step, tl.where(valid_i, tl.exp2(u), 0)
 
 
 @triton.jit
 def _from_state(
-    rows, states, entered, direction, head, slot, slots, heads, row, begin, length, i, group, p,
+    held, rows, states, entered, direction, head, slot, slots, heads, row, begin, length, i, group, p,
     r_d, r_b, r_t, r_g, r_n, headdim: tl.constexpr, dstate: tl.constexpr,
     FLIP: tl.constexpr, SHIFTED_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk's rows take from one direction's state (rows, headdim)."""
+    """What a chunk's rows, held or read, take from one direction's state (rows, headdim)."""
     at = (direction * heads + head) * slots + slot
     source, there = source_of(i, i < length, length, is_reversed(direction, FLIP), SHIFTED_ROWS)
     product = tl.zeros([i.shape[0], p.shape[0]], MATH)
     for start in range(0, dstate, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        left = load_tile(
-            rows, direction, row, begin + source, group, n, there, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
-        )
+        left = held
+        if held is None:
+            left = load_tile(
+                rows, direction, row, begin + source, group, n, there, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
+            )
         state = load_state(states, at, p, n, headdim, dstate, True)
         product = tl.dot(left, state, product, input_precision=PRECISION, out_dtype=MATH)
     return product * entered[:, None]
 
 
 @triton.jit
+def _add_own(
+    result, values, z, x, D, v_of, step_of, w_of, skipped_of, own_score, direction, head, slot, slots, heads, row,
+    frame, q, p, valid, z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, D_d, D_h, headdim: tl.constexpr,
+    SUM_D: tl.constexpr, Q: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """result plus what is of the frame itself: times D, and times the other direction's own_score and step. values are
+    those of all frames of the chunk. Either factor may be None, as x and skipped_of, see `chunk_outputs`."""
+    if D is not None or own_score is not None:
+        skip = tl.zeros(q.shape, MATH)
+        if D is not None:
+            skip += tl.load(D + direction * D_d + head * D_h).to(MATH)
+            if SUM_D:
+                skip += tl.load(D + D_d + head * D_h).to(MATH)
+        if own_score is not None:
+            at = (((direction + 1) * heads + head) * slots + slot) * Q + q
+            skip += own_score * decayed_step(tl.load(v_of + at), v_of, step_of, w_of, at)
+        if q.shape[0] == Q:
+            own = values.to(MATH)
+        else:
+            own = load_tile(z, direction, row, frame, head, p, valid, headdim, z_d, z_b, z_t, z_h, z_p, MATH, False)
+        result += skip[:, None] * own
+        if skipped_of is not None:
+            own *= load_tile(x, direction, row, frame, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, MATH, False)
+            tl.store(skipped_of + head * slots * Q + q, tl.sum(own, 1))
+    return result
+
+
+@triton.jit
 def chunk_outputs(
-    z, x, rows, columns, D, states, v_of, step_of, total_of, out, skipped_of, bounds,
+    z, x, rows, columns, D, states, v_of, step_of, w_of, total_of, out, skipped_of, bounds,
     frames, sequences, slots, heads,
     z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
     D_d, D_h, out_d, out_b, out_t, out_h,
@@ -270,70 +310,97 @@ def chunk_outputs(
 
     SHIFTED_ROWS: tl.constexpr = SHIFTED and not GRADIENT
     SHIFTED_COLUMNS: tl.constexpr = SHIFTED and GRADIENT
+    HELD: tl.constexpr = dstate <= BLOCK_N  # one tile has all of dstate: rows are read once for all heads
     reverse = is_reversed(direction, FLIP)
     source_i, there_i = source_of(i, valid_i, length, reverse, SHIFTED_ROWS)
     source_j, there_j = source_of(j, valid_j, length, reverse, SHIFTED_COLUMNS)
+    held, other_held = None, None
+    if HELD:
+        n = tl.arange(0, BLOCK_N)
+        held = load_tile(
+            rows, direction, row, begin + source_i, group, n, there_i, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND, False
+        )
     scores = _scores(
-        rows, columns, direction, row, begin, source_i, source_j, there_i, there_j, group,
+        held, rows, columns, direction, row, begin, source_i, source_j, there_i, there_j, group,
         r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
     )  # fmt: skip
-    scores = scores_in_sight(scores, q, tl.arange(0, Q), reverse, is_strict(direction, ONCE, SHIFTED), GRADIENT)
+    j_in_chunk = tl.arange(0, Q)
+    own_score = None
+    scores = scores_in_sight(scores, q, j_in_chunk, reverse, is_strict(direction, ONCE, SHIFTED), GRADIENT)
     if SUMMED:
         source_i, there_i = source_of(i, valid_i, length, True, SHIFTED_ROWS)
         source_j, there_j = source_of(j, valid_j, length, True, SHIFTED_COLUMNS)
+        if HELD:
+            n = tl.arange(0, BLOCK_N)
+            other_held = load_tile(
+                rows, direction + 1, row, begin + source_i, group, n, there_i, dstate, r_d, r_b, r_t, r_g, r_n, OPERAND,
+                False,
+            )  # fmt: skip
         other_scores = _scores(
-            rows, columns, direction + 1, row, begin, source_i, source_j, there_i, there_j, group,
+            other_held, rows, columns, direction + 1, row, begin, source_i, source_j, there_i, there_j, group,
             r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
         )  # fmt: skip
-        strict = is_strict(direction + 1, ONCE, SHIFTED)
-        other_scores = scores_in_sight(other_scores, q, tl.arange(0, Q), True, strict, GRADIENT)
+        # Off the diagonal one direction alone sees a pair of frames: one score and one power do for both. The backward
+        # one's part of the diagonal stays apart.
+        if not (ONCE or SHIFTED):
+            own_score = tl.sum(tl.where(q[:, None] == j_in_chunk[None, :], other_scores, 0), 1)
+        forward = j_in_chunk[None, :] >= q[:, None] if GRADIENT else q[:, None] >= j_in_chunk[None, :]
+        scores = tl.where(forward, scores, other_scores)
     for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         head = first_head + h
-        weights, entered = _direction_weights(
-            scores, v_of, step_of, total_of, direction, head, slot, slots, heads, valid_i, q, reverse,
-            SHIFTED, GRADIENT, Q,
-        )  # fmt: skip
-        if SUMMED:
-            other_weights, other_entered = _direction_weights(
-                other_scores, v_of, step_of, total_of, direction + 1, head, slot, slots, heads, valid_i, q, True,
-                SHIFTED, GRADIENT, Q,
-            )  # fmt: skip
-            weights += other_weights
         values = load_tile(
             z, direction, row, begin + j, head, p, valid_j, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND, False
         )
+        # What is of the frame itself comes first, so that nothing of it is held until the last; but last of all without
+        # tensor cores, where it would take registers from factors of products.
+        result = tl.zeros([ROWS, BLOCK_P], MATH)
+        if PRECISION != "ieee":
+            result = _add_own(
+                result, values, z, x, D, v_of, step_of, w_of, skipped_of, own_score, direction, head, slot, slots,
+                heads, row, begin + i, q, p, valid_i, z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, D_d, D_h,
+                headdim, SUM_D, Q, MATH,
+            )  # fmt: skip
+        exponents, step, entered = _decays_between(
+            v_of, step_of, w_of, total_of, direction, head, slot, slots, heads, valid_i, q, reverse, SHIFTED, GRADIENT,
+            Q,
+        )  # fmt: skip
+        if SUMMED:
+            other_exponents, other_step, other_entered = _decays_between(
+                v_of, step_of, w_of, total_of, direction + 1, head, slot, slots, heads, valid_i, q, True, SHIFTED,
+                GRADIENT, Q,
+            )  # fmt: skip
+            exponents = tl.where(forward, exponents, other_exponents)
+            if w_of is None:
+                step = tl.where(forward, step, other_step)
+        weights = finite_power(exponents) * scores
+        if w_of is None:
+            weights *= step
         # Weights are done with before the states are looked at: both at once are more than there are registers.
-        result = tl.dot(weights.to(OPERAND), values, input_precision=PRECISION, out_dtype=MATH)
+        result = tl.dot(weights.to(OPERAND), values, result, input_precision=PRECISION, out_dtype=MATH)
         result += _from_state(
-            rows, states, entered, direction, head, slot, slots, heads, row, begin, length, i, group, p,
+            held, rows, states, entered, direction, head, slot, slots, heads, row, begin, length, i, group, p,
             r_d, r_b, r_t, r_g, r_n, headdim, dstate, FLIP, SHIFTED_ROWS, BLOCK_N, MATH, OPERAND, PRECISION,
         )  # fmt: skip
         if SUMMED:
             result += _from_state(
-                rows, states, other_entered, direction + 1, head, slot, slots, heads, row, begin, length, i, group, p,
-                r_d, r_b, r_t, r_g, r_n, headdim, dstate, FLIP, SHIFTED_ROWS, BLOCK_N, MATH, OPERAND, PRECISION,
+                other_held, rows, states, other_entered, direction + 1, head, slot, slots, heads, row, begin, length, i,
+                group, p, r_d, r_b, r_t, r_g, r_n, headdim, dstate, FLIP, SHIFTED_ROWS, BLOCK_N, MATH, OPERAND,
+                PRECISION,
             )  # fmt: skip
-        if D is not None:
-            skip = tl.load(D + direction * D_d + head * D_h).to(MATH)
-            if SUM_D:
-                skip += tl.load(D + D_d + head * D_h).to(MATH)
-            own = load_tile(
-                z, direction, row, begin + i, head, p, valid_i, headdim, z_d, z_b, z_t, z_h, z_p, MATH, False
-            )
-            result += skip * own
-            if skipped_of is not None:
-                own *= load_tile(
-                    x, direction, row, begin + i, head, p, valid_i, headdim, x_d, x_b, x_t, x_h, x_p, MATH, False
-                )
-                tl.store(skipped_of + head * slots * Q + q, tl.sum(own, 1))
+        if PRECISION == "ieee":
+            result = _add_own(
+                result, values, z, x, D, v_of, step_of, w_of, skipped_of, own_score, direction, head, slot, slots,
+                heads, row, begin + i, q, p, valid_i, z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, D_d, D_h,
+                headdim, SUM_D, Q, MATH,
+            )  # fmt: skip
         result = tl.where(valid_i[:, None], result, 0)
         tl.store(out + head * out_h + out_offset, result.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
 def _gradients_of(
-    rows, others, columns, own, states, v_of, step_of, total_of, out, moved_of, given_of, carried_of, bounds, slot,
-    direction, tile, group, head_block, part, frames, sequences, slots, heads,
+    rows, others, columns, own, states, v_of, step_of, w_of, total_of, out, moved_of, given_of, carried_of, bounds,
+    slot, direction, tile, group, head_block, part, frames, sequences, slots, heads,
     r_d, r_b, r_t, r_h, r_p, o_d, o_b, o_t, o_h, o_p, c_d, c_b, c_t, c_g, c_n,
     own_d, own_b, own_t, own_g, own_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr, OF_B: tl.constexpr,
@@ -347,6 +414,7 @@ def _gradients_of(
     Nothing in the loop over heads is summed over more than a row: that is a warp's own, and no warp waits for another.
     """
     COLUMNS: tl.constexpr = Q // 2 if Q >= 32 else Q  # of the chunk's weights at once: they stand in registers
+    WHOLE: tl.constexpr = headdim <= BLOCK_P  # one tile has all columns of headdim, and is read once
     groups = heads // group_heads
     sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
     row, begin, length = frames_of(sequence, bounds, frames, KIND)
@@ -383,6 +451,15 @@ def _gradients_of(
         own, direction, row, begin + own_frame, group, n, own_valid, dstate, own_d, own_b, own_t, own_g, own_n, OPERAND,
         False,
     )  # fmt: skip
+    column_tiles = ()
+    for start_j in tl.static_range(0, Q, COLUMNS):
+        j = (chunk * Q).to(tl.int32) + start_j + tl.arange(0, COLUMNS)
+        column_frame, column_valid = source_of(j, j < length, length, reverse, SHIFTED and OF_B)
+        column_tile = load_tile(
+            columns, direction, row, begin + column_frame, group, n, column_valid, dstate, c_d, c_b, c_t, c_g, c_n,
+            OPERAND, False,
+        )  # fmt: skip
+        column_tiles = column_tiles + (column_tile,)
     total_sum = tl.zeros([Q, BLOCK_N], MATH)
     for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         head = group * group_heads + head_block * HEADS + h
@@ -397,14 +474,22 @@ def _gradients_of(
             u = load_u(v_of + at * Q, q, reverse, Q, SHIFTED)
             factor = tl.where(valid, tl.exp2(u), 0)
 
+        if WHOLE:
+            p = tl.arange(0, BLOCK_P)
+            whole_rows = load_tile(
+                rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, OPERAND, False
+            )
         # 2^u is in all that a result takes, 2^-v and dt are in all that a frame gives: what they have for a gradient is
         # the sum over C . dC, or B . dB. Through the state first.
         result = tl.zeros([Q, BLOCK_N], MATH)
         for start in range(0, headdim, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            row_tile = load_tile(
-                rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, OPERAND, False
-            )
+            if WHOLE:
+                row_tile = whole_rows
+            else:
+                row_tile = load_tile(
+                    rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, OPERAND, False
+                )
             state = load_state(states, gradient_at if OF_B else at, p, n, headdim, dstate, False)
             result = tl.dot(row_tile, state, result, input_precision=PRECISION, out_dtype=MATH)
             if OF_B:
@@ -421,23 +506,22 @@ def _gradients_of(
             q_j = start_j + tl.arange(0, COLUMNS)
             j = (chunk * Q).to(tl.int32) + q_j
             valid_j = j < length
-            source_j, there_j = source_of(j, valid_j, length, reverse, SHIFTED)
-            column_frame, column_valid = (source_j, there_j) if OF_B else (j, valid_j)
             weights = tl.zeros([Q, COLUMNS], MATH)
             for start in range(0, headdim, BLOCK_P):
                 p = start + tl.arange(0, BLOCK_P)
-                row_tile = load_tile(
-                    rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, OPERAND, False
-                )
+                if WHOLE:
+                    row_tile = whole_rows
+                else:
+                    row_tile = load_tile(
+                        rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, OPERAND,
+                        False,
+                    )  # fmt: skip
                 other_tile = load_tile(
                     others, direction, row, begin + j, head, p, valid_j, headdim, o_d, o_b, o_t, o_h, o_p, OPERAND,
                     False,
                 )  # fmt: skip
                 weights = tl.dot(row_tile, tl.trans(other_tile), weights, input_precision=PRECISION, out_dtype=MATH)
-            column_tile = load_tile(
-                columns, direction, row, begin + column_frame, group, n, column_valid, dstate, c_d, c_b, c_t, c_g, c_n,
-                OPERAND, False,
-            )  # fmt: skip
+            column_tile = column_tiles[start_j // COLUMNS]
             scores = tl.dot(own_tile, tl.trans(column_tile), input_precision=PRECISION, out_dtype=MATH)
             if OF_B:
                 u_j = load_u(v_of + at * Q, q_j, reverse, Q, SHIFTED)
@@ -445,13 +529,17 @@ def _gradients_of(
                 weights *= tl.exp2(tl.where(seen, u_j[None, :] - v[:, None], float("-inf")))
             else:
                 seen = in_sight(q[:, None], q_j[None, :], reverse, strict)
-                v_j = tl.load(v_of + at * Q + q_j)
-                step_j = tl.load(step_of + at * Q + q_j)
-                weights *= tl.exp2(tl.where(seen, u[:, None] - v_j[None, :], float("-inf"))) * step_j[None, :]
+                if w_of is not None:
+                    w_j = tl.load(w_of + at * Q + q_j)
+                    weights *= tl.exp2(tl.where(seen, u[:, None] - w_j[None, :], float("-inf")))
+                else:
+                    v_j = tl.load(v_of + at * Q + q_j)
+                    step_j = tl.load(step_of + at * Q + q_j)
+                    weights *= tl.exp2(tl.where(seen, u[:, None] - v_j[None, :], float("-inf"))) * step_j[None, :]
             moved += tl.sum(weights * scores, 1)
             result = tl.dot(weights.to(OPERAND), column_tile, result, input_precision=PRECISION, out_dtype=MATH)
         if OF_B:
-            result *= tl.load(step_of + at * Q + q)[:, None]
+            result *= decayed_step(v, v_of, step_of, w_of, at * Q + q)[:, None]
         total_sum += result
         tl.store(moved_of + of_part * Q + q, moved)
 
@@ -472,7 +560,7 @@ def _gradients_of(
 
 @triton.jit
 def chunk_gradients(
-    dy, x, B, C, states, v_of, step_of, total_of, dB, dC, moved_of, given_of, carried_of, bounds,
+    dy, x, B, C, states, v_of, step_of, w_of, total_of, dB, dC, moved_of, given_of, carried_of, bounds,
     frames, sequences, slots, heads,
     dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
@@ -499,7 +587,7 @@ def chunk_gradients(
     head_block = (tl.program_id(1) // (2 * n_tiles) // (heads // group_heads)).to(tl.int64)
     if part < n_tiles:
         _gradients_of(
-            x, dy, C, B, states, v_of, step_of, total_of, dB, moved_of, given_of, carried_of, bounds, slot,
+            x, dy, C, B, states, v_of, step_of, w_of, total_of, dB, moved_of, given_of, carried_of, bounds, slot,
             direction, tile, group, head_block, part, frames, sequences, slots, heads,
             x_d, x_b, x_t, x_h, x_p, dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
             B_d, B_b, B_t, B_g, B_n, group_heads, headdim, dstate, True,
@@ -507,7 +595,7 @@ def chunk_gradients(
         )  # fmt: skip
     else:
         _gradients_of(
-            dy, x, B, C, states, v_of, step_of, total_of, dC, moved_of, given_of, carried_of, bounds, slot,
+            dy, x, B, C, states, v_of, step_of, w_of, total_of, dC, moved_of, given_of, carried_of, bounds, slot,
             direction, tile, group, head_block, part, frames, sequences, slots, heads,
             dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n,
             C_d, C_b, C_t, C_g, C_n, group_heads, headdim, dstate, False,
@@ -526,7 +614,7 @@ def _sum_of_tiles(parts, TILES: tl.constexpr, offset, tile_size, kept):
 
 @triton.jit
 def step_gradients(
-    dt, A, dt_bias, step_of, total_of, moved_of, given_of, carried_of, skipped_of, ddt, per_head, bounds,
+    dt, A, dt_bias, total_of, moved_of, given_of, carried_of, skipped_of, ddt, per_head, bounds,
     frames, sequences, slots, heads, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
     headdim: tl.constexpr, TILES: tl.constexpr, P_TILES: tl.constexpr, WAYS: tl.constexpr, DIRECTIONS: tl.constexpr,
     FLIP: tl.constexpr, SHIFTED: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
@@ -569,7 +657,13 @@ def step_gradients(
     rate = tl.load(A + direction * A_d + head * A_h, mask=there, other=0).to(tl.float64)
     total = tl.load(total_of + at, mask=there, other=0)
     of_chunk = at[:, None] * Q + q[None, :]
-    step = tl.load(step_of + of_chunk, mask=valid, other=0).to(tl.float64)
+    at_most = tl.minimum(head, heads - 1)[:, None]
+    raw, free, step = load_step(
+        dt, dt_bias, direction, row, begin + i[None, :], at_most, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h,
+        SOFTPLUS, LOW, HIGH, MATH,
+    )  # fmt: skip
+    unclamped = free == step
+    step = step.to(tl.float64)
     from_frames = _sum_of_tiles(moved_of, TILES, of_chunk, tile_size * Q, valid)
     into_results = _sum_of_tiles(moved_of + TILES * tile_size * Q, TILES, of_chunk, tile_size * Q, valid)
     given = _sum_of_tiles(given_of, TILES, of_chunk, tile_size * Q, valid)
@@ -586,13 +680,8 @@ def step_gradients(
     log_decay = tl.where(reverse, prefix, change - prefix) + total_gradient[:, None]
     if SHIFTED:
         log_decay -= into_results
-    at_most = tl.minimum(head, heads - 1)[:, None]
-    raw, free, clamped = load_step(
-        dt, dt_bias, direction, row, begin + i[None, :], at_most, valid, dt_d, dt_b, dt_t, dt_h, bias_d, bias_h,
-        SOFTPLUS, LOW, HIGH, MATH,
-    )  # fmt: skip
     gradient = rate[:, None] * log_decay + from_frames
-    gradient = tl.where(free == clamped, gradient, 0)
+    gradient = tl.where(unclamped, gradient, 0)
     if SOFTPLUS:
         gradient *= sigmoid(raw)
     gradient = tl.where(valid, gradient, 0)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from linconv.ops.ssd.triton_chunk import (
     added_by,
+    decayed_step,
     decays_of,
     first_slot,
     frames_of,
@@ -17,18 +18,19 @@ from linconv.ops.ssd.triton_chunk import (
     load_u,
     sequence_of,
     source_of,
+    store_decays,
 )
 
 
 @triton.jit
 def chunk_decays(
-    dt, A, dt_bias, v_of, step_of, total_of, bounds, frames, sequences, slots, heads,
+    dt, A, dt_bias, v_of, step_of, w_of, total_of, bounds, frames, sequences, slots, heads,
     dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h,
     DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     KIND: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """v and dt into v_of and step_of (directions, heads, slots, Q), the chunk's total into total_of (..., slots), for
-    HEADS heads of one direction of a chunk."""
+    """v, dt and w into v_of, step_of and w_of (directions, heads, slots, Q), the chunk's total into total_of (...,
+    slots), for HEADS heads of one direction of a chunk; step_of or w_of is None."""
     slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
     direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
     sequence = sequence_of(slot, bounds, frames, sequences, Q, KIND)
@@ -48,14 +50,12 @@ def chunk_decays(
     )  # fmt: skip
     at = (direction * heads + head) * slots + slot
     of_chunk = at[:, None] * Q + q[None, :]
-    tl.store(v_of + of_chunk, v, mask=there[:, None])
-    tl.store(step_of + of_chunk, step, mask=there[:, None])
-    tl.store(total_of + at, total, mask=there)
+    store_decays(v_of, step_of, w_of, total_of, at, of_chunk, v, step, total, there[:, None], there)
 
 
 @triton.jit
 def _sweep(
-    rows, columns, states, v_of, step_of, total_of, first, last, bounds, frames, slots, heads,
+    rows, columns, states, v_of, step_of, w_of, total_of, first, last, bounds, frames, slots, heads,
     r_d, r_b, r_t, r_h, r_p, c_d, c_b, c_t, c_g, c_n, first_s, first_h, first_p, first_n, direction, head,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
     FLIP: tl.constexpr, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr,
@@ -92,13 +92,19 @@ def _sweep(
         i = chunk * Q + q
         valid = i < length
         total = tl.load(total_of + at)
-        tile = load_tile(rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, MATH, True)
+        # Tile and scale in opposite orders: else Triton, 3.6 to 3.9, has shared memory of its own for either sweep.
         if GRADIENT:
             source, there = source_of(i, valid, length, reverse, SHIFTED)
             scale = tl.where(valid, tl.exp2(load_u(v_of + at * Q, q, reverse, Q, SHIFTED)), 0)
+            tile = load_tile(
+                rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, MATH, True
+            )
         else:
             source, there = i, valid
-            scale = tl.exp2(total - tl.load(v_of + at * Q + q)) * tl.load(step_of + at * Q + q)
+            tile = load_tile(
+                rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, MATH, True
+            )
+            scale = decayed_step(total, v_of, step_of, w_of, at * Q + q)
         factor = load_tile(
             columns, direction, row, begin + source, group, n, there, dstate, c_d, c_b, c_t, c_g, c_n, OPERAND, False
         )  # fmt: skip
@@ -109,7 +115,7 @@ def _sweep(
 
 @triton.jit
 def sweep_states(
-    x, B, dy, C, states, v_of, step_of, total_of, first, last, dlast, dfirst, bounds, frames, slots, heads,
+    x, B, dy, C, states, v_of, step_of, w_of, total_of, first, last, dlast, dfirst, bounds, frames, slots, heads,
     x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n, dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
     first_s, first_h, first_p, first_n, dlast_s, dlast_h, dlast_p, dlast_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
@@ -128,7 +134,7 @@ def sweep_states(
     direction = (tl.program_id(1) // heads % DIRECTIONS).to(tl.int64)
     if tl.program_id(1) < heads * DIRECTIONS:
         _sweep(
-            x, B, states, v_of, step_of, total_of, first, last, bounds, frames, slots, heads,
+            x, B, states, v_of, step_of, w_of, total_of, first, last, bounds, frames, slots, heads,
             x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n, first_s, first_h, first_p, first_n, direction,
             head, group_heads, headdim, dstate, FLIP, SHIFTED, False, KIND, Q, BLOCK_P, BLOCK_N, MATH, OPERAND,
             PRECISION, STAGES,
@@ -136,7 +142,7 @@ def sweep_states(
     elif dy is not None:
         gradients = states + tl.full([], DIRECTIONS, tl.int64) * heads * slots * headdim * dstate
         _sweep(
-            dy, C, gradients, v_of, step_of, total_of, dlast, dfirst, bounds, frames, slots, heads,
+            dy, C, gradients, v_of, step_of, w_of, total_of, dlast, dfirst, bounds, frames, slots, heads,
             dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n, dlast_s, dlast_h, dlast_p, dlast_n,
             direction, head, group_heads, headdim, dstate, FLIP, SHIFTED, True, KIND, Q, BLOCK_P, BLOCK_N, MATH,
             OPERAND, PRECISION, STAGES,

@@ -106,7 +106,7 @@ TILES = {
 WIDE = {("bf16", 9): {"stages": 3}}
 # Bytes of registers that a thread may spill, most of them from before a kernel's loop until after it: on an H200 the
 # gradients take two thirds of the time of the fastest tiles that spill nothing.
-MAY_SPILL = {("bf16", 9): 128}
+MAY_SPILL = {("bf16", 9): 32}
 
 
 def _products(operand: torch.dtype, precision: str) -> str:
@@ -127,6 +127,11 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
         columns["gradient_n"] = min(columns["gradient_n"], 32)
     wide = WIDE.get((_products(operand, precision), capability // 10), {}) if N == 128 else {}
     return replace(tiles, **columns, **wide)
+
+
+def rounds_products(operand: torch.dtype, precision: str) -> bool:
+    """Whether products are taken of fewer digits than float32 has."""
+    return _products(operand, precision) in ("bf16", "tf32")
 
 
 def may_spill(operand: torch.dtype, precision: str, capability: int) -> int:
