@@ -107,12 +107,15 @@ def inspect(
         teacher: as for `linconv.convert`, or what it has made of one.
         mixer, layers, mixer_kwargs: as for `linconv.convert`, None for its own defaults. They are not given where the
             model is converted already.
-        lengths: numbers of frames to count operations for.
+        lengths: numbers of frames, from 1 up, to count operations for.
 
     Raises:
         TypeError, ValueError: as `linconv.convert`, or a mixer, layers or options given for a model that is converted
             already.
     """
+    for length in lengths:
+        if not isinstance(length, int) or length < 1:
+            raise ValueError(f"lengths has {length!r}, wanted whole numbers from 1 up")
     if isinstance(teacher, ConvertedModel) and (recipe := Recipe.from_config(teacher.config)).layers:
         given = [
             name for name, value in {"mixer": mixer, "layers": layers, **mixer_kwargs}.items() if value is not None

@@ -44,16 +44,17 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         for name in ("alpha_ce", "alpha_kd", "alpha_ld"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}; want a number from 0 up")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: got {self.temperature}; want a number above 0")
+            if not _is_number(value := getattr(self, name)) or not value >= 0:
+                raise ValueError(f"{name}: got {value!r}; want a number from 0 up")
+        if not _is_number(self.temperature) or not self.temperature > 0:
+            raise ValueError(f"temperature: got {self.temperature!r}; want a number above 0")
         if self.layer_reduction not in ("mean", "sum"):
             raise ValueError(f"layer_reduction: got {self.layer_reduction!r}; want mean or sum")
-        if self.teacher_learning_rate is not None and not self.teacher_learning_rate > 0:
-            raise ValueError(f"teacher_learning_rate: got {self.teacher_learning_rate}; want a number above 0, or None")
-        if self.exponential_decay_to is not None and not 0 < self.exponential_decay_to <= 1:
-            raise ValueError(f"exponential_decay_to: got {self.exponential_decay_to}; want a share in (0, 1]")
+        rate, share = self.teacher_learning_rate, self.exponential_decay_to
+        if rate is not None and (not _is_number(rate) or not rate > 0):
+            raise ValueError(f"teacher_learning_rate: got {rate!r}; want a number above 0, or None")
+        if share is not None and (not _is_number(share) or not 0 < share <= 1):
+            raise ValueError(f"exponential_decay_to: got {share!r}; want a share in (0, 1]")
         if self.gradient_checkpointing:
             # Re-entrant checkpointing runs a layer without a graph: what a hook catches there teaches nothing.
             kwargs = self.gradient_checkpointing_kwargs or {}
@@ -65,3 +66,7 @@ class DistillationArguments(TrainingArguments):
                     setattr(self, name, {**kwargs, "use_reentrant": False})
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor: not supported; the task's loss is that of the head")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

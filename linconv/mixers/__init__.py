@@ -38,7 +38,7 @@ def get(name: str) -> type[Mixer]:
     Raises:
         ValueError: no such mixer; the message has the nearest name.
     """
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         near = difflib.get_close_matches(str(name), _REGISTRY, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"mixer is {name!r}, wanted one of {', '.join(names())}{hint}")

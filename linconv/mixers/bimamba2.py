@@ -33,7 +33,7 @@ class BiMamba2(DualMixer):
     """
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=1, headdim=64, ngroups=1, chunk_size=None):
-        super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, directions=2)
+        super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, chunk_size, directions=2)
         self.conv_dim = self.d_inner + 2 * ngroups * d_state
         self.d_in_proj = self.d_inner + self.conv_dim + self.nheads
         self.in_proj = Linear(d_model, 2 * self.d_in_proj, bias=False)

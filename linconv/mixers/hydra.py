@@ -26,7 +26,7 @@ class Hydra(DualMixer):
     """
 
     def __init__(self, d_model, d_state=64, d_conv=7, expand=1, headdim=64, ngroups=1, chunk_size=None):
-        super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, directions=1)
+        super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, chunk_size, directions=1)
         if d_conv % 2 == 0:
             raise ValueError(f"d_conv is {d_conv}, wanted an odd width: the convolution is centred")
         self.conv_dim = self.d_inner + 4 * ngroups * d_state

@@ -19,7 +19,7 @@ class Mamba2(CausalMixer, DualMixer):
     """
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, chunk_size=None):
-        super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, directions=1)
+        super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, chunk_size, directions=1)
         self.conv_dim = self.d_inner + 2 * ngroups * d_state
         self.state_shape = (self.nheads, headdim, d_state)
         self.in_proj = Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=False)

@@ -76,16 +76,19 @@ class DualMixer(StateSpaceMixer):
     """What the Mamba-2 type mixers share: heads with the parameters A_log, D and dt_bias.
 
     Args:
+        chunk_size: an int, or None; not used.
         directions: 2 where these are stacked (forward, backward), else 1.
 
     Raises:
         TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
     """
 
-    def __init__(self, d_model, d_state, d_conv, expand, headdim, ngroups, *, directions):
+    def __init__(self, d_model, d_state, d_conv, expand, headdim, ngroups, chunk_size, *, directions):
         super().__init__(d_model, d_state, d_conv, expand)
         check_integer("headdim", headdim, high=MAX_SIZE)
         check_integer("ngroups", ngroups)
+        if chunk_size is not None:
+            check_integer("chunk_size", chunk_size)
         self.headdim, self.ngroups = headdim, ngroups
         if self.d_inner % headdim or not self.d_inner:
             raise ValueError(f"headdim is {headdim}, wanted a divisor of expand * d_model = {self.d_inner}")

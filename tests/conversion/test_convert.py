@@ -482,6 +482,7 @@ def test_attention_implementation_without_padding_masks_is_refused():
     "arguments, error, match",
     [
         (dict(mixer="bimamba"), ValueError, "did you mean 'bimamba2'"),
+        (dict(mixer=["hydra"]), ValueError, r"mixer is \['hydra'\], wanted one of"),
         (dict(layers=[3]), ValueError, "layers has 3, wanted -3 to 2: the model has 3 blocks"),
         (dict(layers="some"), ValueError, "layers is 'some'"),
         (dict(layers=[0.5]), TypeError, "layers is"),

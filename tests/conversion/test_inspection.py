@@ -111,3 +111,9 @@ def test_parts_of_a_converted_model_are_refused():
     with pytest.raises(TypeError, match="teacher is a WhisperEncoder, wanted one of WhisperModel"):
         linconv.inspect(student.encoder)
     assert of(student).model_type == "whisper" and linconv.inspect(student).converted
+
+
+@pytest.mark.parametrize("length", [0, -5, 2.5])
+def test_lengths_are_counts_of_frames(length):
+    with pytest.raises(ValueError, match=f"lengths has {length}, wanted whole numbers from 1 up"):
+        linconv.inspect(make(Wav2Vec2ForCTC), lengths=[250, length])

@@ -536,7 +536,9 @@ def test_wrong_arguments_are_named(tmp_path):
         trainer(tmp_path, teacher, teacher)
     for name, value in (
         ("alpha_kd", -1.0),
+        ("alpha_kd", "1"),
         ("temperature", 0.0),
+        ("teacher_learning_rate", True),
         ("layer_reduction", "max"),
         ("exponential_decay_to", 2.0),
     ):

@@ -485,6 +485,7 @@ def test_rates_skips_and_steps_of_a_state_are_marked_not_to_decay(name):
     [
         (dict(headdim=24), ValueError, "headdim is 24"),
         (dict(ngroups=3), ValueError, "ngroups is 3"),
+        (dict(chunk_size="x"), TypeError, "chunk_size is 'x', wanted an int"),
         (dict(dstate=8), TypeError, "no option 'dstate', wanted one of d_state"),
         (dict(d_state=300), ValueError, "d_state is 300, wanted 1 to 256"),
         (dict(d_state="abc"), TypeError, "d_state is 'abc', wanted an int"),
