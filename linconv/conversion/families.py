@@ -31,6 +31,7 @@ class Family:
     position_flops: (config, length) to the operations that a layer's attention takes for positions alone.
     input_name: the forward argument that holds the signal or tokens, time last.
     frame_lengths: (model, valid lengths of the input) to the valid frames the blocks see.
+    mask_sums: whether the bare model reads the sums of a mask's rows only, and takes any mask unless that is checked.
     frames_per_second: of the blocks, at the usual sampling rate; for display. None where frames are tokens.
     layer_drop: config entry of LayerDrop, or None.
     inner: classes within a head that are converted too, models or modules of one, other than the bare model.
@@ -54,6 +55,7 @@ class Family:
     position_flops: Callable[[PretrainedConfig, int], int] = lambda config, length: 0
     projections: dict[str, str] | None = None
     cache: str | None = None
+    mask_sums: bool = False
     layer_drop: str | None = None
     inner: tuple[str, ...] = ()
     overrides: str | None = None
@@ -142,6 +144,7 @@ _WAV2VEC2_ENCODER = dict(
     attention="attention",
     input_name="input_values",
     frame_lengths=_after_feature_encoder,
+    mask_sums=True,
     frames_per_second=50,
     layer_drop="layerdrop",
 )

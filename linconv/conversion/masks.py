@@ -114,9 +114,35 @@ def seq_lens(attention_mask: Tensor | None, batch: int, length: int) -> Tensor |
         if attention_mask.is_floating_point():
             attention_mask = attention_mask >= 0
     attention_mask = attention_mask.to(torch.bool)
-    if readable and (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
-        raise ValueError("attention_mask has valid frames after padding ones, wanted the padding on the right")
+    if readable:
+        _check_padding_is_right(attention_mask)
     return attention_mask.sum(dim=-1)
+
+
+class WaveformMask:
+    """Checks the mask of a bare model over sound, whose stock forward reads no more of it than the sum of each row."""
+
+    def forward(self, input_values: Tensor, attention_mask: Tensor | None = None, *args, **kwargs):
+        """As the stock model, with attention_mask (batch, samples) over input_values, the padding on the right.
+
+        Raises:
+            ValueError: a mask of another size, or one with the padding elsewhere; its values are read on the CPU only,
+                for elsewhere that would stall the device.
+        """
+        if attention_mask is not None:
+            if attention_mask.shape != input_values.shape:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, wanted {tuple(input_values.shape)}, one "
+                    "entry for each sample of input_values"
+                )
+            if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+                _check_padding_is_right(attention_mask.to(torch.bool))
+        return super().forward(input_values, attention_mask, *args, **kwargs)
+
+
+def _check_padding_is_right(attention_mask: Tensor) -> None:
+    if (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+        raise ValueError("attention_mask has valid frames after padding ones, wanted the padding on the right")
 
 
 def zero_padding(features: Tensor, mask: Tensor | None) -> Tensor:

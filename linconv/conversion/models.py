@@ -179,6 +179,8 @@ def converted_classes(family: Family) -> dict[str, type]:
     for name in (*family.heads.values(), *family.inner):
         stock, override = family.stock_class(name), getattr(overrides, name, None)
         own = (override,) if override else ()
+        if family.mask_sums and auto_classes.get(name) == "AutoModel":
+            own = (masks.WaveformMask, *own)
         if not issubclass(stock, PreTrainedModel):
             namespace = {"__module__": AUTO_MODULE, "__doc__": f"{name} of a converted model."}
             classes[PREFIX + name] = type(PREFIX + name, (*own, stock), namespace)

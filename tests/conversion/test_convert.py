@@ -431,6 +431,19 @@ def test_whisper_masks_that_do_not_fit_are_refused():
         student(**inputs | {"attention_mask": inputs["attention_mask"].flip(1)})
 
 
+@pytest.mark.parametrize("layers", [None, []], ids=["all", "none"])
+@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC, Wav2Vec2ConformerForCTC])
+def test_masks_over_sound_that_do_not_fit_are_refused(model_class, layers):
+    """The stock front end reads the sum of each row, by which they are masks like others."""
+    student = linconv.convert(make(model_class), layers=layers, **MIXER)
+    inputs = inputs_for(model_class, lengths=[1000, 700])
+    for mask in (inputs["attention_mask"][:, 100:], inputs["attention_mask"][:1]):
+        with pytest.raises(ValueError, match=rf"attention_mask has shape \({len(mask)}, .*, wanted \(2, 1000\)"):
+            student(**inputs | {"attention_mask": mask})
+    with pytest.raises(ValueError, match="padding on the right"):
+        student(**inputs | {"attention_mask": inputs["attention_mask"].flip(1)})
+
+
 def test_whisper_weighted_layer_sum():
     teacher = make(WhisperForAudioClassification, use_weighted_layer_sum=True)
     inputs = inputs_for(WhisperForAudioClassification, length=3000)
