@@ -7,6 +7,7 @@
 //   load_row<T>, store_row        n elements, any stride, storage type by tag
 //   add_product                   sum + a * b, where kPairProducts of pairs of bfloat16 numbers too
 //   min, max, sum                 min and max keep a NaN in their second argument; sum is over lanes, in a fixed order
+//   Wide<T>                       sums of vectors in double, lane by lane: for sums that cancel
 //   exp, exp2, log1p_unit, softplus, sigmoid, silu     on vectors, and on single values
 //
 // Where AVX-512 intrinsics appear it is in their zero-masking form, all lanes on: GCC 12 takes the plain form for a read of
@@ -298,6 +299,29 @@ template <class V>
 LINCONV_INLINE Lane<V> greatest(V v) {
   return fold_lanes<Lane<V>, sizeof(V) / sizeof(Lane<V>)>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
+
+// The lanes of a Vec<T> in double, as many vectors as they take.
+template <class T>
+struct Wide {
+  static constexpr int parts = kWidth<T> / kWidth<double>;
+  Vec<double> part[parts]{};
+
+  LINCONV_INLINE void add(Vec<T> v) {
+    if constexpr (parts == 1) {
+      part[0] += v;
+    } else {
+      static_assert(parts == 2);
+      typename VectorOf<T, kWidth<double>>::type half[2];
+      __builtin_memcpy(half, &v, sizeof(v));
+      for (int i = 0; i < 2; ++i) part[i] += __builtin_convertvector(half[i], Vec<double>);
+    }
+  }
+  LINCONV_INLINE double sum() const {
+    auto total = part[0];
+    for (int i = 1; i < parts; ++i) total += part[i];
+    return linconv::LINCONV_ISA::sum(total);
+  }
+};
 
 // Horner's rule, lowest coefficient first.
 template <class V, class T>

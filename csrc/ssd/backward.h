@@ -152,14 +152,19 @@ class Backward {
     return {saved(next.chunk, next.h), row, width_, row};
   }
 
+  double gave_at(int j) const {
+    const int lane = j % kWidth<T>;
+    return gave_[j / kWidth<T>].part[lane / kWidth<double>][lane % kWidth<double>];
+  }
+
   // From dweights: the weights themselves, dscores, and what each row gained and each column gave through the decays.
   // Returns the sum of the diagonal of dweights, the gradient of a skip that stands there.
   double weigh(int count, bool strict, T skip) {
-    zero(gave_, kQ);
+    for (auto& gave : gave_) gave = {};
     double diagonal = 0;
     for (int i = 0; i < count; ++i) {
       const int visible = strict ? i : i + 1;
-      Vec<T> gained{};
+      Wide<T> gained;
       int j = 0;
       for (; j < visible; j += kWidth<T>) {
         const int64_t at = i * kQ + j;
@@ -168,11 +173,11 @@ class Backward {
         const Vec<T> through = where_visible<T>(j, visible, flow * score);
         store(weights_ + at, where_visible<T>(j, visible, decay * dt * score));
         store(dscores_ + at, load(dscores_ + at) + flow * dt);
-        store(gave_ + j, load(gave_ + j) + through);
-        gained += through * dt;
+        gave_[j / kWidth<T>].add(through);
+        gained.add(through * dt);
       }
       for (; j < kQ; j += kWidth<T>) store(weights_ + i * kQ + j, Vec<T>{});
-      gained_[i] = sum(gained);
+      gained_[i] = gained.sum();
       weights_[i * kQ + i] += skip;
       diagonal += dweights_[i * kQ + i];
     }
@@ -198,13 +203,16 @@ class Backward {
     }
   }
 
+  // In double, as the sums gained and gave: what is rounded off log_decay at one step would be missing from the gradients
+  // of all steps before it, and what one row gained, columns gave.
   void gradient_of_steps(const Task& task, int direction, const Steps& steps, int64_t first, int count, int h, T carried) {
-    T log_decay = carried;
-    for (int i = 0; i < count; ++i) log_decay += decays_.end_dt[i] * from_B_[i];
+    double log_decay = carried;
+    for (int i = 0; i < count; ++i) log_decay += double(decays_.end_dt[i]) * from_B_[i];
     for (int i = count - 1; i >= 0; --i) {
-      log_decay += gained_[i] + decays_.start[i] * from_C_[i] - decays_.dt[i] * gave_[i] - decays_.end_dt[i] * from_B_[i];
-      sums_[h].A += double(decays_.dt[i]) * log_decay;
-      T gradient = gave_[i] + decays_.end[i] * from_B_[i] + decays_.A * log_decay;
+      const double gained = gained_[i] + double(decays_.start[i]) * from_C_[i], gave = gave_at(i);
+      log_decay += gained - decays_.dt[i] * gave - double(decays_.end_dt[i]) * from_B_[i];
+      sums_[h].A += decays_.dt[i] * log_decay;
+      T gradient = T(gave + decays_.end[i] * from_B_[i] + decays_.A * log_decay);
       if (decays_.free[i] != decays_.dt[i]) gradient = 0;  // clamped
       if (args_.dt_softplus) gradient *= sigmoid(decays_.raw[i]);
       sums_[h].dt_bias += gradient;
@@ -273,7 +281,9 @@ class Backward {
   T *dy_at_step_, *dy_;                              // (kQ + 1, width): of each frame; of each step's own result
   T *x_by_column_, *dx_by_column_;                   // (width, kQ)
   T *dstate_, *saved_;                               // (head_block, width, states); the same per chunk
-  alignas(64) T gained_[kQ], gave_[kQ], from_C_[kQ], from_B_[kQ];
+  alignas(64) T from_C_[kQ], from_B_[kQ];
+  double gained_[kQ];          // see gradient_of_steps
+  Wide<T> gave_[kQ / kWidth<T>];  // likewise, frame by frame
 };
 
 }  // namespace
