@@ -1,5 +1,9 @@
 #include "common/isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -16,19 +20,43 @@ const char* isa_name(Isa isa) {
   return "unknown";
 }
 
+#if defined(__x86_64__)
+// What the processor has, by its own words: __builtin_cpu_supports knows other features from compiler to compiler.
+struct Features {
+  uint32_t leaf1_c = 0, leaf7_b = 0, leaf7_1_a = 0, extended_c = 0;
+  uint64_t kept = 0;  // registers that the operating system keeps for each thread
+
+  Features() {
+    uint32_t a, b, c, d;
+    if (__get_cpuid(1, &a, &b, &c, &d)) leaf1_c = c;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) leaf7_b = b;
+    if (leaf7_b && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) leaf7_1_a = a;
+    if (__get_cpuid(0x80000001, &a, &b, &c, &d)) extended_c = c;
+    constexpr uint32_t xgetbv = 1u << 27;
+    if (leaf1_c & xgetbv) {
+      __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+      kept = uint64_t(d) << 32 | a;
+    }
+  }
+};
+
+template <class... Bit>
+static bool has(uint64_t bits, Bit... bit) {
+  return ((bits >> bit & 1) && ...);
+}
+#endif
+
 // Best last.
 IsaList isas() {
 #if defined(__x86_64__)
-  static const auto has_v3 = [] {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") &&
-           __builtin_cpu_supports("movbe");
-  }();
-  static const auto has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("avx512vl");
-  static const auto has_v4_bf16 = has_v4 && __builtin_cpu_supports("avx512bf16");
+  static const Features cpu;
+  static const bool has_v3 = has(cpu.leaf1_c, 12, 22, 28, 29) &&  // FMA, MOVBE, AVX, F16C
+                             has(cpu.leaf7_b, 3, 5, 8) &&         // BMI1, AVX2, BMI2
+                             has(cpu.extended_c, 5) &&            // LZCNT
+                             has(cpu.kept, 1, 2);                 // XMM, YMM
+  static const bool has_v4 = has_v3 && has(cpu.leaf7_b, 16, 17, 28, 30, 31) &&  // AVX-512 F, DQ, CD, BW, VL
+                             has(cpu.kept, 5, 6, 7);                            // masks, ZMM
+  static const bool has_v4_bf16 = has_v4 && has(cpu.leaf7_1_a, 5);
   static const IsaSupport list[] = {{Isa::v3, has_v3}, {Isa::v4, has_v4}, {Isa::v4_bf16, has_v4_bf16}};
   return {list, 3};
 #else

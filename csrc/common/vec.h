@@ -17,11 +17,15 @@
 
 #include <cstdint>
 #if defined(__x86_64__)
+#if defined(__clang__)
+#include <immintrin.h>
+#else
 // GCC 12 calls its own AVX-512 intrinsics' undefined operands uninitialized.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -77,6 +81,10 @@ template <>
 struct Bits<double> {
   using type = uint64_t;
   static constexpr int mantissa = 52;
+};
+template <>
+struct Bits<BFloat16Pair> {
+  using type = uint32_t;
 };
 template <class T>
 using BitVec = Vec<typename Bits<T>::type>;
@@ -277,18 +285,9 @@ LINCONV_INLINE T fold_lanes(typename VectorOf<T, lanes>::type v, F f) {
   if constexpr (lanes == 2) {
     return f(v[0], v[1]);
   } else {
-    typename VectorOf<T, lanes / 2>::type low, high;
-    if constexpr (lanes == 16) {
-      low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
-      high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    } else if constexpr (lanes == 8) {
-      low = __builtin_shufflevector(v, v, 0, 1, 2, 3);
-      high = __builtin_shufflevector(v, v, 4, 5, 6, 7);
-    } else {
-      low = __builtin_shufflevector(v, v, 0, 1);
-      high = __builtin_shufflevector(v, v, 2, 3);
-    }
-    return fold_lanes<T, lanes / 2>(f(low, high), f);
+    typename VectorOf<T, lanes / 2>::type half[2];
+    __builtin_memcpy(half, &v, sizeof(v));
+    return fold_lanes<T, lanes / 2>(f(half[0], half[1]), f);
   }
 }
 template <class V>
