@@ -1,4 +1,5 @@
-# make test | demo | lint | sanitize | test-transformers | compile-ahead | build-oldest | bench | plots | build | clean
+# make test | demo | lint | sanitize | test-transformers | test-compiler | compile-ahead | build-oldest | build-macos |
+#   bench | plots | build | clean
 #
 # Everything is installed into a virtual environment of its own, .venv. What may be set on the command line:
 #   PYTHON       the Python it is made with, 3.10 or later
@@ -18,9 +19,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # Tests run in JOBS processes of one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+CONFIGURE := $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 
-.PHONY: test demo lint sanitize test-transformers compile-ahead build-oldest bench plots build clean
+.PHONY: test demo lint sanitize test-transformers test-compiler compile-ahead build-oldest build-macos bench plots build clean
 
 test: $(VENV)/.installed
 	$(PYTEST) tests
@@ -46,11 +48,28 @@ $(VENV)/triton-$(OLDEST_TRITON): | $(VENV)/.torch
 # The libraries against the headers of the oldest torch, in build/oldest; with nvcc the CUDA one too. Nothing is run.
 OLDEST_TORCH := 2.11.0
 build-oldest: $(VENV)/.torch | $(VENV)/torch-$(OLDEST_TORCH)
-	$(VENV)/bin/cmake -S . -B build/oldest -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
-	  -DTORCH_DIR=$(abspath $(VENV))/torch-$(OLDEST_TORCH)/torch -DLINCONV_CUDA_ARCHS=$(LINCONV_CUDA_ARCHS)
+	$(CONFIGURE) -B build/oldest -DTORCH_DIR=$(abspath $(VENV))/torch-$(OLDEST_TORCH)/torch -DLINCONV_CUDA_ARCHS=$(LINCONV_CUDA_ARCHS)
 	$(VENV)/bin/cmake --build build/oldest
 $(VENV)/torch-$(OLDEST_TORCH): | $(VENV)/.torch
 	$(PIP) --no-deps --target $@ torch==$(OLDEST_TORCH)
+
+# The operators' tests against the CPU library by another compiler: make test-compiler COMPILER=g++-11
+COMPILER ?= clang++
+test-compiler: $(VENV)/.installed
+	$(CONFIGURE) -B build/$(COMPILER) -DCMAKE_CXX_COMPILER=$(COMPILER) -DLINCONV_CUDA=0 \
+	  $$($(PY) -c "import torch, linconv; print(f'-DTORCH_DIR={torch.__path__[0]} -DLINCONV_VERSION={linconv.__version__}')")
+	$(VENV)/bin/cmake --build build/$(COMPILER)
+	LINCONV_LIBRARY_PATH="$(CURDIR)/build/$(COMPILER)" $(PYTEST) tests/ops
+
+# The CPU library for macOS on arm64, against torch's wheel for it, by a compiler that needs no Mac. Nothing is run.
+build-macos: $(VENV)/.torch | $(VENV)/torch-macos
+	$(PIP) ziglang
+	CXX="$(abspath $(PY)) -m ziglang c++ -target aarch64-macos.11.0" $(CONFIGURE) -B build/macos \
+	  -DCMAKE_SYSTEM_NAME=Darwin -DCMAKE_SYSTEM_PROCESSOR=arm64 -DCMAKE_OSX_SYSROOT= -DCMAKE_INSTALL_NAME_TOOL=true \
+	  -DTORCH_DIR=$(abspath $(VENV))/torch-macos/torch -DLINCONV_CUDA=0
+	$(VENV)/bin/cmake --build build/macos
+$(VENV)/torch-macos: | $(VENV)/.torch
+	$(PIP) --no-deps --only-binary=:all: --platform macosx_14_0_arm64 --python-version 3.12 --target $@ "$(TORCH)"
 
 bench: $(VENV)/.installed
 	$(PIP) -e .[bench] --no-build-isolation

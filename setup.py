@@ -6,6 +6,7 @@ They use torch's stable ABI and no Python.h: one wheel (py3-none-<platform>) ser
 import fcntl
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def step(*command: str | Path) -> None:
     """Runs a step of the build. pip ends with the last line: behind a traceback nobody would look for the reason."""
     if subprocess.run(command).returncode:
         raise SystemExit(
-            "linconv's build failed, for the reason above. It wants a C++20 compiler, GCC or Clang, on PATH or in CXX."
+            "linconv's build failed, for the reason above. It wants a C++20 compiler, GCC 11, Clang 14, or later, on "
+            "PATH or in CXX."
         )
 
 
@@ -86,6 +88,7 @@ class build_native(Command):
             "LINCONV_VERSION": self.distribution.get_version(),
             "LINCONV_SANITIZE": self.sanitize,
             "LINCONV_CUDA": os.environ.get("LINCONV_CUDA", "auto"),
+            "LINCONV_WERROR": os.environ.get("LINCONV_WERROR", "0"),
         }
         if "LINCONV_CUDA_ARCHS" in os.environ:
             options["LINCONV_CUDA_ARCHS"] = os.environ["LINCONV_CUDA_ARCHS"]
@@ -103,7 +106,8 @@ class build_with_native(build):
 
 class platform_wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        # A Python for both of Apple's processors builds for the one that it runs on.
+        return "py3", "none", super().get_tag()[2].replace("universal2", platform.machine())
 
 
 class BinaryDistribution(Distribution):
@@ -111,8 +115,8 @@ class BinaryDistribution(Distribution):
         return True
 
 
-if sys.platform != "linux":
-    raise SystemExit(f"linconv builds on Linux, not on {sys.platform}")
+if sys.platform not in ("linux", "darwin"):
+    raise SystemExit(f"linconv builds on Linux and macOS, not on {sys.platform}; Windows has Linux as WSL")
 setup(
     distclass=BinaryDistribution,
     cmdclass={"build": build_with_native, "build_native": build_native, "bdist_wheel": platform_wheel},

@@ -137,6 +137,14 @@ def test_forced_backends():
         dispatch.pick("short_conv", cpu, "triton")
 
 
+def test_another_accelerator_is_told_that_it_has_no_kernels(monkeypatch):
+    monkeypatch.setattr(dispatch, "_warned", set())
+    with pytest.warns(linconv.LinconvPerformanceWarning) as caught:
+        assert dispatch.pick("short_conv", torch.device("mps")) == "reference"
+    (message,) = {str(warning.message) for warning in caught}
+    assert "got mps" in message and "kernels for CPU and CUDA tensors" in message and "reinstall" not in message
+
+
 def test_backends_say_what_is_there_and_why_not():
     found = linconv.ops.backends()
     assert found["reference"] == "available"
@@ -271,6 +279,6 @@ def test_wheel_serves_every_python():
         pytest.skip("linconv is not installed")
     wheel = installed[0]
     (tag,) = re.findall(r"^Tag: (.+)$", wheel, re.MULTILINE)
-    assert re.fullmatch(r"py3-none-linux_(x86_64|aarch64)", tag)
+    assert re.fullmatch(r"py3-none-(linux_(x86_64|aarch64)|macosx_\d+_\d+_arm64)", tag)
     assert "Root-Is-Purelib: false" in wheel
     assert importlib.metadata.version("linconv") == linconv.__version__

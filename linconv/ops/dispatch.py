@@ -323,5 +323,6 @@ def pick(
         reasons.append(f"not on {wanted}: {reason}")
     if wanted == "cpu" and _isa_problem is not None and _isa_problem.startswith("LINCONV_CPU_ISA"):
         raise ValueError(_isa_problem)  # the user's own setting: no silent substitute
-    warn_once(f"linconv: {op} runs on the slow reference backend, {'; '.join(reasons)}. To mend it, {REBUILD}.")
+    mend = f"To mend it, {REBUILD}" if device.type in ("cpu", "cuda") else "There are kernels for CPU and CUDA tensors"
+    warn_once(f"linconv: {op} runs on the slow reference backend, {'; '.join(reasons)}. {mend}.")
     return "reference"

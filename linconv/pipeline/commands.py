@@ -149,8 +149,9 @@ def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> Di
     """Those of a training, or of an evaluation. Where there are several processes, they find each other here."""
     defaults = {
         "report_to": "none", "log_level": "warning", "dataloader_pin_memory": torch.cuda.is_available(),
-        # Where there is nothing else, the processes of torchrun find each other and bf16 is taken only if told so.
-        "use_cpu": not torch.accelerator.is_available(),
+        # Other accelerators, such as a Mac's, have no kernels, nor all that torch needs for a loss. On the CPU, the
+        # processes of torchrun find each other and bf16 is taken only if told so.
+        "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
     fixed = {"output_dir": output, "seed": recipe.seed, "remove_unused_columns": False}
     wants_evaluation = options.get("eval_strategy", "no") != "no"

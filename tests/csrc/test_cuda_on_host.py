@@ -24,7 +24,8 @@ else:  # Memory that is not aligned ends the process, as a GPU would end the ker
     INSTRUMENT = ["-fsanitize=alignment,signed-integer-overflow,shift,bounds", "-fsanitize-undefined-trap-on-error"]
 
 pytestmark = pytest.mark.skipif(
-    COMPILER is None or not dispatch.build_info(), reason="needs a C++ compiler, and a machine of our instruction sets"
+    COMPILER is None or not dispatch.build_info() or sys.platform != "linux",
+    reason="needs Linux, a C++ compiler, and a machine of our instruction sets",
 )
 
 # The tests of each operator that hold for what its cuda.cu has. Left out: instruction sets, which CUDA has none of;
