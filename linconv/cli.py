@@ -275,14 +275,14 @@ def _recipe(arguments, overrides=()):
 
 
 def _key_value(text: str) -> tuple:
-    import yaml
+    from linconv.recipe import read_yaml
 
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"--set: got {text!r}; want KEY=VALUE")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return key, read_yaml(value)
+    except ValueError as error:
         raise UserError(f"--set {key}: not a YAML value: {value!r}") from error
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from linconv.errors import UserError, unknown
 
-__all__ = ["Conversion", "Data", "Guide", "Model", "Recipe", "load_recipe"]
+__all__ = ["Conversion", "Data", "Guide", "Model", "Recipe", "load_recipe", "read_yaml"]
 
 
 @dataclass
@@ -116,8 +116,6 @@ def load_recipe(path: str | Path | None, overrides: typing.Iterable[tuple[str, A
     Raises:
         UserError: no such file, not YAML, an unknown key, or a value of the wrong type.
     """
-    import yaml
-
     tree: dict = {}
     if path is not None:
         path = Path(path)
@@ -125,9 +123,9 @@ def load_recipe(path: str | Path | None, overrides: typing.Iterable[tuple[str, A
             siblings = path.parent.glob("*.yaml") if path.parent.is_dir() else ()
             raise unknown("recipe", path, (str(p) for p in siblings))
         try:
-            tree = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+            tree = read_yaml(path.read_bytes()) or {}
+        except ValueError as error:
+            raise UserError(f"{path}: not YAML: {error}") from error
         if not isinstance(tree, dict):
             raise UserError(f"{path}: got {type(tree).__name__} at the top; want keys such as task and data")
     for key, value in overrides:
@@ -138,6 +136,30 @@ def load_recipe(path: str | Path | None, overrides: typing.Iterable[tuple[str, A
     for block in ("finetune", "distill"):
         setattr(recipe, block, _training_arguments(getattr(recipe, block), block))
     return recipe
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """What a YAML document holds; of bytes, in UTF-8 or UTF-16.
+
+    Raises:
+        ValueError: it is not YAML, or has a value that does not exist, such as a 13th month, or one key twice, of which
+            PyYAML alone would keep the last and say nothing.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor):
+            node, seen = super().compose_mapping_node(anchor), set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(None, None, f"found the key {key.value!r} twice", key.start_mark)
+                seen.add(key.value)
+            return node
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _set(tree: dict, keys: list[str], value: Any, whole: str) -> None:

@@ -708,6 +708,7 @@ def test_help_does_not_wait_for_transformers():
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_without_the_packages_of_the_commands_the_way_to_them_is_told(argv, package, tmp_path):
+    (tmp_path / "recipe.yaml").touch()
     absent = f"import sys; sys.modules[{package!r}] = None"
     paths = ":".join(filter(None, sys.path))
     done = subprocess.run(
@@ -740,6 +741,7 @@ MISTAKES = {
     "recipe": (["distill", "FOLDER/recip.yaml"], "did you mean 'FOLDER/recipe.yaml'?"),
     "recipe key": (["distill", "RECIPE", "--set", "distill.alpha_dl=1"], "did you mean 'alpha_ld'?"),
     "set": (["distill", "RECIPE", "--set", "seed"], "--set: got 'seed'; want KEY=VALUE"),
+    "set twice": (["distill", "RECIPE", "--set", "guide={init: target, init: source}"], "--set guide: not a YAML"),
     "mixer": (["distill", "RECIPE", "--mixer", "bimamba"], "conversion.mixer: no 'bimamba'; did you mean 'bimamba2'?"),
     "mixer option": (
         ["distill", "RECIPE", "--set", "conversion.options.d_stat=8"],

@@ -10,7 +10,7 @@ RECIPES = sorted(Path(__file__).parent.parent.glob("recipes/*.yaml"))
 
 def write(tmp_path, text):
     path = tmp_path / "recipe.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
@@ -87,3 +87,31 @@ def test_wrong_files_are_named(tmp_path):
         load_recipe(write(tmp_path, "- task"))
     with pytest.raises(UserError, match="did you mean '.*recipe.yaml'"):
         load_recipe(tmp_path / "recpe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\ntask: ctc\nseed: 2", "found the key 'seed' twice .*line 3"),
+        ("distill: {max_steps: 7, learning_rate: 1, max_steps: 8}", "found the key 'max_steps' twice"),
+        ("seed: 2026-13-01", "month must be in 1..12"),
+        (b"output: caf\xe9", "unacceptable character"),
+        (b"output: caf\xc3", "unacceptable character"),
+    ],
+    ids=["key", "nested key", "date", "Latin-1", "cut off"],
+)
+def test_what_is_no_yaml_is_said_so(tmp_path, text, message):
+    with pytest.raises(UserError, match=f"recipe.yaml: not YAML: .*{message}"):
+        load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_locale_does_not_matter(tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr("io.text_encoding", lambda *_: "ascii")  # what Path.read_text would ask
+    path = write(tmp_path, "task: ctc\r\nmodel: {source: größe}\r\n".encode(encoding))
+    assert load_recipe(path).model.source == "größe"
+
+
+def test_a_key_goes_over_that_of_a_merged_block(tmp_path):
+    text = "finetune: &training {max_steps: 7, learning_rate: 1}\ndistill: {<<: *training, max_steps: 8}"
+    assert load_recipe(write(tmp_path, text)).distill == {"max_steps": 8, "learning_rate": 1.0}
