@@ -1,6 +1,8 @@
 """The command line: ``linconv inspect | convert | finetune | distill | eval | report | bench | demo | env``."""
 
+import contextlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -34,8 +36,14 @@ _WITHOUT_EFFECT = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns 0, or 2 for a mistake in what it was told, which it says in one line."""
+    """Runs one command; returns 0, or 2 for a mistake in what it was told, which it says in one line.
+
+    What a shell says of a command that a signal ended, 130, is returned for one that was interrupted, and 141 where
+    nobody reads its output any more, as behind ``| head``.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
+    with contextlib.suppress(AttributeError):  # of what stands in for it in a program
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show ends no run
     try:
         if argv[:1] == ["demo"]:  # has arguments of its own
             from linconv.demo import main as demo
@@ -48,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command is None:
             parser.print_help()
             return 0
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()  # here, where it is known what to do if it cannot be written
+        return status
     except UserError as error:
         # A DataLoader's worker hands on its whole traceback, which ends in what it is about.
         print(f"linconv: error: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
@@ -59,6 +69,17 @@ def main(argv: list[str] | None = None) -> int:
             raise
         brings = "pip install 'linconv[models]' brings what commands need"
         print(f"linconv: error: {package} is not installed; {brings}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linconv: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"linconv: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
 
 

@@ -38,9 +38,10 @@ def check_output(output: str, what: str, **inputs: str | None) -> None:
     """Raises UserError where a folder cannot be written to, or is one of those that are read."""
     if not output:
         raise UserError(f"{what}: got ''; want a folder")
-    there = next(path for path in (Path(output), *Path(output).absolute().parents) if path.exists())
+    # A link that leads nowhere is there too: no folder can be made in its place.
+    there = next(p for p in (Path(output), *Path(output).absolute().parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
-        raise UserError(f"{what}: {there} is a file; want a folder")
+        raise UserError(f"{what}: {there} is a {'file' if there.exists() else 'link to nothing'}; want a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{what}: {there} may not be written to; want another folder")
     for name, path in inputs.items():

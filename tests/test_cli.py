@@ -1,6 +1,8 @@
 import csv
+import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ from audio_folder import make_folder
 
 from linconv import pipeline
 from linconv.cli import _layers, main
+from linconv.errors import UserError, check_output
 from linconv.recipe import load_recipe
 
 WAV2VEC2 = {
@@ -669,6 +672,61 @@ def test_inspect_says_where_a_model_has_no_positions(trained, tmp_path, capsys):
         said = capsys.readouterr().out
         assert ("positions" in said) == (limit is not None)
         assert limit is None or f"beyond {limit} these are operations only" in said
+
+
+def test_names_outside_the_locale(tmp_path, monkeypatch):
+    data = make_folder(tmp_path / "words")
+    table = (data / "metadata.csv").read_text().replace(",two,", ",größe,")
+    (data / "metadata.csv").write_text(table, encoding="utf-8")
+    path = recipe(tmp_path, data)
+    # What files are opened with where nothing is said, and a terminal that has no more.
+    monkeypatch.setattr("io.text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    saves = ("--set", "finetune.save_strategy=steps", "--set", "finetune.save_steps=1")
+    linconv("finetune", path, "--set", "model.overrides.label2id={größe: 0}", *saves)  # into the recipe as well
+    linconv("finetune", path, "--set", "model.overrides.label2id={größe: 0}", *saves, "--resume", "--steps", 3)
+    linconv("report", tmp_path / "teacher", "--output", tmp_path / "report")
+    sys.stdout.flush()
+    assert b"3: gr\\xf6\\xdfe, one, three" in sys.stdout.buffer.getvalue()
+
+
+def test_nobody_reads_the_output():
+    code = "from linconv.cli import main; import sys; sys.exit(main(['env']))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, env={"PYTHONPATH": ":".join(sys.path)}
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_an_interruption_is_no_traceback(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("linconv.environment.report", interrupt)
+    linconv("env", status=130)
+    assert capsys.readouterr().err == "linconv: interrupted\n"
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "report"])
+def test_a_path_that_the_system_refuses(trained, command, capsys):
+    folder, _ = trained
+    name = "x" * 300
+    given = {"inspect": ["./" + name], "convert": [folder / "teacher", "--output", name], "report": [name]}[command]
+    linconv(command, *given, status=2)
+    said = capsys.readouterr().err
+    assert said.startswith("linconv: error: ") and "xxx" in said and "File name too long" in said
+
+
+@pytest.mark.parametrize("target", ["nothing", "itself"])
+def test_a_folder_that_is_a_link_to_nothing(tmp_path, target):
+    link = tmp_path / "link"
+    link.symlink_to(link if target == "itself" else tmp_path / "nothing")
+    for output in (link, link / "student"):
+        with pytest.raises(UserError, match=f"--output: {link} is a link to nothing; want a folder"):
+            check_output(str(output), "--output")
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):

@@ -172,7 +172,8 @@ class Run:
                 "recipe": asdict(self.recipe),
                 "provenance": provenance(),
             }
-            (self.output / RESULTS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+            (self.output / RESULTS_FILE).write_text(text, encoding="utf-8")
         return scores
 
     def _checkpoint(self, resume: bool) -> str | None:
@@ -206,7 +207,7 @@ class Run:
         file = Path(checkpoint) / RECIPE_FILE
         if not file.is_file():
             return
-        then, now = json.loads(file.read_text()), _identity(self.recipe)
+        then, now = json.loads(file.read_text(encoding="utf-8")), _identity(self.recipe)
         for key in now:
             if then.get(key) != now[key]:
                 raise UserError(f"--resume: {checkpoint} is of a run with {key} {then.get(key)}; got {now[key]}")
@@ -239,7 +240,8 @@ class KeepRecipe(transformers.TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            (folder / RECIPE_FILE).write_text(json.dumps(_identity(self.recipe), indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(_identity(self.recipe), indent=2, ensure_ascii=False) + "\n"
+            (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
 
 
 def size_of(split) -> int | str:

@@ -69,7 +69,7 @@ def read_run(folder: str | Path) -> RunFolder:
     path = Path(folder)
     if not (path / RESULTS_FILE).is_file():
         raise UserError(f"RUN: no {RESULTS_FILE} in {path}; want the output folder of a finished finetune or distill")
-    results = json.loads((path / RESULTS_FILE).read_text())
+    results = json.loads((path / RESULTS_FILE).read_text(encoding="utf-8"))
     scores = {k: v for k, v in results["scores"].items() if k.rpartition("_")[2] in MEASURES}
     if not scores or not results.get("clips"):
         raise UserError(
