@@ -403,6 +403,9 @@ def test_a_shortened_run_says_what_it_never_comes_to(trained, tmp_path):
     said = [str(warning.message) for warning in said]
     assert "warmup_steps: 2, but training ends at step 2; want it earlier" in said
     assert "guide.drop_layer_loss_at: 7, but training ends at step 2; want it earlier" in said
+    with warnings.catch_warnings():  # a fine-tuning is not guided
+        warnings.filterwarnings("error", message="guide")
+        pipeline.finetune(load_recipe(path, [("model.teacher", str(tmp_path / "teacher")), *late[1:]]))
 
 
 def test_what_is_read_is_not_written_over(trained, tmp_path, capsys):

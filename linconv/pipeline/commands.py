@@ -193,7 +193,7 @@ def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwarg
         if not asked:
             raise
         raise UserError(f"{' or '.join(asked)}: {' '.join(str(error).split())[:300]}") from error
-    _warn_of_what_comes_too_late(recipe, args)
+    _warn_of_what_comes_too_late(args, kwargs["mode"])
     trainer.add_callback(KeepRecipe(recipe))
     # One of the two is there, by disable_tqdm.
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
@@ -202,10 +202,11 @@ def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwarg
     return trainer
 
 
-def _warn_of_what_comes_too_late(recipe: Recipe, args) -> None:
+def _warn_of_what_comes_too_late(args, mode) -> None:
     """Where a run was made shorter, and what its recipe says of single steps was not."""
     late = {"warmup_steps": args.warmup_steps} if args.warmup_steps >= 1 else {}
-    late |= {f"guide.{key}": getattr(recipe.guide, key) for key in ("drop_layer_loss_at", "drop_kd_at")}
+    # A fine-tuning is not guided, whatever its recipe says of the distillation.
+    late |= {f"guide.{key}": getattr(mode, key, None) for key in ("drop_layer_loss_at", "drop_kd_at")}
     for key, step in late.items():
         if step is not None and 0 < args.max_steps <= step:
             warnings.warn(f"{key}: {step:g}, but training ends at step {args.max_steps}; want it earlier", stacklevel=2)
