@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -236,11 +237,14 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         if not isinstance(value, dict):
             raise _wrong(key, value, hint)
         return {k: _coerce(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            number = float(value)
+        except (ValueError, OverflowError):
             raise _wrong(key, value, hint) from None
+        if not math.isfinite(number):  # nothing in a recipe is, and most of it would make weights that are not either
+            raise UserError(f"{key}: got {value!r}; want a finite number")
+        return number
     if hint in (int, float, str, bool, dict, list, type(None)):
         if type(value) is not hint:
             raise _wrong(key, value, hint)

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,11 @@ def test_values_become_what_their_key_wants(tmp_path):
         ("seed", "x", "seed: got 'x'; want int"),
         ("seed", True, "seed: got True; want int"),
         ("distill.learning_rate", "fast", "distill.learning_rate: got 'fast'; want float"),
+        ("distill.learning_rate", math.nan, "distill.learning_rate: got nan; want a finite number"),
+        ("distill.learning_rate", "inf", "distill.learning_rate: got 'inf'; want a finite number"),
+        ("distill.learning_rate", 10**400, "distill.learning_rate: got 10+; want float"),
+        ("distill.exponential_decay_to", -math.inf, "distill.exponential_decay_to: got -inf; want a finite number"),
+        ("data.max_seconds", math.nan, "data.max_seconds: got nan; want a finite number"),
         ("distill.max_steps", 1.5, "distill.max_steps: got 1.5; want int"),
         ("distill.bf16", "yes", "distill.bf16: got 'yes'; want bool"),
         ("distill.output_dir", "x", "it is given at the top of the recipe"),

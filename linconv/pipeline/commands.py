@@ -1,6 +1,7 @@
 """Fine-tune a teacher, distil a student, score a checkpoint."""
 
 import copy
+import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,17 @@ from linconv.progress import Progress
 from linconv.recipe import Recipe
 
 WAYPOINTS_FOLDER = "waypoints"  # in the teacher's
+RANGES = {  # of arguments that transformers takes as they come: the least value, and from where on it is too much
+    "per_device_train_batch_size": (1, math.inf, "a whole number above 0"),
+    "per_device_eval_batch_size": (1, math.inf, "a whole number above 0"),
+    "gradient_accumulation_steps": (1, math.inf, "a whole number above 0"),
+    "dataloader_num_workers": (0, math.inf, "a whole number from 0 up"),
+    "learning_rate": (0, math.inf, "no number below 0"),
+    "weight_decay": (0, math.inf, "no number below 0"),
+    "adam_epsilon": (0, math.inf, "no number below 0"),
+    "adam_beta1": (0, 1, "a number from 0 up, below 1"),
+    "adam_beta2": (0, 1, "a number from 0 up, below 1"),
+}
 SAMPLING = ("random", "sequential", "group_by_length")  # what transformers calls the orders of examples
 
 
@@ -157,18 +169,18 @@ def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> Di
     wants_evaluation = options.get("eval_strategy", "no") != "no"
     if wants_evaluation and splits.validation is None:
         raise UserError("eval_strategy: the data has no validation split")
-    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if options.get(key, 1) < 1:
-            raise UserError(f"{key}: got {options[key]}; want a whole number above 0")
+    for key, (least, beyond, wanted) in RANGES.items():
+        if not least <= options.get(key, least) < beyond:
+            raise UserError(f"{key}: got {options[key]:g}; want {wanted}")
     if (steps := options.get("max_steps", -1)) < -1 or steps == 0:
         raise UserError(f"max_steps: got {steps}; want a whole number above 0, or -1 for num_train_epochs")
-    if options.get("learning_rate", 0) < 0:
-        raise UserError(f"learning_rate: got {options['learning_rate']:g}; want no number below 0")
+    if (epochs := options.get("num_train_epochs", 1)) <= 0:
+        raise UserError(f"num_train_epochs: got {epochs:g}; want a number above 0")
     if (sampling := options.get("train_sampling_strategy", "random")) not in SAMPLING:  # transformers would go on
         raise unknown("train_sampling_strategy", sampling, SAMPLING)
     try:
         return DistillationArguments(**{**defaults, **options, **fixed})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:  # some want a package
         raise UserError(str(error)) from error
 
 
