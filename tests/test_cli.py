@@ -408,6 +408,20 @@ def test_a_shortened_run_says_what_it_never_comes_to(trained, tmp_path):
         pipeline.finetune(load_recipe(path, [("model.teacher", str(tmp_path / "teacher")), *late[1:]]))
 
 
+@pytest.mark.parametrize(
+    "task, score, greater",
+    [("ctc", "wer", False), ("ctc", "eval_cer", False), ("ctc", "loss", False), ("classification", "accuracy", True)],
+)
+def test_the_best_checkpoint_is_that_of_the_better_score(data, tmp_path, task, score, greater):
+    best = {"metric_for_best_model": score, "load_best_model_at_end": True}
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    path = recipe(tmp_path, data)
+    settings = [("task", task), *((f"finetune.{key}", value) for key, value in {**best, **every}.items())]
+    assert pipeline.finetune(load_recipe(path, settings)).trainer.args.greater_is_better == greater
+    told = [*settings, ("finetune.greater_is_better", not greater)]
+    assert pipeline.finetune(load_recipe(path, told)).trainer.args.greater_is_better != greater
+
+
 def test_what_is_read_is_not_written_over(trained, tmp_path, capsys):
     folder, path = trained
     teacher, file = folder / "teacher", tmp_path / "file"
@@ -842,6 +856,8 @@ MISTAKES = {
     ),
     "no steps": (["distill", "RECIPE", "--set", "distill.max_steps=0"],
                  "max_steps: got 0; want a whole number above 0, or -1 for num_train_epochs"),
+    "best score": (["finetune", "RECIPE", "--set", "finetune.metric_for_best_model=acuracy"],
+                   "metric_for_best_model: no 'acuracy'; did you mean 'accuracy'?"),
     "no epochs": (["distill", "RECIPE", "--set", "distill.max_steps=-1", "--set", "distill.num_train_epochs=0"],
                   "num_train_epochs: got 0; want a number above 0"),
     "workers": (["finetune", "RECIPE", "--set", "finetune.dataloader_num_workers=-1"],

@@ -40,6 +40,12 @@ RANGES = {  # of arguments that transformers takes as they come: the least value
     "adam_beta1": (0, 1, "a number from 0 up, below 1"),
     "adam_beta2": (0, 1, "a number from 0 up, below 1"),
 }
+SCORES = {  # of each task, beside its loss, and whether more of it is better
+    "classification": {"accuracy": True},
+    "text_classification": {"accuracy": True},
+    "ctc": {"wer": False, "cer": False},
+    "language_modeling": {"perplexity": False, "nats_per_token": False},
+}
 SAMPLING = ("random", "sequential", "group_by_length")  # what transformers calls the orders of examples
 
 
@@ -165,6 +171,12 @@ def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> Di
         # processes of torchrun find each other and bf16 is taken only if told so.
         "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
+    if (best := options.get("metric_for_best_model")) is not None:
+        scores = {"loss": False, **SCORES[recipe.task]}
+        if best.removeprefix("eval_") not in scores:
+            raise unknown("metric_for_best_model", best, scores)
+        # transformers takes everything but a loss for something that more of is better.
+        defaults["greater_is_better"] = scores[best.removeprefix("eval_")]
     fixed = {"output_dir": output, "seed": recipe.seed, "remove_unused_columns": False}
     wants_evaluation = options.get("eval_strategy", "no") != "no"
     if wants_evaluation and splits.validation is None:
