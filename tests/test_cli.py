@@ -608,7 +608,7 @@ def test_a_checkpoint_without_a_tokenizer_has_none(tmp_path, capsys):
         assert not list((tmp_path / f"{name}2").glob("tokenizer*"))
 
 
-def test_whisper_encoder_on_short_clips(tmp_path, data):
+def test_whisper_encoder_on_short_clips(tmp_path, data, capsys):
     """Fine-tuned from a speech recognition checkpoint, on the frames that a clip has, then distilled."""
     from transformers import AutoConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
@@ -626,6 +626,10 @@ def test_whisper_encoder_on_short_clips(tmp_path, data):
     configs = [AutoConfig.from_pretrained(tmp_path / name) for name in ("teacher", "student")]
     assert [c.linconv["layers"] for c in configs] == [[], [0, 1]]
     assert configs[1].linconv["mixer"] == "hydra"
+    capsys.readouterr()
+    for command in ("finetune", "distill"):
+        linconv(command, path, "--set", "model.freeze_feature_encoder=true", status=2)
+        assert "model.freeze_feature_encoder: a LinconvWhisperFor" in capsys.readouterr().err
 
 
 def test_inspect_and_convert(trained, tmp_path, capsys):

@@ -73,10 +73,7 @@ def finetune(recipe: Recipe, folder: str | None = None) -> Run:
         raise UserError("model.source: want a checkpoint with a tokenizer")
     splits = cut_into_blocks(recipe, splits, config, tokenizer, args)
     model = any_length(base_model(recipe, config))
-    if recipe.model.freeze_feature_encoder:
-        if not hasattr(model, "freeze_feature_encoder"):
-            raise UserError(f"model.freeze_feature_encoder: a {type(model).__name__} has none")
-        model.freeze_feature_encoder()
+    _freeze(model, recipe)
     extractor = feature_extractor_of(recipe.model.source, config, recipe)
     preprocessing = make_preprocessing(recipe, splits, config, extractor, tokenizer)
     trainer = _trainer(recipe, args, model, splits, preprocessing, mode=Unguided())
@@ -129,8 +126,7 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
         teacher = copy.deepcopy(base)  # the head too: both start from the same place
     elif isinstance(mode.guide, WaypointGuided):
         teacher = any_length(load_model(mode.guide.waypoint(0), "guide.checkpoints", dtype=TRAINED_IN))
-    if recipe.model.freeze_feature_encoder:
-        student.freeze_feature_encoder()
+    _freeze(student, recipe)
     preprocessing = make_preprocessing(recipe, splits, teacher.config, extractor, tokenizer)
     trainer = _trainer(recipe, args, student, splits, preprocessing, mode=mode, teacher=teacher)
     where = "all" if recipe.conversion.layers is None else len(recipe.conversion.layers)
@@ -234,6 +230,13 @@ def _warn_of_what_comes_too_late(args, mode) -> None:
     for key, step in late.items():
         if step is not None and 0 < args.max_steps <= step:
             warnings.warn(f"{key}: {step:g}, but training ends at step {args.max_steps}; want it earlier", stacklevel=2)
+
+
+def _freeze(model, recipe: Recipe) -> None:
+    if recipe.model.freeze_feature_encoder:
+        if not hasattr(model, "freeze_feature_encoder"):
+            raise UserError(f"model.freeze_feature_encoder: a {type(model).__name__} has none")
+        model.freeze_feature_encoder()
 
 
 def _required(value: str | None, key: str, what: str) -> str:
