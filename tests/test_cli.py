@@ -139,10 +139,12 @@ def test_dry_run_says_what_would_be_done_and_leaves_nothing(trained, tmp_path, c
     folder, path = trained
     output = tmp_path / "new"
     linconv("distill", path, "--output", output, "--mixer", "hydra", "--mode", "hybrid", "--dry-run",
-            "--set", "guide.drop_layer_loss_at=1", "--steps", 7, "--layers", "1")  # fmt: skip
+            "--set", "guide.drop_layer_loss_at=1", "--steps", 7, "--layers", "1",
+            "--set", f"distill.teacher_cache={tmp_path / 'cache'}",
+            "--set", "model.overrides.apply_spec_augment=false")  # fmt: skip
     said = capsys.readouterr().out
     assert "hydra (1 layers)" in said and "drop_layer_loss_at=1" in said and "7 steps" in said and "9 train" in said
-    assert not output.exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -862,6 +864,7 @@ MISTAKES = {
                  "max_steps: got 0; want a whole number above 0, or -1 for num_train_epochs"),
     "best score": (["finetune", "RECIPE", "--set", "finetune.metric_for_best_model=acuracy"],
                    "metric_for_best_model: no 'acuracy'; did you mean 'accuracy'?"),
+    "cache": (["distill", "RECIPE", "--set", "distill.teacher_cache=RECIPE"], "teacher_cache: RECIPE is a file; want"),
     "no epochs": (["distill", "RECIPE", "--set", "distill.max_steps=-1", "--set", "distill.num_train_epochs=0"],
                   "num_train_epochs: got 0; want a number above 0"),
     "workers": (["finetune", "RECIPE", "--set", "finetune.dataloader_num_workers=-1"],

@@ -58,7 +58,7 @@ class ActivationCache:
     cache is the same, bit for bit, as the one that filled it.
 
     Args:
-        folder: made where it is not there; several teachers and processes may share one.
+        folder: made when something is written; several teachers and processes may share one.
         teacher: in evaluation mode.
         head: that of the student.
         precision: what the forward pass runs in beside the weights' own dtype, such as "bf16" for autocast.
@@ -74,7 +74,6 @@ class ActivationCache:
         self._new: dict[str, dict[str, Tensor]] = {}
         self._new_bytes, self._full = 0, False
         self._shards: dict[str, safe_open] = {}  # by clip
-        self.folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.folder.glob("*.safetensors")):
             self._open(path)
 
@@ -158,6 +157,7 @@ class ActivationCache:
         """
         if not self._new:
             return
+        self.folder.mkdir(parents=True, exist_ok=True)  # not before: who only looks leaves nothing behind
         disk = shutil.disk_usage(self.folder)
         if disk.free - self._new_bytes < SPARED * disk.total:
             if not self._full:

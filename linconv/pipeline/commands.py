@@ -92,6 +92,8 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
     path = _required(recipe.model.teacher, "model.teacher", "the checkpoint of a fine-tuned model")
     output = _required(recipe.output, "output", "a folder for the student")
     check_output(output, "output", model__teacher=path, model__source=recipe.model.source)
+    if (cache := recipe.distill.get("teacher_cache")) is not None:
+        check_output(cache, "teacher_cache")
     options = recipe.guide.options()
     if "waypoint_guided" in (recipe.guide.name, recipe.guide.mode) and "checkpoints" not in options:
         options["checkpoints"] = str(Path(path) / WAYPOINTS_FOLDER)
