@@ -313,7 +313,8 @@ def _layers(text: str | None) -> list[int] | None:
         return None
     if text == "none":
         return []
-    found = [re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", part) for part in text.replace(" ", "").split(",")]
+    # Four digits: no model has as many layers, and a list of a longer range may take all memory.
+    found = [re.fullmatch(r"(-?\d{1,4})(?:-(-?\d{1,4}))?", part) for part in text.replace(" ", "").split(",")]
     ranges = [(int(part[1]), int(part[2] or part[1])) for part in found if part]
     # A range that goes down would be no layer; one from below 0 upwards starts near the end and goes on at the front.
     if None in found or any(first > last or first < 0 <= last for first, last in ranges):

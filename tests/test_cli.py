@@ -830,6 +830,8 @@ MISTAKES = {
     ),
     "layer": (["distill", "RECIPE", "--layers", "0,9"], "layers has 9"),
     "layers": (["distill", "RECIPE", "--layers", "first"], "--layers: got 'first'"),
+    "far too many layers": (["inspect", "FOLDER/teacher", "--layers", "0-99999999999"],
+                            "--layers: got '0-99999999999'; want such as 0,1,5 or 0-5"),
     "layers from the end": (["convert", "FOLDER/teacher", "--output", "FOLDER/x", "--layers", "1-0"],
                             "--layers: got '1-0'; want such as 0,1,5 or 0-5"),
     "layers over the end": (["distill", "RECIPE", "--layers=-1-1"], "--layers: got '-1-1'; want such as 0,1,5 or 0-5"),
