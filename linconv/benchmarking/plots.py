@@ -50,15 +50,20 @@ def overview(all_results: Sequence[Results], path: Path) -> Path:
     """The README's plot: latency of a layer, and speed-up of layers and models over exact attention, with length.
 
     Raises:
-        UserError: the results have no layer of width 1024.
+        UserError: the results have no layer of width 1024, or none with attention, or the path is of no PNG.
     """
+    if path.suffix.lower() != ".png":  # a name without a suffix would get one on the way
+        raise UserError(f"--out: got {path}; want a name that ends in .png")
     pyplot = _pyplot()
     found = {case: results for results in all_results for case in results.cases}
     if _README_LAYER not in found:
         raise UserError(f"--plot: no result has the case {_README_LAYER!r}")
     results = found[_README_LAYER]
     series = {s.name: s for s in results.series(_README_LAYER)}
-    baseline = series[results.cases[_README_LAYER]["baseline"]]
+    attention = results.cases[_README_LAYER]["baseline"]
+    if attention not in series:
+        raise UserError(f"--plot: no result has {attention} in the case {_README_LAYER!r}")
+    baseline = series[attention]
     rate = results.cases[_README_LAYER]["units_per_second"]
     with pyplot.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
@@ -109,8 +114,10 @@ def overview(all_results: Sequence[Results], path: Path) -> Path:
 
 def _compared(found: dict[str, Results]):
     """(case, implementation, label) of the README's second panel: the layers, then whole models."""
+    layers = {s.name for s in found[_README_LAYER].series(_README_LAYER)}
     for name, label in (("bimamba2", "BiMamba2, layer"), ("hydra", "Hydra, layer")):
-        yield _README_LAYER, name, label
+        if name in layers:
+            yield _README_LAYER, name, label
     for case, results in found.items():
         description = results.cases[case]
         plain = (description["work"], description["dtype"], description["batch"]) == ("forward", "float32", 1)

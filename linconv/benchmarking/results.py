@@ -135,7 +135,8 @@ class Results:
             raise UserError(f"{path}: {error.strerror}") from error
         except ValueError as error:
             raise UserError(f"{path}: not JSON: {error}") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT or "suite" not in data:
+        whole = {"suite", "runs", "cases", "absent", "failed", "rows"}
+        if not isinstance(data, dict) or data.get("format") != FORMAT or not whole <= data.keys() or not data["runs"]:
             raise UserError(f"{path}: not a result of `linconv bench` (format {FORMAT})")
         results = cls(data["suite"])
         results.runs, results.cases = data["runs"], data["cases"]

@@ -201,6 +201,24 @@ def test_a_report_that_cannot_be_written_is_a_mistake(clock, tmp_path, capsys):
         assert f"error: --out: {file}" in capsys.readouterr().err
 
 
+def test_a_plot_is_a_png_and_wants_attention(clock, tmp_path, capsys):
+    ours, *others = implementations()
+    both = dataclasses.replace(ours, name="hydra"), *others
+    results = measured([dataclasses.replace(case(), name="layer of width 1024", implementations=both)])
+    for rows, name, message in (
+        (results.rows, "plot.png", None),
+        (results.rows, "plot", "--out: got {}; want a name that ends in .png"),
+        (results.rows, "plot.foo", "--out: got {}; want a name that ends in .png"),
+        ({k: row for k, row in results.rows.items() if row["ours"]}, "other.png", "--plot: no result has attention in"),
+    ):
+        results.rows = rows
+        results.write(tmp_path / "layer.json")
+        argv = ["bench", "--plot", str(tmp_path / "layer.json"), "--out", str(tmp_path / name)]
+        assert main(argv) == (2 if message else 0)
+        assert (message or "").format(tmp_path / name) in capsys.readouterr().err
+        assert (tmp_path / name).exists() == (message is None)
+
+
 def greedy(setting, length):
     def call():
         if length > 64:
@@ -409,7 +427,14 @@ def rounded(all_series):
         yield dataclasses.replace(s, seconds=nanoseconds(s.seconds), samples=samples)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"benchmark": "layer", "rows": []}'])
+EMPTY = {"format": 1, "suite": "layer", "runs": [], "cases": {}, "absent": {}, "failed": {}, "rows": []}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"benchmark": "layer", "rows": []}', '{"format": 1, "suite": "layer"}', json.dumps(EMPTY)],
+    ids=["cut off", "list", "other", "without rows", "without runs"],
+)
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)
