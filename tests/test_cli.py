@@ -182,11 +182,14 @@ def test_a_clip_that_cannot_be_read_is_told_in_one_line(broken, workers, capfd):
     assert said[-1].startswith(f"linconv: error: {folder / 'two_0.flac'}: not a sound file") and "Traceback" not in said
 
 
-def test_training_that_diverges_is_told_in_one_line(broken, capfd):
-    sets = ("--set", "finetune.learning_rate=1e30", "--set", "finetune.logging_steps=1")
+@pytest.mark.parametrize("every", [1, 500])
+def test_training_that_diverges_is_told_in_one_line(broken, every, capfd):
+    """Also behind the last record."""
+    sets = ("--set", "finetune.learning_rate=1e30", "--set", f"finetune.logging_steps={every}")
     linconv("finetune", broken[1], *sets, status=2)
     said = capfd.readouterr().err
     assert "linconv: error: training has diverged: at step " in said and "Traceback" not in said
+    assert not (broken[0].parent / "teacher" / "results.json").exists()
 
 
 def test_transcripts_of_a_split_may_not_all_be_empty(broken, capsys):

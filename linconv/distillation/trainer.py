@@ -365,21 +365,26 @@ class DistillationTrainer(Trainer):
             record = {"step": self.state.global_step, **{k: v for k, v in logs.items() if "/" not in k}, **record}
             with open(os.path.join(self.args.output_dir, METRICS_FILE), "a") as file:
                 file.write(json.dumps(record) + "\n")
-        self._check_finite({name: record[name] for name in LOSSES if name in record})
+        # The Trainer's last record is of no step, and of steps behind the last one with losses weights alone can tell.
+        self._check_finite({name: record[name] for name in LOSSES if name in record}, at_the_end="train_loss" in logs)
 
-    def _check_finite(self, losses: dict[str, float]) -> None:
+    def _check_finite(self, losses: dict[str, float], at_the_end: bool) -> None:
         """Ends a run that would go on for nothing. The Trainer's own mean leaves out what is not finite."""
-        if all(map(math.isfinite, losses.values())):
+        sound = all(map(math.isfinite, losses.values()))
+        if sound and not at_the_end:
             return
         step, told = self.state.global_step, ", ".join(f"{name} is {value}" for name, value in losses.items())
         finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
         spoilt = self.accelerator.reduce(torch.tensor(float(not finite), device=self.args.device), "sum")
         if spoilt > 0:
             raise FloatingPointError(
-                f"training has diverged: at step {step} {told}, and the student has weights that are not finite; want "
-                f"a lower learning_rate (got {self.args.learning_rate:g}), a longer warm-up or a smaller max_grad_norm "
-                f"(got {self.args.max_grad_norm:g}); checkpoints in {self.args.output_dir} from before may be whole"
+                f"training has diverged: at step {step} {told and told + ', and '}the student has weights that are not "
+                f"finite; want a lower learning_rate (got {self.args.learning_rate:g}), a longer warm-up or a smaller "
+                f"max_grad_norm (got {self.args.max_grad_norm:g}); checkpoints in {self.args.output_dir} from before "
+                "may be whole"
             )
+        if sound:
+            return
         warnings.warn(
             f"at step {step} {told}; the weights are finite. Look for clips whose samples or labels are not, or train "
             "in bfloat16 where it is float16",
