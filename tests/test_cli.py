@@ -700,6 +700,41 @@ def test_inspect_says_where_a_model_has_no_positions(trained, tmp_path, capsys):
         assert limit is None or f"beyond {limit} these are operations only" in said
 
 
+@pytest.mark.parametrize("command", ["inspect", "convert", "eval", "distill"])
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("model.safetensors", b"", "Error while deserializing header"),
+        ("model.safetensors", None, "Error while deserializing header"),
+        ("config.json", b"{", "not a valid JSON file"),
+        ("config.json", {"hidden_size": "16"}, "'hidden_size' expected int"),
+        ("config.json", {"hidden_size": -16}, "negative dimension"),
+        ("config.json", {"num_attention_heads": 0}, "division or modulo by zero"),
+        ("config.json", {"num_attention_heads": 3}, "embed_dim must be divisible by num_heads"),
+        ("config.json", {"model_type": "linconv-wav2vec2"}, "no 'linconv' block"),
+    ],
+)
+def test_a_checkpoint_that_is_broken_is_named(trained, tmp_path, command, file, content, message, capsys):
+    folder, path = trained
+    broken = tmp_path / "broken"
+    shutil.copytree(folder / "teacher", broken)
+    if content is None:  # a download that was cut off
+        content = (broken / file).read_bytes()[:1000]
+    elif isinstance(content, dict):
+        content = json.dumps({**json.loads((broken / file).read_text()), **content}).encode()
+    (broken / file).write_bytes(content)
+    argv = {
+        "inspect": ["--set", "headdim=8"], "convert": ["--output", tmp_path / "out", "--set", "headdim=8"],
+        "eval": [path], "distill": [path, "--output", tmp_path / "out", "--teacher", broken],
+    }[command]  # fmt: skip
+    if command == "inspect" and file == "model.safetensors":  # no weights are read
+        return linconv(command, broken, *argv)
+    capsys.readouterr()
+    linconv(command, *([broken] if command != "distill" else []), *argv, status=2)
+    said = capsys.readouterr().err
+    assert "linconv: error: " in said and f"{broken}: " in said and message in said and "Traceback" not in said
+
+
 def test_names_outside_the_locale(tmp_path, monkeypatch):
     data = make_folder(tmp_path / "words")
     table = (data / "metadata.csv").read_text().replace(",two,", ",größe,")
@@ -894,6 +929,9 @@ MISTAKES = {
     ),
     "config that fits no model": (
         ["finetune", "RECIPE", "--set", "model.config.num_attention_heads=3"], "model.config: embed_dim must"
+    ),
+    "config of no size": (
+        ["finetune", "RECIPE", "--set", "model.config.hidden_size=-8"], "model.config: Trying to create tensor with"
     ),
     "config entry of another type": (
         ["finetune", "RECIPE", "--set", "model.config.conv_dim=3"], "model.config: "

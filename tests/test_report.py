@@ -61,6 +61,18 @@ def test_rows_are_means_over_seeds_beside_their_teachers(tmp_path):
     assert [c["layer_mse"] for c in made["curves"]] == [[[1.0, 1.0], [0.5, 0.5]]] * 2
 
 
+@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "config.json", "probe.safetensors"])
+@pytest.mark.parametrize("text", ["{}", '{"scores": ', "[1]"])
+def test_files_that_no_run_leaves_are_named(tmp_path, name, text):
+    folder = run_folder(tmp_path, "guided", 4, command=None)
+    (folder / name).write_text(text)
+    if (name, text) in (("metrics.jsonl", "{}"), ("metrics.jsonl", "[1]"), ("config.json", "{}")):
+        assert report.build([folder])["rows"]  # a record of no loss, and a config of no conversion
+    else:
+        with pytest.raises(UserError, match=f"RUN: {folder} holds other files than a run leaves, or parts of them"):
+            report.build([folder])
+
+
 def test_the_interval_covers_what_resampling_would_give(tmp_path):
     folder = run_folder(tmp_path, "teacher", 100, clips=400)
     low, high = report.build([folder])["rows"][0]["interval"]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
 
 import linconv.auto  # noqa: F401  converted checkpoints load by name from here on
@@ -22,6 +24,19 @@ AUTO_CLASS = {
 OF_TEXT = ("text_classification", "language_modeling")
 
 
+# What transformers raises where entries of a config, or weights, will not do: it looks at few of them itself.
+_MISTAKES = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def mistakes_in(what: str):
+    """What transformers says of entries of a config, or of files, that will not do is said of ``what``."""
+    try:
+        yield
+    except (*_MISTAKES, StrictDataclassError, SafetensorError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+
+
 def load_config(path: str, what: str):
     """The config of a checkpoint folder or of a model on the hub, of a family that linconv knows."""
     folder = Path(path)
@@ -30,10 +45,11 @@ def load_config(path: str, what: str):
     if not folder.is_dir() and not may_be_on_hub(path):
         raise no_folder(what, path)
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        with mistakes_in(f"{what}: {path}"):
+            config = AutoConfig.from_pretrained(path)
+    except UserError as error:
         if folder.is_dir():
-            raise UserError(f"{what}: {path}: {' '.join(str(error).split())[:300]}") from error
+            raise
         raise UserError(f"{no_folder(what, path)}, and no such model on the hub") from error
     family_of(config.model_type, f"{what}: {path}: model type")
     return config
@@ -43,16 +59,14 @@ def load_model(path: str, what: str, auto_class: str | None = None, **kwargs) ->
     """A model of a checkpoint, with the head it was saved with or that of ``auto_class``."""
     config = kwargs.pop("config", None) or load_config(path, what)
     auto = getattr(transformers, auto_class or auto_class_of(config))
-    try:
+    with mistakes_in(f"{what}: {path}"):
         return auto.from_pretrained(path, config=config, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{what}: {path}: {' '.join(str(error).split())[:300]}") from error
 
 
 def empty_model(path: str, what: str) -> PreTrainedModel:
     """The model of a checkpoint without its weights, which are not read."""
     config = load_config(path, what)
-    with torch.device("meta"):
+    with torch.device("meta"), mistakes_in(f"{what}: {path}"):
         return getattr(transformers, auto_class_of(config)).from_config(config)
 
 

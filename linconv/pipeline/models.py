@@ -1,10 +1,8 @@
 """The models that a recipe asks for: fitted to its task, converted, of any length."""
 
-import contextlib
 import warnings
 
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from linconv import mixers
@@ -20,6 +18,7 @@ from linconv.pipeline.checkpoints import (
     fill_in_padding,
     load_config,
     load_model,
+    mistakes_in,
 )
 from linconv.recipe import Recipe
 
@@ -38,7 +37,7 @@ def task_config(recipe: Recipe, splits: Splits | None, tokenizer):
         family = family_of(str(model_type), "model.config.model_type")
         config_class, entries = family.stock_config_class(), {**entries, **model.overrides}
         _check_entries(config_class(), entries, "model.config")
-        with _mistakes_in("model.config"):
+        with mistakes_in("model.config"):
             config = config_class(**entries)  # made at once: some entries follow from others
     family = family_of(config.model_type, "model type")
     if AUTO_CLASS[recipe.task] not in family.heads:
@@ -71,23 +70,14 @@ def _check_entries(config, entries: dict, what: str) -> None:
 
 def override(config, entries: dict) -> None:
     _check_entries(config, entries, "model.overrides")
-    with _mistakes_in("model.overrides"):
+    with mistakes_in("model.overrides"):
         config.update(entries)
-
-
-@contextlib.contextmanager
-def _mistakes_in(what: str):
-    """What transformers says of entries that will not do is said of ``what``."""
-    try:
-        yield
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def base_model(recipe: Recipe, config) -> PreTrainedModel:
     """``model.source`` with a new head, or a new model."""
     if recipe.model.source is None:
-        with _mistakes_in("model.config"):
+        with mistakes_in("model.config"):
             return getattr(transformers, AUTO_CLASS[recipe.task]).from_config(config)
     return load_model(
         recipe.model.source, "model.source", AUTO_CLASS[recipe.task], config=config, ignore_mismatched_sizes=True,

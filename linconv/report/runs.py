@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from linconv.errors import UserError
 
@@ -69,6 +70,13 @@ def read_run(folder: str | Path) -> RunFolder:
     path = Path(folder)
     if not (path / RESULTS_FILE).is_file():
         raise UserError(f"RUN: no {RESULTS_FILE} in {path}; want the output folder of a finished finetune or distill")
+    try:
+        return _read(path)
+    except (AttributeError, LookupError, TypeError, ValueError, SafetensorError) as error:
+        raise UserError(f"RUN: {path} holds other files than a run leaves, or parts of them: {error!r}") from error
+
+
+def _read(path: Path) -> RunFolder:
     results = json.loads((path / RESULTS_FILE).read_text(encoding="utf-8"))
     scores = {k: v for k, v in results["scores"].items() if k.rpartition("_")[2] in MEASURES}
     if not scores or not results.get("clips"):
