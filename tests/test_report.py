@@ -61,6 +61,19 @@ def test_rows_are_means_over_seeds_beside_their_teachers(tmp_path):
     assert [c["layer_mse"] for c in made["curves"]] == [[[1.0, 1.0], [0.5, 0.5]]] * 2
 
 
+def test_of_a_teacher_that_gets_nothing_right_nothing_is_retained(tmp_path):
+    folders = [run_folder(tmp_path, "teacher", 4, clips=4), run_folder(tmp_path, "guided", 2, clips=4)]
+    made = report.build(folders)
+    assert made["rows"][1]["retained"] is made["rows"][1]["retained_interval"] is None
+    assert report.table(made)[1][1][-2] == "-" and "NaN" not in json.dumps(made)
+
+
+def test_draws_in_which_the_teacher_gets_nothing_right_do_not_count(tmp_path):
+    folders = [run_folder(tmp_path, "teacher", 3, clips=4), run_folder(tmp_path, "guided", 2, clips=4)]
+    student = report.build(folders)["rows"][1]
+    assert student["retained"] == 2 and 0 <= student["retained_interval"][0] < student["retained_interval"][1] <= 4
+
+
 @pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "config.json", "probe.safetensors"])
 @pytest.mark.parametrize("text", ["{}", '{"scores": ', "[1]"])
 def test_files_that_no_run_leaves_are_named(tmp_path, name, text):

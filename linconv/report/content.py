@@ -120,7 +120,8 @@ def _row(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -> dict:
         pairs = [(run.value, teachers[run.path].value) for run in runs]
         row["difference"] = float(np.mean([a - b for a, b in pairs]))
         row["difference_interval"] = interval_of(differences)
-        row["retained"] = float(np.mean([retained_of(np.float64(a), np.float64(b), measure) for a, b in pairs]))
+        share = float(np.mean([retained_of(np.float64(a), np.float64(b), measure) for a, b in pairs]))
+        row["retained"] = None if np.isnan(share) else share
         row["retained_interval"] = interval_of(retained)
     return row
 

@@ -43,10 +43,14 @@ def table(report: dict) -> tuple[list[str], list[list[str]]]:
         low, high = row["interval"]
         line = [row["mode"], str(len(row["seeds"])), f"{row['score']:{score}} [{low:{score}}, {high:{score}}]"]
         if "difference" in row:
-            (low, high), (least, most) = row["difference_interval"], row["retained_interval"]
+            low, high = row["difference_interval"]
             middle, low, high = (format(scale * x, difference) for x in (row["difference"], low, high))
             line.append(f"{middle} [{low}, {high}]" + (" points" if percent else ""))
-            line.append(f"{row['retained']:.1%} [{least:.1%}, {most:.1%}]")
+            if row["retained"] is None:  # the teacher gets nothing right
+                line.append("-")
+            else:
+                least, most = row["retained_interval"]
+                line.append(f"{row['retained']:.1%} [{least:.1%}, {most:.1%}]")
         else:
             line += ["", ""]
         cells.append([*line, f"{row['parameters']:,}"])

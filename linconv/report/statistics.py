@@ -25,13 +25,17 @@ def resampled(run: RunFolder) -> np.ndarray:
 
 
 def retained_of(mine, theirs, measure: Measure):
-    """The student's share of what the teacher gets right, of two scores."""
-    return measure.share_right(mine) / np.maximum(measure.share_right(theirs), 1e-9)
+    """The student's share of what the teacher gets right, of two scores; NaN of a teacher that gets nothing right."""
+    right = measure.share_right(theirs)
+    return np.where(right > 0, measure.share_right(mine) / np.where(right > 0, right, 1), np.nan)
 
 
-def interval_of(draws: list[np.ndarray]) -> list[float]:
-    """Of the mean over seeds, from each seed's draws of clips: (RESAMPLES,) each."""
+def interval_of(draws: list[np.ndarray]) -> list[float] | None:
+    """Of the mean over seeds, from each seed's draws of clips: (RESAMPLES,) each, those left out that are NaN."""
     seeds = np.random.default_rng(1).integers(0, len(draws), (len(draws), RESAMPLES))
     means = np.take_along_axis(np.stack(draws), seeds, axis=0).mean(0)
+    means = means[~np.isnan(means)]
+    if not len(means):
+        return None
     tail = (1 - LEVEL) / 2
     return [float(q) for q in np.quantile(means, [tail, 1 - tail])]
