@@ -630,6 +630,10 @@ def test_whisper_encoder_on_short_clips(tmp_path, data, capsys):
     linconv("eval", tmp_path / "student", path)
     configs = [AutoConfig.from_pretrained(tmp_path / name) for name in ("teacher", "student")]
     assert [c.linconv["layers"] for c in configs] == [[], [0, 1]]
+    # A teacher that starts as the pretrained model hears the same clips.
+    linconv("distill", path, "--mode", "trajectory_guided", "--output", tmp_path / "beside")
+    records = map(json.loads, (tmp_path / "beside" / "metrics.jsonl").read_text().splitlines())
+    assert any("teacher_loss" in record for record in records)
     assert configs[1].linconv["mixer"] == "hydra"
     capsys.readouterr()
     for command in ("finetune", "distill"):

@@ -125,7 +125,7 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
         base = any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
     student = make_student(base, recipe)
     if isinstance(mode.guide, TrajectoryGuided):
-        teacher = copy.deepcopy(base)  # the head too: both start from the same place
+        teacher = any_length(copy.deepcopy(base))  # the head too: both start from the same place
     elif isinstance(mode.guide, WaypointGuided):
         teacher = any_length(load_model(mode.guide.waypoint(0), "guide.checkpoints", dtype=TRAINED_IN))
     _freeze(student, recipe)
