@@ -126,9 +126,12 @@ class TrajectoryTeacher(FixedTeacher):
             loss.backward()
             total = total + loss.detach()
         self.model.eval()
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = trainer.accelerator.reduce(parameter.grad, "sum")
+        # Layer drop is drawn in each process: all of them must know which gradients there are in any.
+        found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64, device=trainer.args.device)
+        for parameter, anywhere in zip(parameters, trainer.accelerator.reduce(found, "sum").tolist()):
+            if anywhere:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = trainer.accelerator.reduce(own, "sum")
         if trainer.args.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm)
         self.optimizer.step()

@@ -1,5 +1,6 @@
 """A small distillation to be started as a process of its own: run.py FOLDER [--steps N] [--batch N] [--accumulate N]
-[--kill-at STEP] [--resume] [--augment] [--mode NAME] [--cache FOLDER] [--by-length]. Under torchrun too."""
+[--kill-at STEP] [--resume] [--augment] [--layer-drop P] [--mode NAME] [--cache FOLDER] [--by-length]. Under torchrun
+too."""
 
 import argparse
 import copy
@@ -85,9 +86,9 @@ def collate(clips: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
-def models(augment: bool = False):
+def models(augment: bool = False, **changes):
     set_seed(0)
-    teacher = Wav2Vec2ForCTC(config(augment))
+    teacher = Wav2Vec2ForCTC(config(augment, **changes))
     return teacher, linconv.convert(teacher, mixer="bimamba2", d_state=8, headdim=8)
 
 
@@ -147,12 +148,14 @@ def main() -> None:
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--augment", action="store_true")
+    parser.add_argument("--layer-drop", type=float)
     parser.add_argument("--mode", default="hybrid")
     parser.add_argument("--cache")
     parser.add_argument("--by-length", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    teacher, student = models(given.augment)
+    changes = {} if given.layer_drop is None else {"layerdrop": given.layer_drop}
+    teacher, student = models(given.augment, **changes)
     data = Noise()
     args = arguments(
         given.folder,

@@ -111,3 +111,9 @@ def test_two_processes_give_the_result_of_one(tmp_path, mode):
     weights = [torch.load(folder / "student.pt") for folder in (one, two)]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_each_process_may_drop_other_layers_of_the_teacher(tmp_path):
+    options = ("--batch", "2", "--mode", "trajectory", "--augment", "--layer-drop", "0.5")
+    assert_done(run_spread(tmp_path / "run", *options))
+    assert len(steps(tmp_path / "run")) == 8
