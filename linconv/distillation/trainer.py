@@ -263,8 +263,14 @@ class DistillationTrainer(Trainer):
         loss = logits.new_zeros((), dtype=torch.float32)
         if self.head.labels(inputs) is not None:
             task = self.head.task_loss(outputs, inputs, frame_mask, self.model.config) / all_answers
-            loss = loss + self.args.alpha_ce * task
             self._measure(task_loss=task)
+        if self.head.labels(inputs) is not None and self.args.alpha_ce > 0:
+            loss = loss + self.args.alpha_ce * task
+        else:
+            # DistributedDataParallel waits for a gradient of all that led to an output: nothing of each is added. A
+            # product with 0 would not do, for a task's loss that is left out may be infinite.
+            given = (logits, outputs.get("loss"))
+            loss = loss + sum(x.flatten()[:0].sum() for x in given if x is not None)
         with_layers, with_kd = lessons.layers and self.args.alpha_ld > 0, lessons.kd and self.args.alpha_kd > 0
         if self.head.labels(inputs) is None and not (with_layers or with_kd):
             raise ValueError(

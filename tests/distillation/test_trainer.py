@@ -465,6 +465,32 @@ def test_without_labels_a_teacher_is_wanted(tmp_path):
             trainer(tmp_path, student, collator=without_labels, **options).train()
 
 
+def test_a_task_that_is_left_out_may_be_without_an_alignment(tmp_path):
+    teacher, student = models()
+    student.config.ctc_zero_infinity = False
+    start = copy.deepcopy(student.state_dict())
+
+    def too_long(clips):
+        return {**collate(clips), "labels": torch.ones(len(clips), 200, dtype=torch.long)}
+
+    with pytest.warns(UserWarning, match="task_loss is inf.*; the weights are finite"):
+        trainer(tmp_path, student, teacher, collator=too_long, alpha_ce=0.0, max_steps=2).train()
+    assert all(value.isfinite().all() for value in student.state_dict().values())
+    assert not torch.equal(student.lm_head.weight, start["lm_head.weight"])
+    assert np.isfinite(records(tmp_path)[-1]["loss"])
+
+
+def test_the_head_has_a_gradient_where_only_hidden_states_are_compared(tmp_path):
+    """Of zeros: DistributedDataParallel waits for it."""
+    teacher, student = models()
+    guided = trainer(tmp_path, student, teacher, alpha_kd=0.0)
+    batches, counts = guided.get_batch_samples(iter([without_labels([Noise()[0]])]), 1, torch.device("cpu"))
+    student.train()
+    guided.compute_loss(student, batches[0], num_items_in_batch=counts).backward()
+    assert not student.lm_head.weight.grad.any()
+    assert student.wav2vec2.encoder.layers[0].feed_forward.output_dense.weight.grad.any()
+
+
 def test_students_and_trained_teachers_in_half_precision_are_refused(tmp_path):
     teacher, student = models()
     with pytest.raises(ValueError, match=r"model: got weights in torch.bfloat16; want float32, by model.float\(\)"):
