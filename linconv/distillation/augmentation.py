@@ -8,30 +8,46 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 __all__ = ["SharedSpecAugment"]
 
+# Of a model that masks by itself: the method that masks hidden states, or the one that masks the signal.
+_OF_STATES, _OF_SIGNAL = "_mask_hidden_states", "_mask_input_features"
+
 
 class SharedSpecAugment:
     """One draw of SpecAugment (arXiv 1904.08779) by the settings of ``student``'s config.
 
     A model left to itself draws its own mask in training mode and none in evaluation mode, where the teacher is.
-    The time mask goes in as ``mask_time_indices`` (``arguments``), the feature mask through a hook (``applied_to``).
+    The mask of Wav2Vec2 and its kin lies on what the first block is given: that of time goes in as
+    ``mask_time_indices`` (``arguments``), that of features through a hook (``applied_to``). Whisper's lies on the
+    signal, which it would write into the batch itself: both go through the hook.
+
+    Args:
+        student: whose settings these are.
+        frame_mask: bool (batch, L), the valid frames of the hidden states.
+        signal_mask: (batch, frames), those of the signal; None: all of them.
+        frames: of the signal, padding included.
     """
 
-    def __init__(self, student: nn.Module, frame_mask: Tensor):
+    def __init__(self, student: nn.Module, frame_mask: Tensor, *, signal_mask: Tensor | None, frames: int):
         config = student.config
         self.time = self.features = None
         if not self.is_on(student):
             return
-        batch, length = frame_mask.shape
+        self.of_signal = hasattr(student.base_model, _OF_SIGNAL)
+        if self.of_signal:
+            whole = frame_mask.new_ones(len(frame_mask), frames)
+            frame_mask, width = whole if signal_mask is None else signal_mask.bool(), config.num_mel_bins
+        else:
+            width = config.hidden_size
         if config.mask_time_prob > 0:
             self.time = self._draw(frame_mask, "time", config, frame_mask.shape)
         if config.mask_feature_prob > 0:
-            self.features = self._draw(frame_mask, "feature", config, (batch, config.hidden_size))
+            self.features = self._draw(frame_mask, "feature", config, (len(frame_mask), width))
 
     @staticmethod
     def is_on(student: nn.Module) -> bool:
         """Whether anything is masked at all."""
-        config = student.config
-        if not (getattr(config, "apply_spec_augment", False) and hasattr(student.base_model, "_mask_hidden_states")):
+        config, masked = student.config, any(hasattr(student.base_model, name) for name in (_OF_STATES, _OF_SIGNAL))
+        if not (getattr(config, "apply_spec_augment", False) and masked):
             return False
         return config.mask_time_prob > 0 or config.mask_feature_prob > 0
 
@@ -48,21 +64,31 @@ class SharedSpecAugment:
 
     @property
     def arguments(self) -> dict[str, Tensor]:
-        return {} if self.time is None else {"mask_time_indices": self.time}
+        return {} if self.time is None or self.of_signal else {"mask_time_indices": self.time}
 
     @contextmanager
     def applied_to(self, model: nn.Module):
-        """Within the context ``model`` masks these features, and none of its own drawing."""
-        if self.features is None:
+        """Within the context ``model`` masks these frames and features, and none of its own drawing."""
+        masks = []  # that go over what the encoder is given: (batch, L, d), or (batch, features, frames)
+        if self.features is not None:
+            masks.append(self.features[:, :, None] if self.of_signal else self.features[:, None, :])
+        if self.time is not None and self.of_signal:
+            masks.append(self.time[:, None, :])
+        if not masks:
             yield
             return
-        config, own = model.config, model.config.mask_feature_prob
+        config, names = model.config, ("mask_time_prob", "mask_feature_prob")
+        drawn = names if self.of_signal else names[1:]
 
-        def mask_features(encoder, args, kwargs):
-            return (args[0].masked_fill(self.features[:, None, :], 0), *args[1:]), kwargs  # (batch, L, d)
+        def mask(encoder, args, kwargs):
+            x = args[0]
+            for places in masks:
+                x = x.masked_fill(places, 0)
+            return (x, *args[1:]), kwargs
 
         with ExitStack() as stack:
-            stack.callback(setattr, config, "mask_feature_prob", own)
-            stack.callback(model.base_model.encoder.register_forward_pre_hook(mask_features, with_kwargs=True).remove)
-            config.mask_feature_prob = 0.0
+            for name in drawn:
+                stack.callback(setattr, config, name, getattr(config, name))
+                setattr(config, name, 0.0)
+            stack.callback(model.base_model.encoder.register_forward_pre_hook(mask, with_kwargs=True).remove)
             yield

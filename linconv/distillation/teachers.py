@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linconv.conversion import encoder_layers, families
-from linconv.distillation.augmentation import SharedSpecAugment
 from linconv.distillation.checkpoint_names import accept_checkpoint_names
 from linconv.distillation.heads import Head
 from linconv.distillation.learning_rate import teacher_scheduler
@@ -119,7 +118,7 @@ class TrajectoryTeacher(FixedTeacher):
             if trainer.head.labels(inputs) is None:
                 raise ValueError("labels: got None; want labels, for the teacher of this mode is trained on the task")
             frame_mask = trainer._frame_mask(inputs)
-            augment = SharedSpecAugment(self.model, frame_mask)
+            augment = trainer.augmentation_for(self.model, inputs, frame_mask)
             with trainer.accelerator.autocast(), augment.applied_to(self.model):
                 outputs = self.model(**trainer.inputs_for(self.model, inputs), **augment.arguments)
                 loss = trainer.head.task_loss(outputs, inputs, frame_mask, self.model.config) / counts[0]

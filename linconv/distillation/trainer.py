@@ -242,6 +242,12 @@ class DistillationTrainer(Trainer):
             given[name] = given[name].to(model.dtype)
         return given
 
+    def augmentation_for(self, model: PreTrainedModel, inputs: dict, frame_mask: Tensor) -> SharedSpecAugment:
+        """A draw of SpecAugment for a batch, by the settings of ``model``."""
+        given = self.head.sequences(inputs)
+        frames = given[model.main_input_name].shape[-1]
+        return SharedSpecAugment(model, frame_mask, signal_mask=given.get("attention_mask"), frames=frames)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """In training, this micro-batch's share of the loss of its optimizer step; else the task's mean loss."""
         frame_mask = self._frame_mask(inputs)  # (sequences, L)
@@ -254,7 +260,7 @@ class DistillationTrainer(Trainer):
         all_answers, all_frames = num_items_in_batch
         share_of_answers, share_of_frames = answers.sum() / all_answers, frame_mask.sum() / all_frames
         lessons = self.mode.lessons(self.state.global_step)
-        augment = SharedSpecAugment(self.model, frame_mask)
+        augment = self.augmentation_for(self.model, inputs, frame_mask)
         student = LayerStates(self.student_layers)
         with student, augment.applied_to(self.model):
             outputs = model(**self.inputs_for(self.model, inputs), **augment.arguments)

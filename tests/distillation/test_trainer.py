@@ -20,6 +20,7 @@ from transformers import (
     Wav2Vec2Model,
     WhisperConfig,
     WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
     default_data_collator,
 )
 
@@ -221,6 +222,40 @@ def test_teacher_hears_the_students_augmentation(tmp_path):
     dropped = (seen["student"] == 0).all(1)  # features that are zero in every frame of a clip
     assert dropped.any() and not dropped.all()
     assert (student.config.mask_feature_prob, student.config.mask_time_prob) == (0.1, 0.2)
+
+
+def test_a_signal_is_masked_once_for_both_and_the_batch_is_left_as_it_is(tmp_path):
+    """Whisper's own SpecAugment writes into the batch, where a teacher that is trained would leave its mask, too."""
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    size = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 8}
+    decoder = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "vocab_size": 24}
+    masked = {"apply_spec_augment": True, "mask_time_prob": 0.3, "mask_time_length": 4, "mask_feature_prob": 0.2,
+              "mask_feature_length": 2}  # fmt: skip
+    whisper = WhisperConfig(**special, **size, **decoder, **masked, max_source_positions=50)
+    teacher = linconv.convert(WhisperForConditionalGeneration(whisper), layers=[])
+    student = linconv.convert(teacher, mixer="bimamba2", d_state=8, headdim=8)
+    heard = {"teacher": [], "student": []}
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.model.encoder.conv1.register_forward_pre_hook(
+            lambda _, args, name=name: heard[name].append(args[0].detach().clone())
+        )
+    batch = {
+        "input_features": torch.randn(3, 8, 60).abs() + 1,
+        "attention_mask": (torch.arange(60) < torch.tensor([60, 40, 30])[:, None]).long(),
+        "labels": torch.randint(3, 24, (3, 5)),
+    }
+    clips, whole = [{}] * 6, batch["input_features"].clone()
+    trainer(tmp_path, student, teacher, TrajectoryGuided(), clips, lambda _: batch, max_steps=2).train()
+    assert torch.equal(batch["input_features"], whole)
+    # The teacher teaches at step 0, is trained and teaches at step 1: all it teaches is what the student hears.
+    assert len(heard["student"]) == 2 and len(heard["teacher"]) == 3
+    assert torch.equal(heard["student"][0], heard["teacher"][0])
+    assert torch.equal(heard["student"][1], heard["teacher"][2])
+    times, bins = (heard["student"][1] == 0).all(1), (heard["student"][1] == 0).all(2)
+    assert 0 < times[0].sum() < 60 and bins.any() and not bins.all()
+    assert (student.config.mask_time_prob, teacher.config.mask_feature_prob) == (0.3, 0.2)
+    with pytest.raises(ValueError, match="teacher_cache: the teacher hears the student's SpecAugment"):
+        trainer(tmp_path, student, teacher, teacher_cache=str(tmp_path / "cache"))
 
 
 def test_masks_longer_than_a_clip_are_cut(tmp_path):
