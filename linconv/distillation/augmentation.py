@@ -58,7 +58,7 @@ class SharedSpecAugment:
             mask_prob=getattr(config, f"mask_{axis}_prob"),
             mask_length=min(getattr(config, f"mask_{axis}_length"), shape[1]),
             attention_mask=frame_mask.long() if axis == "time" else None,
-            min_masks=getattr(config, f"mask_{axis}_min_masks"),
+            min_masks=getattr(config, f"mask_{axis}_min_masks", 0),  # WavLM's config has none of features
         )
         return torch.as_tensor(mask, dtype=torch.bool, device=frame_mask.device)
 

@@ -18,6 +18,8 @@ from transformers import (
     Wav2Vec2ForPreTraining,
     Wav2Vec2ForSequenceClassification,
     Wav2Vec2Model,
+    WavLMConfig,
+    WavLMForCTC,
     WhisperConfig,
     WhisperForAudioClassification,
     WhisperForConditionalGeneration,
@@ -262,6 +264,16 @@ def test_masks_longer_than_a_clip_are_cut(tmp_path):
     long = config(apply_spec_augment=True, mask_time_length=500)
     student = Wav2Vec2ForCTC(long)
     trainer(tmp_path, student, copy.deepcopy(student), max_steps=1).train()
+    assert np.isfinite(records(tmp_path)[0]["loss"])
+
+
+def test_features_of_wavlm_are_masked(tmp_path):
+    """Its config says nothing of the least number of masks, and the stock model alone fails for it."""
+    augmented = config(augment=True, kind=WavLMConfig)
+    assert not hasattr(augmented, "mask_feature_min_masks")
+    teacher = WavLMForCTC(augmented)
+    student = linconv.convert(teacher, mixer="bimamba2", d_state=8, headdim=8)
+    trainer(tmp_path, student, teacher, max_steps=1).train()
     assert np.isfinite(records(tmp_path)[0]["loss"])
 
 
