@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 
 from linconv.conversion import encoder_layers, frame_lengths
@@ -216,6 +217,9 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, with [answers, frames] summed over them and over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) < num_batches:
+            # The end of a stream: the Trainer would take no step here, but leave these gradients to the next one.
+            batches = []
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             frame_mask = self._frame_mask(batch)
@@ -435,6 +439,17 @@ class DistillationTrainer(Trainer):
         return self.lr_scheduler
 
     # ---- Checkpoints
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        """Epochs done, and batches done of the one that is to go on. The Trainer takes all of a stream's for one."""
+        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        state = os.path.join(checkpoint or "", TRAINER_STATE_NAME)
+        if checkpoint is None or has_length(self.train_dataset) or not os.path.isfile(state):
+            return done
+        then = TrainerState.load_from_json(state)  # whose epoch is counted in the steps of the run as it was then
+        epochs, part = divmod(then.epoch, 1)
+        batches = round(part * then.max_steps * self.args.gradient_accumulation_steps)
+        return int(epochs), 0 if self.args.ignore_data_skip else batches
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)

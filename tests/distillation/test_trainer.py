@@ -355,6 +355,37 @@ def test_streaming_data(tmp_path):
     assert runs[0] == runs[1]
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Ten clips, which are five batches of two."""
+
+    def __iter__(self):
+        return iter([Noise()[i] for i in range(10)])
+
+
+def test_a_stream_is_resumed_in_its_second_pass(tmp_path):
+    def run(folder, checkpoint=None):
+        teacher, student = models(augment=True)
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
+        guided = trainer(folder, student, teacher, TrajectoryGuided(2), Stream(), max_steps=6, save_steps=3, **options)
+        guided.train(resume_from_checkpoint=checkpoint)
+        return records(folder), student.state_dict()
+
+    whole, weights = run(tmp_path / "whole")
+    resumed, again = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed == whole[3:]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_what_a_pass_over_a_stream_leaves_goes_into_no_step(tmp_path):
+    """Two steps of two batches and a fifth batch: the third step is the first one again, whatever the fifth was."""
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 0.0}
+    teacher, student = models()
+    trainer(tmp_path, student, teacher, data=Stream(), **options).train()
+    first, _, third = records(tmp_path)
+    assert third["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-5)
+    assert third["loss"] == pytest.approx(first["loss"], rel=1e-5)
+
+
 def test_embeddings_count_as_one_more_layer(tmp_path):
     teacher, student = models()
     options = {"include_embeddings": True, "layer_weights": [1.0, 2.0, 0.0], "layer_reduction": "sum"}
