@@ -1,6 +1,6 @@
 """The learning rate's course over a run."""
 
-import math
+from collections.abc import Callable
 from functools import partial
 
 import transformers
@@ -15,21 +15,37 @@ def exponential_decay(optimizer: Optimizer, *, warmup: int, steps: int, decay_to
     return LambdaLR(optimizer, partial(_exponential, warmup=warmup, steps=steps, decay_to=decay_to))
 
 
-def _exponential(step: int, *, warmup: int, steps: int, decay_to: float) -> float:
+def _exponential(step: float, *, warmup: int, steps: int, decay_to: float) -> float:
     if step < warmup:
         return step / warmup
     return decay_to ** ((step - warmup) / max(steps - warmup, 1))
 
 
 def teacher_scheduler(optimizer: Optimizer, args, *, steps: int, updates: int) -> LRScheduler:
-    """The student's schedule over ``steps`` squeezed into the teacher's ``updates``, at whose last it ends."""
-    warmup = math.ceil(args.get_warmup_steps(steps) * updates / max(steps, 1))
+    """The student's schedule over ``steps`` squeezed into the teacher's ``updates``, at whose last it ends.
+
+    Raises:
+        ValueError: the student's goes by scores.
+    """
+    warmup = args.get_warmup_steps(steps)
     if args.exponential_decay_to is not None:
-        return exponential_decay(optimizer, warmup=warmup, steps=updates, decay_to=args.exponential_decay_to)
-    return transformers.get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=updates,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
+        student = exponential_decay(optimizer, warmup=warmup, steps=steps, decay_to=args.exponential_decay_to)
+    else:
+        student = transformers.get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    if not isinstance(student, LambdaLR):
+        raise ValueError(
+            f"lr_scheduler_type: got {args.lr_scheduler_type.value}, which goes by scores, and a teacher that is "
+            "trained has none; want one that goes by the step"
+        )
+    stride = steps / updates
+    return LambdaLR(optimizer, [partial(_squeezed, share=share, stride=stride) for share in student.lr_lambdas])
+
+
+def _squeezed(update: int, *, share: Callable[[float], float], stride: float) -> float:
+    return share(update * stride)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from linconv.distillation import DistillationTrainer, TrajectoryGuided, WaypointGuided
+from linconv.distillation.learning_rate import teacher_scheduler
 
 from .run import Noise, arguments, collate, models, snapshots
 
@@ -35,6 +36,36 @@ def test_the_trajectory_teacher_learns_and_its_schedule_ends_with_the_run(tmp_pa
     assert len(moved) > len(start) / 2 and not trainer.teacher.training
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [i for i, line in enumerate(lines, 1) if '"teacher_loss"' in line] == [4, 7]
+
+
+@pytest.mark.parametrize("changes", [
+    {"lr_scheduler_type": "linear"},
+    {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 4}},
+    {"exponential_decay_to": 0.1},
+])  # fmt: skip
+def test_updates_have_the_rates_of_the_steps_they_stand_for(tmp_path, changes):
+    args = arguments(tmp_path, warmup_steps=2, **changes)
+    found = []
+    for updates in (8, 4):  # of eight steps
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = teacher_scheduler(optimizer, args, steps=8, updates=updates)
+        found.append(scheduler.get_last_lr())
+        for _ in range(updates):
+            optimizer.step()
+            scheduler.step()
+            found[-1] += scheduler.get_last_lr()
+    each, second = found
+    assert second == pytest.approx(each[::2])
+    assert each[2] == 1 and (each[4] == 1) == ("lr_scheduler_kwargs" in changes)
+
+
+def test_a_schedule_that_goes_by_scores_is_refused(tmp_path):
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
+    teacher, student = models()
+    data = {"train_dataset": Noise(), "eval_dataset": Noise(4), "data_collator": collate}
+    run = DistillationTrainer(student, arguments(tmp_path, **plateau), teacher=teacher, mode=TrajectoryGuided(), **data)
+    with pytest.raises(ValueError, match="lr_scheduler_type: got reduce_lr_on_plateau, which goes by scores"):
+        run.train()
 
 
 def test_an_update_is_a_step_of_plain_training(tmp_path):
