@@ -5,6 +5,7 @@ The trainer calls ``advance(step, batches, counts)`` before each optimizer step 
 on what went into the checkpoint; so a resumed run goes on as before.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -88,6 +89,8 @@ class TrajectoryTeacher(FixedTeacher):
             parameter.requires_grad_(True)
         self.update_every, self.trainer = mode.update_every, trainer
         self.optimizer = self.scheduler = None
+        # Each call of train makes a new student then, whose teacher starts where this one does.
+        self.start = copy.deepcopy(model.state_dict()) if trainer.model_init is not None else None
 
     def _prepare(self) -> None:
         if self.optimizer is not None:
@@ -107,6 +110,10 @@ class TrajectoryTeacher(FixedTeacher):
         self.scheduler = teacher_scheduler(self.optimizer, trainer.args, steps=steps, updates=updates)
 
     def advance(self, step: int, batches: list[dict], counts: Tensor) -> Tensor | None:
+        if step == 0:  # of a run that may not be the first
+            self.optimizer = None
+            if self.start is not None:
+                self.model.load_state_dict(self.start)
         self._prepare()
         if step == 0 or step % self.update_every:
             return None

@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import torch
@@ -66,6 +67,33 @@ def test_a_schedule_that_goes_by_scores_is_refused(tmp_path):
     run = DistillationTrainer(student, arguments(tmp_path, **plateau), teacher=teacher, mode=TrajectoryGuided(), **data)
     with pytest.raises(ValueError, match="lr_scheduler_type: got reduce_lr_on_plateau, which goes by scores"):
         run.train()
+
+
+def test_each_student_of_model_init_has_a_teacher_that_starts_again(tmp_path):
+    teacher, student = models()
+    run = DistillationTrainer(
+        args=arguments(tmp_path, max_steps=3),
+        teacher=teacher,
+        mode=TrajectoryGuided(),
+        model_init=lambda: copy.deepcopy(student),
+        train_dataset=Noise(),
+        data_collator=collate,
+    )
+    ends = []
+    for _ in range(2):
+        run.train()
+        ends.append(((tmp_path / "metrics.jsonl").read_text(), copy.deepcopy(teacher.state_dict())))
+    losses = [[json.loads(line).get("teacher_loss") for line in text.splitlines()] for text, _ in ends]
+    assert losses[0] == losses[1] and losses[0].count(None) == 2
+    assert all(torch.equal(ends[0][1][name], value) for name, value in ends[1][1].items())
+
+
+def test_trained_on_the_teacher_has_a_schedule_anew(tmp_path):
+    trainer, _ = trained(tmp_path, TrajectoryGuided(), max_steps=3)
+    end = copy.deepcopy(trainer.teacher.state_dict())
+    trainer.train()
+    assert trainer.guide.scheduler.last_epoch == 2
+    assert not torch.equal(trainer.teacher.lm_head.weight, end["lm_head.weight"])
 
 
 def test_an_update_is_a_step_of_plain_training(tmp_path):
