@@ -50,7 +50,9 @@ class Probe(TrainerCallback):
     def _measure(self, step: int) -> None:
         if not self.trainer.is_world_process_zero():
             return
-        inputs = self.trainer._prepare_inputs(dict(self.batch))
+        # Without the labels where they are for a loss alone: the teacher may have other classes.
+        inputs = {name: x for name, x in self.batch.items() if name not in self.trainer.head.label_names}
+        inputs = self.trainer._prepare_inputs(inputs)
         frames = self.trainer._frame_mask(inputs)  # (batch, L)
         for name, model in (("student", self.trainer.model), ("teacher", self.trainer.teacher)):
             if model is not None:
@@ -62,7 +64,7 @@ class Probe(TrainerCallback):
         training = model.training
         model.eval()
         with torch.no_grad(), LayerStates(encoder_layers(model)) as states, self.trainer.accelerator.autocast():
-            model(**self.trainer.head.model_inputs(inputs))
+            model(**self.trainer.inputs_for(model, inputs))
             count = frames.sum(-1).clamp(min=1)[:, None]
             means = [x.float().masked_fill(~frames[..., None], 0).sum(1) / count for x in states.after]
         model.train(training)

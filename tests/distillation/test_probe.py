@@ -1,11 +1,13 @@
 import torch
 from safetensors.torch import load_file
+from transformers import Wav2Vec2ForSequenceClassification
 
+import linconv
 from linconv.conversion import encoder_layers
 from linconv.distillation import DistillationTrainer, LayerStates, TrajectoryGuided
 from linconv.distillation.probe import PROBE_FILE, Probe
 
-from .run import Noise, arguments, collate, models
+from .run import Noise, arguments, collate, config, models
 
 
 def run(folder, probed: bool, checkpoint=None, **changes):
@@ -51,3 +53,13 @@ def test_a_resumed_run_keeps_what_it_had_measured(tmp_path):
     run(tmp_path / "halves", True, checkpoint=str(tmp_path / "halves" / "checkpoint-2"))
     whole, halves = (load_file(tmp_path / name / PROBE_FILE) for name in ("whole", "halves"))
     assert whole.keys() == halves.keys() and all(torch.equal(whole[k], halves[k]) for k in whole)
+
+
+def test_the_teacher_may_have_another_dtype_and_other_classes(tmp_path):
+    teachers = [Wav2Vec2ForSequenceClassification(config(num_labels=n)) for n in (2, 5)]
+    student = linconv.convert(teachers[1], mixer="bimamba2", d_state=8, headdim=8)
+    args = arguments(tmp_path, alpha_kd=0.0)
+    trainer = DistillationTrainer(student, args, teacher=teachers[0].to(torch.bfloat16))
+    batch = {**collate([Noise()[i] for i in range(3)]), "labels": torch.tensor([4, 3, 0])}
+    Probe(trainer, batch)._measure(0)
+    assert load_file(tmp_path / PROBE_FILE)["teacher/0"].isfinite().all()
