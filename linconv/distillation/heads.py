@@ -96,6 +96,16 @@ class _Clips(_OwnLoss):
         return labels.flatten() != IGNORED
 
 
+class _Speakers(_Clips):
+    """An answer a clip. The stock loss, which has weights of its own, leaves none out."""
+
+    def valid_answers(self, inputs, frame_mask):
+        answers = super().valid_answers(inputs, frame_mask)
+        if not answers.all():
+            raise ValueError(f"labels: got {IGNORED}; want an id from 0 up for each clip, for the head is ForXVector")
+        return answers
+
+
 class _DecoderTokens(_OwnLoss):
     """An answer a label, which the decoder reads too."""
 
@@ -237,7 +247,7 @@ _KINDS: dict[str, type[Head]] = {
     "ForAudioFrameClassification": _Frames,
     "ForSequenceClassification": _Clips,
     "ForAudioClassification": _Clips,
-    "ForXVector": _Clips,
+    "ForXVector": _Speakers,
     "ForNextSentencePrediction": _Clips,
     "ForConditionalGeneration": _DecoderTokens,
     "ForTokenClassification": _Tokens,

@@ -133,6 +133,11 @@ class DistillationTrainer(Trainer):
     def _take(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         """Makes ``model`` the student."""
         self.head = Head.of(model)
+        if self.head.of_frames and getattr(model.config, "add_adapter", False):
+            raise ValueError(
+                f"model: got a {type(model).__name__} with add_adapter=True, which answers for fewer frames than its "
+                "blocks have; want one without an adapter"
+            )
         self.student_layers = encoder_layers(model)
         check_trainable("model", model)
         if teacher is None:

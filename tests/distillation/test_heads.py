@@ -414,6 +414,23 @@ def test_labels_beyond_the_vocabulary_of_ctc_are_named(tmp_path, largest):
         losses(trainer(tmp_path, student, teacher, []), batch)
 
 
+def test_a_clip_without_a_label_is_refused_where_the_loss_leaves_none_out(tmp_path):
+    teacher = transformers.Wav2Vec2ForXVector(config(tdnn_dim=(8,) * 5, xvector_output_dim=8))
+    student = linconv.convert(teacher, d_state=8, headdim=8)
+    guided = trainer(tmp_path, student, teacher, [])
+    batch = {"input_values": torch.randn(2, 800), "labels": torch.tensor([1, -100])}
+    with pytest.raises(ValueError, match="labels: got -100; want an id from 0 up for each clip, for the head is ForX"):
+        losses(guided, batch)
+    batch["labels"] = torch.tensor([1, 0])
+    assert losses(guided, batch)["loss"].isfinite()
+
+
+def test_an_adapter_over_frames_is_refused(tmp_path):
+    teacher = transformers.Wav2Vec2ForCTC(config(vocab_size=VOCABULARY, add_adapter=True))
+    with pytest.raises(ValueError, match="model: got a LinconvWav2Vec2ForCTC with add_adapter=True, which answers for"):
+        trainer(tmp_path, linconv.convert(teacher, d_state=8, headdim=8), teacher, [])
+
+
 def stock_classes():
     return [family.stock_class(name) for family in families.FAMILIES.values() for name in family.heads.values()]
 
