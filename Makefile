@@ -105,7 +105,7 @@ $(VENV)/.transformers-%: $(VENV)/.installed FORCE
 	echo "import site; site.addsitedir('$$base')" > $$over/base.pth
 	$@/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "$(REQUIREMENT)"
 	$@/bin/python -c "import transformers; print('transformers', transformers.__version__)"
-	OMP_NUM_THREADS=1 $@/bin/python -m pytest -n $(JOBS) tests/conversion
+	OMP_NUM_THREADS=1 $@/bin/python -m pytest -n $(JOBS) tests/conversion tests/distillation
 FORCE:
 
 $(VENV)/.torch:

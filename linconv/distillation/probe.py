@@ -54,9 +54,12 @@ class Probe(TrainerCallback):
         inputs = {name: x for name, x in self.batch.items() if name not in self.trainer.head.label_names}
         inputs = self.trainer._prepare_inputs(inputs)
         frames = self.trainer._frame_mask(inputs)  # (batch, L)
-        for name, model in (("student", self.trainer.model), ("teacher", self.trainer.teacher)):
-            if model is not None:
-                self.found[f"{name}/{step}"] = self._means(model, inputs, frames)
+        # Some models draw numbers, for layers to drop, in evaluation mode too: training goes on with its own.
+        device = self.trainer.args.device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            for name, model in (("student", self.trainer.model), ("teacher", self.trainer.teacher)):
+                if model is not None:
+                    self.found[f"{name}/{step}"] = self._means(model, inputs, frames)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         save_file(self.found, self.file)
 
