@@ -115,25 +115,50 @@ def test_speech_recognition_pipeline(head, tmp_path, no_error_logged):
     assert both[0]["text"] == wanted
 
 
-def test_speech_recognition_pipeline_of_whisper(tmp_path, no_error_logged):
-    """It generates, as a model that is not known to be sequence to sequence would not."""
+def whisper_recogniser(tmp_path, **changes):
+    """The pipeline of a converted model, whose segments are of a second."""
     letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
     special = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
     (tmp_path / "vocab.json").write_text(json.dumps(letters | {token: 26 + i for i, token in enumerate(special)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = WhisperTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
-    model = make(WhisperForConditionalGeneration, vocab_size=29, eos_token_id=26, pad_token_id=26, bos_token_id=26)
-    student = linconv.convert(model, **MIXER)
+    sizes = dict(vocab_size=29, eos_token_id=26, pad_token_id=26, bos_token_id=26, max_source_positions=50)
+    student = linconv.convert(make(WhisperForConditionalGeneration, **{**sizes, **changes}), **MIXER)
     student.generation_config.update(decoder_start_token_id=27, eos_token_id=26, pad_token_id=26)
-    recognise = pipeline(
+    return pipeline(
         "automatic-speech-recognition", model=student, tokenizer=tokenizer,
-        feature_extractor=WhisperFeatureExtractor(feature_size=8), device="cpu",
+        feature_extractor=WhisperFeatureExtractor(feature_size=8, chunk_length=1), device="cpu",
     )  # fmt: skip
+
+
+def test_speech_recognition_pipeline_of_whisper(tmp_path, no_error_logged):
+    """It generates, as a model that is not known to be sequence to sequence would not."""
+    recognise = whisper_recogniser(tmp_path)
     inputs = recognise.feature_extractor(SPEECH, sampling_rate=16000, return_tensors="pt", return_attention_mask=True)
     options = dict(max_new_tokens=5, num_beams=1)
-    tokens = student.generate(**inputs, **options)  # the pipeline hands the mask on
-    wanted = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    tokens = recognise.model.generate(**inputs, **options)  # the pipeline hands the mask on
+    wanted = recognise.tokenizer.decode(tokens[0], skip_special_tokens=True)
     assert recognise(SPEECH, generate_kwargs=options)["text"] == wanted and wanted
+
+
+@pytest.mark.parametrize("chunks, segments", [({}, [250]), (dict(chunk_length_s=1), [100, 100, 100, 51])])
+def test_speech_recognition_pipeline_of_whisper_that_is_told_what_it_has(chunks, segments, tmp_path, monkeypatch):
+    """It takes all of a clip, also what is beyond one segment, and has timestamps, as for the stock model."""
+    recognise = whisper_recogniser(tmp_path, vocab_size=29 + 51)
+    recognise.tokenizer.add_tokens([f"<|{i / 50:.2f}|>" for i in range(51)])
+    recognise.model.generation_config.no_timestamps_token_id = 28
+    recognise.type = "seq2seq_whisper"  # as docs/conversion.md says
+    generate, seen = recognise.model.generate, []
+
+    def spy(**inputs):
+        seen.append(int(inputs["attention_mask"].sum()))
+        return generate(**inputs)
+
+    monkeypatch.setattr(recognise.model, "generate", spy)
+    speech = np.random.default_rng(0).standard_normal(40_000).astype(np.float32)
+    found = recognise(speech, **chunks, return_timestamps=True, generate_kwargs=dict(max_new_tokens=5))
+    assert seen == segments
+    assert found["chunks"] and all(len(chunk["timestamp"]) == 2 for chunk in found["chunks"])
 
 
 def test_preprocessing_that_does_not_name_its_class(tmp_path):
