@@ -18,17 +18,18 @@ from transformers.utils.output_capturing import capture_outputs
 from linconv.conversion import masks
 
 
-def _feature_mask(attention_mask: Tensor | None, frames: int) -> Tensor | None:
-    """The mask over the input features, (batch, frames) bool.
+def _feature_mask(attention_mask: Tensor | None, input_features: Tensor) -> Tensor | None:
+    """The mask over the input features (batch, mel bins, frames), (batch, frames) bool.
 
     Raises:
         ValueError: another shape, or valid frames after padding ones.
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != frames:
+    batch, _, frames = input_features.shape
+    if attention_mask.shape != (batch, frames):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, wanted (batch, {frames}) as input_features"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, wanted ({batch}, {frames}) as input_features"
         )
     mask = attention_mask.to(torch.bool)
     if not torch.compiler.is_compiling() and (mask[:, 1:] & ~mask[:, :-1]).any():
@@ -36,7 +37,7 @@ def _feature_mask(attention_mask: Tensor | None, frames: int) -> Tensor | None:
     return mask
 
 
-def _encoder_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+def _encoder_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """The mask over the ``length`` frames of the encoder, (batch, length) bool, of one over them or over the features.
 
     Raises:
@@ -45,14 +46,13 @@ def _encoder_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
     if attention_mask is None:
         return None
     if attention_mask.dim() == 2:
-        if attention_mask.shape[1] == length:
-            return attention_mask.to(torch.bool)
         halved = attention_mask[:, ::2]  # the second convolution has stride 2 and keeps frames 0, 2, 4, …
-        if halved.shape[1] == length:
-            return halved.to(torch.bool)
+        for mask in (attention_mask, halved):
+            if mask.shape == (batch, length):
+                return mask.to(torch.bool)
     raise ValueError(
-        f"attention_mask has shape {tuple(attention_mask.shape)}, wanted (batch, {2 * length}) as input_features "
-        f"or (batch, {length}) as the frames of the encoder"
+        f"attention_mask has shape {tuple(attention_mask.shape)}, wanted ({batch}, {2 * length}) as input_features "
+        f"or ({batch}, {length}) as the frames of the encoder"
     )
 
 
@@ -84,7 +84,7 @@ class WhisperEncoder:
                 f"input_features has {frames} frames, wanted at most {2 * self.embed_positions.num_embeddings}: "
                 f"the model has {self.embed_positions.num_embeddings} positions (max_source_positions)"
             )
-        mask = _feature_mask(attention_mask, frames)
+        mask = _feature_mask(attention_mask, input_features)
         hidden_states = nn.functional.gelu(self.conv1(masks.zero_padding(input_features, mask)))
         hidden_states = nn.functional.gelu(self.conv2(masks.zero_padding(hidden_states, mask)))
         hidden_states = hidden_states.permute(0, 2, 1)
@@ -92,7 +92,7 @@ class WhisperEncoder:
         hidden_states = hidden_states + self.embed_positions(positions)
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
 
-        mask = _encoder_mask(mask, length)
+        mask = _encoder_mask(mask, *hidden_states.shape[:2])
         if mask is not None and not torch.compiler.is_compiling() and mask.all():
             mask = None
         for layer in self.layers:
@@ -128,7 +128,7 @@ class WhisperModel:
         if encoder_outputs is None:
             input_features = self._mask_input_features(input_features, attention_mask=attention_mask)
             encoder_outputs = self.encoder(input_features, attention_mask=attention_mask, **kwargs)
-        mask = _encoder_mask(attention_mask, encoder_outputs[0].shape[1])
+        mask = _encoder_mask(attention_mask, *encoder_outputs[0].shape[:2])
         if mask is not None and not mask.all():
             kwargs["cross_attention_mask"] = mask
         return super().forward(
@@ -153,7 +153,7 @@ class WhisperForConditionalGeneration:
             ValueError: a mask that does not fit.
         """
         if input_features is not None and attention_mask is not None:
-            attention_mask = _feature_mask(attention_mask, input_features.shape[-1])
+            attention_mask = _feature_mask(attention_mask, input_features)
             input_features = _with_mask(input_features, attention_mask)
         return super().generate(input_features, *args, attention_mask=attention_mask, **kwargs)
 
@@ -207,7 +207,7 @@ class WhisperForAudioClassification:
             hidden_states = encoder_outputs.last_hidden_state
 
         hidden_states = self.projector(hidden_states)
-        mask = _encoder_mask(attention_mask, hidden_states.shape[1])
+        mask = _encoder_mask(attention_mask, *hidden_states.shape[:2])
         if mask is None:
             pooled = hidden_states.mean(dim=1)
         else:

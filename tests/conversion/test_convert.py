@@ -425,8 +425,9 @@ def test_whisper_takes_any_length_up_to_its_positions():
 def test_whisper_masks_that_do_not_fit_are_refused():
     student = linconv.convert(make(WhisperForAudioClassification), **MIXER)
     inputs = inputs_for(WhisperForAudioClassification, lengths=[400, 300])
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 399\), wanted \(batch, 400\)"):
-        student(**inputs | {"attention_mask": inputs["attention_mask"][:, 1:]})
+    for mask in (inputs["attention_mask"][:, 1:], inputs["attention_mask"][:1]):
+        with pytest.raises(ValueError, match=rf"attention_mask has shape \({len(mask)}, .*, wanted \(2, 400\)"):
+            student(**inputs | {"attention_mask": mask})
     with pytest.raises(ValueError, match="padding on the right"):
         student(**inputs | {"attention_mask": inputs["attention_mask"].flip(1)})
 

@@ -157,8 +157,9 @@ def test_a_clip_without_a_frame_has_its_row():
 def test_masks_that_do_not_fit_are_refused():
     student = student_of(None)
     features, mask = clips(401, 133)
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 400\), wanted \(batch, 401\)"):
-        student.generate(features, attention_mask=mask[:, 1:], **OPTIONS)
+    for given in (mask[:, 1:], mask[:1]):
+        with pytest.raises(ValueError, match=rf"attention_mask has shape \({len(given)}, .*, wanted \(2, 401\)"):
+            student.generate(features, attention_mask=given, **OPTIONS)
     with pytest.raises(ValueError, match="padding on the right"):
         student.generate(features, attention_mask=mask.flip(1), **OPTIONS)
 
@@ -177,9 +178,10 @@ def test_given_encoder_outputs_take_a_mask_over_their_frames_too(head, length):
             got = student(encoder_outputs=encoded, attention_mask=given, **inputs).logits
             assert torch.equal(got, wanted)
         assert not torch.equal(student(encoder_outputs=encoded, **inputs).logits, wanted)
-        wrong = r"attention_mask has shape \(2, 100\), wanted \(batch, 400\) as input_features or \(batch, 200\) as"
-        with pytest.raises(ValueError, match=wrong):
-            student(encoder_outputs=encoded, attention_mask=mask[:, :100], **inputs)
+        for given in (mask[:, :100], mask[:1]):
+            shapes = rf"shape \({len(given)}, .*, wanted \(2, 400\) as input_features or \(2, 200\) as"
+            with pytest.raises(ValueError, match=f"attention_mask has {shapes}"):
+                student(encoder_outputs=encoded, attention_mask=given, **inputs)
 
 
 def test_generation_from_encoder_outputs_takes_a_mask_over_their_frames_too():
