@@ -12,8 +12,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 JOBS ?= 2
-# One GPU architecture here, for a short build where nvcc is installed; a build without this variable has all of them.
-export LINCONV_CUDA_ARCHS ?= 90a
+# The GPUs that are here, or Hopper, for a short build where nvcc is installed; one without this variable has all of them.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sed 's/^90$$/90a/' | sort -u | paste -sd ';' -)
+export LINCONV_CUDA_ARCHS ?= $(or $(GPUS),90a)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check

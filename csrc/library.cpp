@@ -137,7 +137,8 @@ std::string build_info() {
   }
   return "{\"version\": " + quoted(LINCONV_VERSION) + ", \"torch\": " + quoted(TORCH_VERSION) +
          ", \"compiler\": " + quoted(kCompiler) + ", \"isa\": " + chosen + ", \"isa_error\": " + error +
-         ", \"isas\": {" + available + "}, \"cuda\": " + quoted(LINCONV_CUDA_STATUS) + "}";
+         ", \"isas\": {" + available + "}, \"cuda\": " + quoted(LINCONV_CUDA_STATUS) +
+         ", \"cuda_architectures\": " + quoted(LINCONV_CUDA_BUILT) + "}";
 }
 
 }  // namespace

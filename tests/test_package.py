@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -137,6 +138,45 @@ def test_forced_backends():
         dispatch.pick("short_conv", cpu, "triton")
 
 
+@pytest.mark.parametrize(
+    "capability, built, runs",
+    [
+        ((9, 0), "80-real 90a-real 100-real 120-real 120-virtual", True),
+        ((8, 9), "80-real 90a-real 100-real 120-real 120-virtual", True),
+        ((12, 1), "80-real 90a-real 100-real 120-real 120-virtual", True),
+        ((7, 5), "80-real 90a-real 100-real 120-real 120-virtual", False),
+        ((10, 3), "80-real 90a-real 80-virtual", True),
+        ((10, 0), "80-real 90a-real", False),
+        ((8, 0), "90a-real", False),
+        ((8, 0), "86-real", False),
+    ],
+)
+def test_the_cuda_library_runs_where_it_has_code_for_the_gpu(capability, built, runs, monkeypatch):
+    dispatch._gpu_problem.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "some GPU")
+    monkeypatch.setattr(dispatch, "_cuda_problem", None)
+    monkeypatch.setattr(dispatch, "_cuda_kernels", {"short_conv"})
+    monkeypatch.setattr(dispatch, "_build_info", {"cuda_architectures": built})
+    monkeypatch.setattr(dispatch, "_triton_problem", lambda: None)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    gpu = torch.device("cuda:0")
+    if runs:
+        assert dispatch.pick("short_conv", gpu, "cuda") == "cuda"
+    else:
+        told = rf"some GPU has compute capability {capability[0]}.{capability[1]}, wanted {built}: build linconv anew"
+        with pytest.raises(ValueError, match=told):
+            dispatch.pick("short_conv", gpu, "cuda")
+        if capability >= (8, 0):
+            assert dispatch.pick("short_conv", gpu) == "triton"
+        else:
+            with pytest.warns(
+                linconv.LinconvPerformanceWarning, match="has compute capability 7.5, wanted 8.0 or later"
+            ):
+                assert dispatch.pick("short_conv", gpu) == "reference"
+    dispatch._gpu_problem.cache_clear()
+
+
 def test_another_accelerator_is_told_that_it_has_no_kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "_warned", set())
     with pytest.warns(linconv.LinconvPerformanceWarning) as caught:
@@ -253,11 +293,47 @@ def set_up(tree, *command, **variables):
     return subprocess.run(words, cwd=tree, env={**os.environ, **variables}, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja"))), reason="needs cmake and ninja")
+# Where pip installs them, as setup.py looks for them, and on PATH.
+TOOLS = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+CMAKE, NINJA = (shutil.which(name, path=TOOLS) for name in ("cmake", "ninja"))
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.skipif(CMAKE is None or NINJA is None, reason="needs cmake and ninja")
 def test_a_build_without_a_compiler_ends_in_what_it_wants(source_tree):
     done = set_up(source_tree, "build_native", "--build-lib=built", CXX="no-such-compiler")
     assert done.returncode != 0 and "no-such-compiler" in done.stderr  # cmake's own words
     assert "Traceback" not in done.stderr and "C++20 compiler" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(None in (CMAKE, NINJA, NVCC), reason="needs cmake, ninja and nvcc")
+@pytest.mark.parametrize(
+    "release, told",
+    [
+        ("12.4", "80-real;90a-real;80-virtual"),
+        ("11.8", "not built: nvcc is 11.8, wanted 12.0 or later"),
+        ("broken", "not built: nvcc was not found, or does not work with the C++ compiler"),
+    ],
+)
+def test_an_nvcc_that_is_older_or_does_not_work_fails_no_build(release, told, tmp_path):
+    """Configured only. The stand-in is the machine's own, but for what it says of itself and takes."""
+    stand_in = tmp_path / "nvcc"
+    stand_in.write_text(f"""#!/bin/sh
+for argument in "$@"; do
+  case "$argument" in
+    --version) "{NVCC}" --version | sed "s/release [0-9.]*/release {release}/"; exit ;;
+    *compute_100*|*compute_120*) exit 1 ;;
+  esac
+done
+test {release} != broken && exec "{NVCC}" "$@"
+""")
+    stand_in.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k != "LINCONV_CUDA_ARCHS"} | {"CUDACXX": str(stand_in)}
+    options = [f"-DCMAKE_MAKE_PROGRAM={NINJA}", f"-DTORCH_DIR={Path(torch.__file__).parent}"]
+    command = [CMAKE, "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout
 
 
 def test_source_distribution_is_what_a_build_needs(source_tree):

@@ -127,6 +127,28 @@ def _mamba_ssm_problem() -> str | None:
     return None
 
 
+@functools.cache
+def _gpu_problem(index: int, architectures: str | None) -> str | None:
+    """Why a GPU runs no code for these architectures, written as in CMake; None: no Triton kernel."""
+    major, minor = torch.cuda.get_device_capability(index)
+    have = 10 * major + minor
+    if architectures is None:
+        runs, wanted = have >= 80, "8.0 or later"
+    else:
+        runs, wanted = any(_runs_on(have, *a.split("-")) for a in architectures.split()), architectures
+    if runs:
+        return None
+    built = "" if architectures is None else ": build linconv anew, with LINCONV_CUDA_ARCHS for this GPU"
+    return f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, wanted {wanted}{built}"
+
+
+def _runs_on(have: int, architecture: str, kind: str) -> bool:
+    if not architecture.isdigit():  # such as 90a: for that GPU only
+        return architecture.rstrip("af") == str(have)
+    number = int(architecture)
+    return number <= have and (kind == "virtual" or number // 10 == have // 10)
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, which takes CPU tensors: for checks of their numbers only."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -256,6 +278,12 @@ def warn_once(message: str) -> None:
         warnings.warn(message, LinconvPerformanceWarning, stacklevel=4)
 
 
+def _problem_of(device: torch.device, architectures: str | None) -> str | None:
+    if device.type != "cuda" or torch.compiler.is_compiling():  # what is compiled is not to look at the GPU
+        return None
+    return _gpu_problem(torch.cuda.current_device() if device.index is None else device.index, architectures)
+
+
 def _reason_against(op: str, device: torch.device, backend: str) -> str | None:
     """Why ``backend`` cannot run ``op`` on ``device``, or None."""
     if backend == "reference":
@@ -267,11 +295,13 @@ def _reason_against(op: str, device: torch.device, backend: str) -> str | None:
     if backend == "cuda":
         if device.type not in ("cuda", "meta"):
             return f"it takes CUDA tensors, got {device}"
-        return _cuda_problem or (None if op in _cuda_kernels else f"the library has no {op} kernel")
+        problem = _cuda_problem or (None if op in _cuda_kernels else f"the library has no {op} kernel")
+        return problem or _problem_of(device, _build_info.get("cuda_architectures"))
     if backend == "triton":
         if device.type not in ("cpu" if interpreting() else "cuda", "meta"):
             return f"it takes {'CPU' if interpreting() else 'CUDA'} tensors, got {device}"
-        return _triton_problem() or (None if op in _triton_operators else f"there is no Triton kernel of {op}")
+        problem = _triton_problem() or (None if op in _triton_operators else f"there is no Triton kernel of {op}")
+        return problem or _problem_of(device, None)
     problem = _mamba_ssm_problem() or (None if op in _of_mamba_ssm else f"mamba_ssm has no {op}")
     if problem is None and device.type not in ("cpu" if interpreting() else "cuda", "meta"):
         problem = f"it takes {'CPU' if interpreting() else 'CUDA'} tensors, got {device}"

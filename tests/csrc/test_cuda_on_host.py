@@ -93,7 +93,8 @@ def library(tmp_path_factory):
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", *MARCH, "-DLINCONV_ISA=host"]
     flags += ["-ffp-contract=fast"]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    flags += [f'-DLINCONV_VERSION="{__version__}"', '-DLINCONV_CUDA_STATUS="on the host"', f"-I{ROOT / 'csrc'}"]
+    flags += [f'-DLINCONV_VERSION="{__version__}"', '-DLINCONV_CUDA_STATUS="on the host"', '-DLINCONV_CUDA_BUILT=""']
+    flags += [f"-I{ROOT / 'csrc'}"]
     flags += [f"-I{Path(__file__).parent}", "-isystem", torch_dir / "include"]
     flags += INSTRUMENT
     if SANITIZE:  # stack frames without redzones: fibers leave theirs by longjmp
