@@ -369,6 +369,7 @@ def test_what_the_fused_kernel_does_not_take_is_tritons(monkeypatch):
     monkeypatch.setattr(dispatch, "_cuda_kernels", {"bidirectional_ssd"})
     monkeypatch.setattr(dispatch, "_cuda_problem", None)
     monkeypatch.setattr(dispatch, "_triton_problem", lambda: None)
+    monkeypatch.setattr(dispatch, "_problem_of", lambda device, architectures: None)
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     ran = []
     monkeypatch.setattr(dispatch, "operator", lambda op, backend: ran.append(backend) or (lambda x, *_: x))
