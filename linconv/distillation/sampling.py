@@ -18,7 +18,7 @@ class LikeLengths(torch.utils.data.Sampler):
 
     Args:
         lengths: of each example, in any unit.
-        batch_size: how many indices side by side are one optimizer step of a process.
+        batch_size: how many indices side by side are one optimizer step, of all processes.
         seed: of all draws.
         epoch: gives the number of the epoch that begins. It is asked, for not every loader hands ``set_epoch`` on to a
             sampler: accelerate's does not where several processes resume.

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -160,12 +161,15 @@ class DistillationTrainer(Trainer):
 
     def _check_losses(self, teacher: PreTrainedModel | None) -> None:
         """There is something to learn, and the weights go with the layers."""
-        args, lessons = self.args, self.mode.lessons(0)
-        if not (args.alpha_ce or lessons.kd and args.alpha_kd or lessons.layers and args.alpha_ld):
-            got = f"{args.alpha_ce:g}, {args.alpha_kd:g}, {args.alpha_ld:g}"
-            raise ValueError(
-                f"alpha_ce, alpha_kd, alpha_ld: got {got}; want one above 0 that the mode {self.mode} uses"
-            )
+        args = self.args
+        last = args.max_steps - 1 if args.max_steps > 0 else sys.maxsize
+        for step, when in ((0, ""), (last, " to the end")):  # what a mode has dropped does not come back
+            lessons = self.mode.lessons(step)
+            if not (args.alpha_ce or lessons.kd and args.alpha_kd or lessons.layers and args.alpha_ld):
+                got = f"{args.alpha_ce:g}, {args.alpha_kd:g}, {args.alpha_ld:g}"
+                raise ValueError(
+                    f"alpha_ce, alpha_kd, alpha_ld: got {got}; want one above 0 that the mode {self.mode} uses{when}"
+                )
         weights = args.layer_weights
         if weights is None or teacher is None:
             return
@@ -210,7 +214,7 @@ class DistillationTrainer(Trainer):
                 raise ValueError(f"lengths: got None; want one for each example of train_dataset: {error}") from error
         if len(lengths) != len(dataset):
             raise ValueError(f"lengths: got {len(lengths):,}; want {len(dataset):,}, one for each training example")
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LikeLengths(lengths, step, seed, epoch=lambda: int(self.state.epoch or 0))
 

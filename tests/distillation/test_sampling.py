@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from linconv.distillation import DistillationTrainer
+from linconv.distillation import DistillationArguments, DistillationTrainer
 from linconv.distillation.sampling import LikeLengths
 
 from .run import Noise, arguments, collate, models
@@ -54,6 +54,12 @@ def test_evaluation_stays_in_order(tmp_path):
     made = by_length(tmp_path, lengths=list(range(24)), per_device_eval_batch_size=4)
     assert list(made.get_eval_dataloader().batch_sampler) == [[0, 1, 2, 3], [4, 5]]
     assert sorted(i for batch in made.get_train_dataloader().batch_sampler for i in batch) == list(range(24))
+
+
+def test_groups_are_of_steps_of_all_processes(tmp_path, monkeypatch):
+    made = by_length(tmp_path, lengths=list(range(24)), gradient_accumulation_steps=2)
+    monkeypatch.setattr(DistillationArguments, "world_size", 3)
+    assert made._get_train_sampler().batch_size == 3 * 2 * made.args.per_device_train_batch_size
 
 
 def test_each_epoch_is_drawn_anew_with_the_seed_of_the_data(tmp_path):

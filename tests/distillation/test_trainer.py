@@ -661,6 +661,10 @@ def test_wrong_arguments_are_named(tmp_path):
     for options in ({"teacher": teacher, **nothing}, {"teacher": teacher, "alpha_ce": 0.0, "mode": Unguided()}):
         with pytest.raises(ValueError, match="alpha_ce, alpha_kd, alpha_ld: got 0, .*; want one above 0 that the mode"):
             trainer(tmp_path, student, **options)
+    dropping = {"teacher": teacher, "alpha_ce": 0.0, "alpha_kd": 0.0, "max_steps": 4}
+    with pytest.raises(ValueError, match="alpha_ld: got 0, 0, .*; want one .* the mode Hybrid.* uses to the end"):
+        trainer(tmp_path, student, mode=Hybrid(TargetGuided(), drop_layer_loss_at=2), **dropping)
+    trainer(tmp_path, student, mode=Hybrid(TargetGuided(), drop_layer_loss_at=4), **dropping)
 
 
 def test_a_run_that_diverges_ends(tmp_path):
