@@ -739,6 +739,16 @@ def test_a_checkpoint_that_is_broken_is_named(trained, tmp_path, command, file, 
     assert "linconv: error: " in said and f"{broken}: " in said and message in said and "Traceback" not in said
 
 
+def test_a_feature_extractor_that_is_broken_is_not_taken_for_none(trained, tmp_path, capsys):
+    folder, path = trained
+    broken = tmp_path / "broken"
+    shutil.copytree(folder / "teacher", broken)
+    (broken / "preprocessor_config.json").write_text("{")
+    capsys.readouterr()
+    linconv("eval", broken, path, status=2)
+    assert f"linconv: error: {broken}: preprocessor_config.json: " in capsys.readouterr().err
+
+
 def test_names_outside_the_locale(tmp_path, monkeypatch):
     data = make_folder(tmp_path / "words")
     table = (data / "metadata.csv").read_text().replace(",two,", ",größe,")

@@ -4,11 +4,13 @@ import warnings
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoFeatureExtractor, PreTrainedModel
+from transformers.utils import FEATURE_EXTRACTOR_NAME
 
 from linconv.data import BlockCollator, Collator, SentenceCollator, Splits, in_blocks
 from linconv.data.metrics import Metrics, Perplexity
@@ -67,7 +69,9 @@ def feature_extractor_of(path: str | None, config, recipe: Recipe):
     if path is not None:
         try:
             extractor = AutoFeatureExtractor.from_pretrained(path)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if (Path(path) / FEATURE_EXTRACTOR_NAME).is_file():  # broken, which is not to have none
+                raise UserError(f"{path}: {FEATURE_EXTRACTOR_NAME}: {' '.join(str(error).split())[:300]}") from error
             extractor = None
         if extractor is not None:
             if extractor.sampling_rate != sampling_rate:
