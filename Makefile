@@ -49,7 +49,7 @@ $(VENV)/triton-$(OLDEST_TRITON): | $(VENV)/.torch
 # The libraries against the headers of the oldest torch, in build/oldest; with nvcc the CUDA one too. Nothing is run.
 OLDEST_TORCH := 2.11.0
 build-oldest: $(VENV)/.torch | $(VENV)/torch-$(OLDEST_TORCH)
-	$(CONFIGURE) -B build/oldest -DTORCH_DIR=$(abspath $(VENV))/torch-$(OLDEST_TORCH)/torch -DLINCONV_CUDA_ARCHS=$(LINCONV_CUDA_ARCHS)
+	$(CONFIGURE) -B build/oldest -DTORCH_DIR=$(abspath $(VENV))/torch-$(OLDEST_TORCH)/torch "-DLINCONV_CUDA_ARCHS=$(LINCONV_CUDA_ARCHS)"
 	$(VENV)/bin/cmake --build build/oldest
 $(VENV)/torch-$(OLDEST_TORCH): | $(VENV)/.torch
 	$(PIP) --no-deps --target $@ torch==$(OLDEST_TORCH)
