@@ -86,6 +86,8 @@ STABLE_TORCH_LIBRARY(linconv, m) {
 #undef OUTPUTS
   // x (rows, d), weight (columns, d), bias (columns,), factor of the bias (rows,) -> (rows, columns).
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? factor) -> Tensor");
+  // Into memory of the math dtype, or added to what is there.
+  m.def("linear_out(Tensor(a!) out, Tensor x, Tensor weight, bool add) -> ()");
   // x (batch, heads, L, headdim), proj (1 or heads, Lmax, r) -> (batch, heads, r, headdim) in the math dtype; q as x,
   // k, v (batch, heads, r, headdim) -> as q. What is shaped as x is in memory (batch, L, heads, headdim).
   m.def("linformer_project(Tensor x, Tensor proj, bool normalize, Tensor? seq_lens) -> Tensor");

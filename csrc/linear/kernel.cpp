@@ -103,6 +103,7 @@ class Multiply {
     const int64_t column = index / args_.row_blocks() * kLinearColumns, row = index % args_.row_blocks() * kLinearRows;
     const int rows = static_cast<int>(min(kLinearRows, args_.rows - row));
     const int columns = static_cast<int>(min(kLinearColumns, args_.columns - column));
+    if (args_.sums.data != nullptr) load(args_.sums, row, rows, column, columns);
     multiply(row, rows, column, columns);
     if (args_.of_rows.data != nullptr || args_.of_columns.data != nullptr) {
       load_or_ones(args_.of_rows, row, rows, of_rows_);
@@ -110,18 +111,31 @@ class Multiply {
       for (int i = 0; i < rows; ++i)
         for (int j = 0; j < columns; ++j) sums_[i * kLd + j] += of_rows_[i] * of_columns_[j];
     }
-    const View<2>& out = args_.out;
-    if (by_row(out)) {
-      for (int i = 0; i < rows; ++i) store_row(at(out, row + i, column), out.dtype, out.stride[1], columns, sums_ + i * kLd);
-      return;
-    }
-    transpose(sums_, kLd, round_up(rows, kWidth<T>), round_up(columns, kWidth<T>), transposed_, kLdTransposed);
-    for (int j = 0; j < columns; ++j)
-      store_row(at(out, row, column + j), out.dtype, out.stride[0], rows, transposed_ + j * kLdTransposed);
+    store(args_.out, row, rows, column, columns);
   }
 
  private:
   static constexpr int kLd = kLinearColumns + kWidth<T>, kLdTransposed = kLinearRows + kWidth<T>;
+
+  void load(const View<2>& from, int64_t row, int rows, int64_t column, int columns) {
+    if (by_row(from)) {
+      for (int i = 0; i < rows; ++i) load_row(at(from, row + i, column), from.dtype, from.stride[1], columns, sums_ + i * kLd);
+      return;
+    }
+    for (int j = 0; j < columns; ++j)
+      load_row(at(from, row, column + j), from.dtype, from.stride[0], rows, transposed_ + j * kLdTransposed);
+    transpose(transposed_, kLdTransposed, round_up(columns, kWidth<T>), round_up(rows, kWidth<T>), sums_, kLd);
+  }
+
+  void store(const View<2>& to, int64_t row, int rows, int64_t column, int columns) {
+    if (by_row(to)) {
+      for (int i = 0; i < rows; ++i) store_row(at(to, row + i, column), to.dtype, to.stride[1], columns, sums_ + i * kLd);
+      return;
+    }
+    transpose(sums_, kLd, round_up(rows, kWidth<T>), round_up(columns, kWidth<T>), transposed_, kLdTransposed);
+    for (int j = 0; j < columns; ++j)
+      store_row(at(to, row, column + j), to.dtype, to.stride[0], rows, transposed_ + j * kLdTransposed);
+  }
 
   void multiply(int64_t row, int rows, int64_t column, int columns) {
     const int64_t all = factors<F>(args_.depth), height = panel_height<F>(all);
@@ -136,7 +150,7 @@ class Multiply {
           const F* panel = panels + j * height;
           const int width = round_up(min(columns - j, kPanel<F>), kWidth<F>);
           T* sum = sums_ + i * kLd + j;
-          if (k == 0)
+          if (k == 0 && args_.sums.data == nullptr)
             gemm<T, Update::kStore, Triangle::kNone>(kTileRows, width, depth, tile, panel, kPanel<F>, sum, kLd);
           else
             gemm<T, Update::kAdd, Triangle::kNone>(kTileRows, width, depth, tile, panel, kPanel<F>, sum, kLd);

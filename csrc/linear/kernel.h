@@ -10,14 +10,16 @@
 namespace linconv {
 
 constexpr int64_t kLinearRows = 64, kLinearColumns = 128;  // of one task's result
+constexpr int64_t kLinearDepth = 1024;                     // of a product that is packed at a time
 constexpr int64_t kLinearPacked = 64;                      // columns that one task packs: whole panels of every instruction set
 
-// out = left right^T + of_rows of_columns^T
+// out = sums + left right^T + of_rows of_columns^T
 struct LinearArgs {
   View<2> left;        // (rows, depth)
   View<2> right;       // (columns, depth)
   View<1> of_rows;     // (rows,), or absent for ones
   View<1> of_columns;  // (columns,), or absent for ones; nothing is added where both are absent
+  View<2> sums;        // (rows, columns), or absent for zeros; may be out
   View<2> out;         // (rows, columns)
   void* packed;        // linear_packed elements of the math type, or fewer of pairs: right as the product reads it
   int64_t rows, columns, depth;

@@ -35,8 +35,8 @@ def random(*shape, dtype=torch.float64):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    rows=st.sampled_from([0, 1, 7, 8, 64, 65, 130]),
-    depth=st.sampled_from([0, 1, 5, 16, 255, 256, 257, 530]),
+    rows=st.sampled_from([0, 1, 7, 8, 64, 65, 130, 1_030]),
+    depth=st.sampled_from([0, 1, 5, 16, 255, 256, 257, 530, 2_060]),
     columns=st.sampled_from([0, 1, 15, 32, 33, 64, 100]),
     bias=st.sampled_from(["none", "plain", "factor"]),
     by_column=st.booleans(),
@@ -53,7 +53,10 @@ def test_oracle(rows, depth, columns, bias, by_column):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows, depth, columns", [(130, 768, 300), (40, 3_000, 70), (41, 531, 33), (9, 1, 5)])
+@pytest.mark.parametrize(
+    "rows, depth, columns",
+    [(130, 768, 300), (40, 3_000, 70), (70, 2_049, 40), (3_000, 40, 70), (41, 531, 33), (9, 1, 5)],
+)
 def test_oracle_low_precision(dtype, rows, depth, columns):
     inputs = [
         random(rows, depth, dtype=dtype),
@@ -91,7 +94,7 @@ def test_a_row_is_what_it_is_alone(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype):
     """Slices, transposes, expansions and reversed axes give what contiguous copies give."""
-    rows, depth, columns = 70, 270, 50
+    rows, depth, columns = 70, 1_300, 50
     x, weight = random(rows, depth, dtype=dtype), random(columns, depth, dtype=dtype)
     bias, factor = random(2 * columns, dtype=dtype)[::2], random(3 * rows, dtype=dtype)[1::3]
     views = {
@@ -109,6 +112,23 @@ def test_strides(dtype):
             )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [0, 300, 1_100])
+def test_into_memory(dtype, depth):
+    """The product in the math dtype, in place of what is there or on top of it."""
+    x, weight = random(40, depth, dtype=dtype), random(70, depth, dtype=dtype)
+    wide = torch.full((40, 90), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
+    out, torchs, exact = wide[:, 10:80], x @ weight.mT, loop(x.double(), weight.double())
+    for times in (1, 2):
+        torch.ops.linconv.linear_out(out, x, weight, times > 1)
+        no_worse_than_torch(out, times * torchs, times * exact, 2, "out")
+    assert wide[:, :10].isnan().all() and wide[:, 80:].isnan().all()
+    with pytest.raises(RuntimeError, match="out: wanted"):
+        torch.ops.linconv.linear_out(out.half(), x, weight, False)
+    with pytest.raises(RuntimeError, match="weight has size"):
+        torch.ops.linconv.linear_out(out, x, random(70, depth + 1, dtype=dtype), False)
+
+
 def test_rows_far_apart():
     """Offsets beyond 32 bits: rows 2^31 elements apart. Memory between them is never touched."""
     far = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided((2, 8), (2**31, 1))
@@ -118,7 +138,7 @@ def test_rows_far_apart():
 
 
 def test_bits_do_not_depend_on_the_number_of_threads():
-    inputs = [random(300, 600).float(), random(500, 600).float(), random(500).float()]
+    inputs = [random(300, 1_600).float(), random(500, 1_600).float(), random(500).float()]
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 5):

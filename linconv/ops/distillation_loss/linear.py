@@ -32,11 +32,10 @@ def linear_kd_loss(
     """:func:`kd_loss` of the logits ``hidden @ weight.T``, which are never held: a tile of them at a time, in float32.
 
     The backward pass makes each tile again: six matrix products in all, where four would do with all logits in memory.
-    Beside the gradients it holds 3 MiB, 10 KiB a width for weights and hidden states narrower than float32, and then
-    also the gradient of ``hidden_s`` in float32: 45 MiB for 8,192 rows of bfloat16 and width 1,024, and what the matrix
-    products take. On CUDA tiles are larger, some 250 MiB in all, and products of a side whose hidden states and weights
-    are both bfloat16, or both float16, take these as they are and are summed in float32; a tile's gradient is rounded
-    to the student's dtype for them.
+    Products of a side whose hidden states and weights are both bfloat16, or both float16, take these as they are and
+    are summed in float32; a tile's gradient is rounded to the student's dtype for them. Beside the gradients it holds
+    3 MiB, what the matrix products take, and, for hidden states narrower than float32, their gradient in float32:
+    32 MiB for 8,192 rows of width 1,024. On CUDA tiles are larger, some 250 MiB in all.
 
     Args:
         hidden_s, hidden_t: (..., d) of the student and of the teacher, whose widths may differ.
@@ -112,8 +111,8 @@ def _multiplied_as(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _sums_wider(device: torch.device) -> bool:
-    """Whether torch's products of numbers narrower than float32 give sums in float32."""
-    return device.type == "cuda"
+    """Whether products of numbers narrower than float32 give sums in float32."""
+    return device.type in ("cpu", "cuda")
 
 
 def _indices(mask: Tensor | None) -> Tensor | None:
@@ -140,14 +139,22 @@ class _Scratch:
         return x if x.dtype == dtype else self.tensor(name, *x.shape, dtype=dtype).copy_(x)
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """a b in the math dtype."""
-        out = self.tensor(name, a.shape[0], b.shape[1])
-        return torch.mm(a, b, out=out) if a.dtype == self.math else torch.mm(a, b, out_dtype=self.math, out=out)
+        """a b^T in the math dtype."""
+        out = self.tensor(name, a.shape[0], b.shape[0])
+        if out.device.type == "cpu":
+            torch.ops.linconv.linear_out(out, a, b, False)
+        elif a.dtype == self.math:
+            torch.mm(a, b.T, out=out)
+        else:
+            torch.mm(a, b.T, out_dtype=self.math, out=out)
+        return out
 
     def add_product(self, name: str, total: Tensor, a: Tensor, b: Tensor) -> None:
-        """total += a b, in the math dtype."""
-        if a.dtype == self.math:
-            total.addmm_(a, b)
+        """total += a b^T, in the math dtype."""
+        if total.device.type == "cpu":
+            torch.ops.linconv.linear_out(total, a, b, True)
+        elif a.dtype == self.math:
+            total.addmm_(a, b.T)
         else:
             total.add_(self.product(name, a, b))
 
@@ -165,16 +172,15 @@ def _forward(hidden_s, weight_s, hidden_t, weight_t, mask, temperature, backend=
     indices = _indices(mask)
     rows = hidden_s.shape[0] if indices is None else len(indices)
     of_s, of_t = _multiplied_as(hidden_s, weight_s), _multiplied_as(hidden_t, weight_t)
-    found, scratch = [], _Scratch(hidden_s, math)
-    for index, _ in _tiles(hidden_s, indices):
+    statistics, scratch = hidden_s.new_empty(rows, 6, dtype=torch.float64), _Scratch(hidden_s, math)
+    for index, place in _tiles(hidden_s, indices):
         s, t = scratch.cast("s", hidden_s[index], of_s), scratch.cast("t", hidden_t[index], of_t)
         known = None
         for classes in _classes(weight_s):
-            logits_s = scratch.product("logits_s", s, scratch.cast("w_s", weight_s[classes], of_s).T)
-            logits_t = scratch.product("logits_t", t, scratch.cast("w_t", weight_t[classes], of_t).T)
+            logits_s = scratch.product("logits_s", s, scratch.cast("w_s", weight_s[classes], of_s))
+            logits_t = scratch.product("logits_t", t, scratch.cast("w_t", weight_t[classes], of_t))
             known = kd_statistics(logits_s, logits_t, known, temperature)
-        found.append(known)
-    statistics = torch.cat(found) if found else hidden_s.new_empty(0, 6, dtype=torch.float64)
+        statistics[place] = known
     return (statistics[:, -1].sum() / max(rows, 1)).to(math)[None], statistics
 
 
@@ -195,11 +201,11 @@ def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, s
         total = scratch.tensor("total", *w_s.shape).zero_()
         for index, place in _tiles(hidden_s, indices):
             s, t = scratch.cast("s", hidden_s[index], of_s), scratch.cast("t", hidden_t[index], of_t)
-            logits_s, logits_t = scratch.product("logits_s", s, w_s.T), scratch.product("logits_t", t, w_t.T)
+            logits_s, logits_t = scratch.product("logits_s", s, w_s), scratch.product("logits_t", t, w_t)
             tile = kd_gradient(logits_s, logits_t, statistics[place], ones[place], temperature)
             tile = scratch.cast("tile", tile, of_s)
-            scratch.add_product("of_weight", total, tile.T, s)
-            scratch.add_product("of_hidden", of_hidden[place], tile, w_s)
+            scratch.add_product("of_weight", total, tile.T, s.T)
+            scratch.add_product("of_hidden", of_hidden[place], tile, w_s.T)
             del tile  # before the next one is made
         of_weight[classes] = total.mul_(scale)
     of_hidden.mul_(scale)

@@ -70,23 +70,17 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    """Differentiable again.
-
-    What is summed over rows is torch's, since ours packs a copy of all of them; but not in 16 bits, where torch's is
-    slow on CPUs without instructions for it, and copies in float32 would be larger still.
-    """
+    """Differentiable again."""
     x, weight, bias, factor = ctx.saved_tensors
     of_x, of_weight, of_bias, of_factor = ctx.needs_input_grad
     most = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     of_rows = grad.to(most) if factor is None else factor.to(most)[:, None] * grad
-    low = grad.dtype == x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-
-    def summed_over_rows():
-        return _linear(grad.mT, x.mT) if low else (grad.to(most).mT @ x.to(most)).to(weight.dtype)
+    # Of one dtype, the product is rounded to it once; else to the weight's, and not to the others' on the way.
+    common = weight.dtype if grad.dtype == x.dtype == weight.dtype else most
 
     return (
         _linear(grad, weight.mT) if of_x else None,
-        summed_over_rows() if of_weight else None,
+        _linear(grad.to(common).mT, x.to(common).mT).to(weight.dtype) if of_weight else None,
         of_rows.sum(0).to(bias.dtype) if of_bias else None,
         (grad.to(most) @ bias.to(most)).to(factor.dtype) if of_factor else None,
     )
