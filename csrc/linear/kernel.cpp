@@ -9,6 +9,11 @@ namespace {
 
 constexpr int kDepth = 256;  // factors that a tile sums in registers
 
+// A product with few columns has a layout of its own: vectors go along the rows, of which so many are summed at a time.
+constexpr int kFewColumns = 4, kFewVectors = kTileRows / 2;
+template <class F>
+constexpr int kFewRows = kFewVectors * kWidth<F>;
+
 int64_t magnitude(int64_t stride) { return stride < 0 ? -stride : stride; }
 
 // Whether a row's elements lie closer to each other than a column's.
@@ -48,16 +53,28 @@ void pack(const LinearArgs& args, int64_t begin, int64_t end) {
 template <class F>
 class LeftRows {
  public:
-  explicit LeftRows(const View<2>& view)
-      : view_(view), by_row_(by_row(view)), in_place_(reads_in_place<F>(view)),
+  // They are read in tiles of so many rows and by single factors of the depth, or by so many.
+  LeftRows(const View<2>& view, int tile_rows, int tile_depth)
+      : view_(view), tile_rows_(tile_rows), by_row_(by_row(view)),
+        in_place_(reads_in_place<F>(view) && factors<F>(view.size[1]) % tile_depth == 0),
         ld_((by_row_ ? kDepth : static_cast<int>(kLinearRows)) + kWidth<F>),
         arena_(Arena::bytes<F>((by_row_ ? kLinearRows : kDepth) * ld_)),
         rows_(arena_.template take<F>((by_row_ ? kLinearRows : kDepth) * ld_)) {}
 
+  // What load() would copy of `rows` from `row` on, from the factor k on.
+  Ahead ahead(int64_t row, int64_t rows, int64_t k) const {
+    if (in_place_) return {};
+    const int64_t number = k * kNumbers<F>, numbers = min<int64_t>(kDepth * kNumbers<F>, view_.size[1] - number);
+    const int64_t bytes = element_size(view_.dtype), left = min(rows, view_.size[0] - row);
+    const void* data = at(view_, row, number);
+    if (by_row_) return {data, view_.stride[0] * bytes, static_cast<int>(left), numbers * bytes};
+    return {data, view_.stride[1] * bytes, static_cast<int>(numbers), left * bytes};
+  }
+
   // `rows` from `row` on, `depth` of their factors from k on.
   Strided<F> load(int64_t row, int rows, int64_t k, int depth) {
     const int64_t number = k * kNumbers<F>, numbers = min<int64_t>(depth * kNumbers<F>, view_.size[1] - number);
-    if (in_place_ && rows % kTileRows == 0)
+    if (in_place_ && rows % tile_rows_ == 0)
       return {static_cast<const F*>(at(view_, row, number)), view_.stride[0] / kNumbers<F>, 1};
     // Factors are read one by one: they may lie side by side along the rows or along the depth, as they do in memory.
     if (by_row_) {
@@ -74,6 +91,7 @@ class LeftRows {
 
  private:
   const View<2>& view_;
+  const int tile_rows_;
   const bool by_row_, in_place_;
   const int ld_;
   Arena arena_;
@@ -86,17 +104,56 @@ void load_or_ones(const View<1>& view, int64_t first, int n, T* to) {
   for (int i = 0; i < n; ++i) to[i] = 1;
 }
 
+// sums (rows, columns) = or += left (rows, depth) times a panel (depth, columns), 1 to kFewColumns of them: the sums of
+// gemm(), taken in its order. Rows in memory are transposed, a square of kFewRows at a time, into scratch of its size.
+template <int columns, class T, class F>
+void multiply_few(bool add, int rows, int depth, Strided<F> left, const F* panel, F* scratch, T* sums, int64_t ld, Ahead ahead) {
+  constexpr int R = kFewRows<F>, W = kWidth<F>;
+  ahead.over((rows + R - 1) / R * max(depth, 1));
+  for (int i = 0; i < rows; i += R) {
+    Vec<T> acc[columns][kFewVectors] = {};
+    for (int k = 0; k < depth; k += R) {
+      const int n = min(depth - k, R);
+      const F* block = left.data + i * left.row_stride + k * left.depth_stride;
+      int64_t block_ld = left.depth_stride;
+      Ahead next;
+      if (left.depth_stride == 1) {
+        transpose(block, left.row_stride, R, round_up(n, W), scratch, R);
+        next = {block + R, left.row_stride * int64_t(sizeof(F)), R, R * int64_t(sizeof(F))};
+        next.over(n);
+        block = scratch, block_ld = R;
+      }
+      for (int t = 0; t < n; ++t) {
+        ahead.step(), next.step();
+#pragma GCC unroll 4
+        for (int v = 0; v < kFewVectors; ++v) {
+          const Vec<F> of_rows = load(block + t * block_ld + v * W);
+#pragma GCC unroll 4
+          for (int j = 0; j < columns; ++j)
+            acc[j][v] = add_product(acc[j][v], of_rows, splat(panel[(k + t) * kPanel<F> + j]));
+        }
+      }
+    }
+    for (int r = 0; r < min(R, rows - i); ++r)
+      for (int j = 0; j < columns; ++j) {
+        T& sum = sums[(i + r) * ld + j];
+        sum = (add ? sum : T(0)) + acc[j][r / W][r % W];
+      }
+  }
+}
+
 template <class T, class F>
 class Multiply {
  public:
   explicit Multiply(const LinearArgs& args)
-      : args_(args), left_(args.left),
+      : args_(args), few_(args.columns <= kFewColumns), left_(args.left, few_ ? kFewRows<F> : kTileRows, few_ ? kWidth<F> : 1),
         arena_(Arena::bytes<T>(kLinearRows * kLd) + Arena::bytes<T>(kLinearColumns * kLdTransposed) +
-               Arena::bytes<T>(kLinearRows) + Arena::bytes<T>(kLinearColumns)) {
+               Arena::bytes<T>(kLinearRows) + Arena::bytes<T>(kLinearColumns) + Arena::bytes<F>(kFewRows<F> * kFewRows<F>)) {
     sums_ = arena_.template take<T>(kLinearRows * kLd);
     transposed_ = arena_.template take<T>(kLinearColumns * kLdTransposed);
     of_rows_ = arena_.template take<T>(kLinearRows);
     of_columns_ = arena_.template take<T>(kLinearColumns);
+    square_ = arena_.template take<F>(kFewRows<F> * kFewRows<F>);
   }
 
   void run(int64_t index) {
@@ -143,6 +200,13 @@ class Multiply {
       const int depth = static_cast<int>(min<int64_t>(kDepth, all - k));
       const Strided<F> left = left_.load(row, rows, k, depth);
       const F* panels = static_cast<const F*>(args_.packed) + column * height + k * kPanel<F>;
+      const bool add = k > 0 || args_.sums.data != nullptr;
+      if (few_) {
+        // Memory binds: what is read next is asked for meanwhile.
+        const bool more = k + depth < all;
+        multiply_few(add, rows, depth, left, panels, columns, left_.ahead(more ? row : row + rows, kLinearRows, more ? k + depth : 0));
+        continue;
+      }
       // A tile's rows stay in L1 while the panels stream by, front to back.
       for (int i = 0; i < rows; i += kTileRows)
         for (int j = 0; j < columns; j += kPanel<F>) {
@@ -150,19 +214,31 @@ class Multiply {
           const F* panel = panels + j * height;
           const int width = round_up(min(columns - j, kPanel<F>), kWidth<F>);
           T* sum = sums_ + i * kLd + j;
-          if (k == 0 && args_.sums.data == nullptr)
-            gemm<T, Update::kStore, Triangle::kNone>(kTileRows, width, depth, tile, panel, kPanel<F>, sum, kLd);
-          else
+          if (add)
             gemm<T, Update::kAdd, Triangle::kNone>(kTileRows, width, depth, tile, panel, kPanel<F>, sum, kLd);
+          else
+            gemm<T, Update::kStore, Triangle::kNone>(kTileRows, width, depth, tile, panel, kPanel<F>, sum, kLd);
         }
     }
   }
 
+  void multiply_few(bool add, int rows, int depth, Strided<F> left, const F* panel, int columns, Ahead ahead) {
+    const auto by = [&]<int n>() { LINCONV_ISA::multiply_few<n>(add, rows, depth, left, panel, square_, sums_, kLd, ahead); };
+    switch (columns) {
+      case 1: return by.template operator()<1>();
+      case 2: return by.template operator()<2>();
+      case 3: return by.template operator()<3>();
+      case 4: return by.template operator()<4>();
+    }
+  }
+
   const LinearArgs& args_;
+  const bool few_;
   LeftRows<F> left_;
   Arena arena_;
   T *sums_, *transposed_;  // (rows, columns), (columns, rows)
   T *of_rows_, *of_columns_;
+  F* square_;
 };
 
 template <class T, class F = T>

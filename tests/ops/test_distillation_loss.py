@@ -451,7 +451,8 @@ def test_linear_of_narrow_products(dtype, weight, monkeypatch):
     tensors = linear_inputs(300, 64, 96, 2100, dtype)
     if weight == "float32":
         tensors[1::2] = [t.float() for t in tensors[1::2]]
-    assert linear._multiplied_as(*tensors[:2]) == tensors[1].dtype
+    if dispatch.compiled("linear_out"):
+        assert linear._multiplied_as(*tensors[:2]) == tensors[1].dtype
     mask = torch.arange(300) % 5 != 0
     found = {}
     for name, precision, loss in (

@@ -110,9 +110,14 @@ def _multiplied_as(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype if hidden.dtype == weight.dtype and _sums_wider(hidden.device) else math
 
 
+def _ours(device: torch.device) -> bool:
+    """Whether products are those of `linear`, which are torch's elsewhere."""
+    return device.type == "cpu" and dispatch.compiled("linear_out")
+
+
 def _sums_wider(device: torch.device) -> bool:
     """Whether products of numbers narrower than float32 give sums in float32."""
-    return device.type in ("cpu", "cuda")
+    return device.type == "cuda" or _ours(device)
 
 
 def _indices(mask: Tensor | None) -> Tensor | None:
@@ -141,7 +146,7 @@ class _Scratch:
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """a b^T in the math dtype."""
         out = self.tensor(name, a.shape[0], b.shape[0])
-        if out.device.type == "cpu":
+        if _ours(out.device):
             torch.ops.linconv.linear_out(out, a, b, False)
         elif a.dtype == self.math:
             torch.mm(a, b.T, out=out)
@@ -151,7 +156,7 @@ class _Scratch:
 
     def add_product(self, name: str, total: Tensor, a: Tensor, b: Tensor) -> None:
         """total += a b^T, in the math dtype."""
-        if total.device.type == "cpu":
+        if _ours(total.device):
             torch.ops.linconv.linear_out(total, a, b, True)
         elif a.dtype == self.math:
             total.addmm_(a, b.T)
