@@ -129,7 +129,7 @@ class WhisperModel:
             input_features = self._mask_input_features(input_features, attention_mask=attention_mask)
             encoder_outputs = self.encoder(input_features, attention_mask=attention_mask, **kwargs)
         mask = _encoder_mask(attention_mask, *encoder_outputs[0].shape[:2])
-        if mask is not None and not mask.all():
+        if mask is not None and (torch.compiler.is_compiling() or not mask.all()):
             kwargs["cross_attention_mask"] = mask
         return super().forward(
             decoder_input_ids=decoder_input_ids,

@@ -165,6 +165,15 @@ def test_a_padded_clip_is_what_it_is_alone(head, layers, implementation):
         torch.testing.assert_close(got, single, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, Wav2Vec2ConformerForCTC, *WHISPER])
+def test_a_padded_batch_compiles_to_one_graph(model_class):
+    student = linconv.convert(make(model_class), **MIXER)
+    inputs = inputs_for(model_class, lengths=[400, 300] if model_class in WHISPER else [1000, 700])
+    torch._dynamo.reset()
+    compiled = output_of(torch.compile(student, fullgraph=True, backend="eager"), inputs)
+    torch.testing.assert_close(compiled, output_of(student, inputs))
+
+
 def test_group_norm_in_the_front_end_sees_padding():
     """As docs/conversion.md says: nothing behind the front end can undo it."""
     student = linconv.convert(make(Wav2Vec2ForCTC, stable=False), **MIXER)
