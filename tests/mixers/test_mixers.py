@@ -414,14 +414,18 @@ def test_torch_compile_under_a_default_device(name):
 
 
 @pytest.mark.skipif(not COMPILED, reason="the reference operators are not one graph")
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", mixers.names())
-def test_exports_for_any_length(name):
+def test_exports_for_any_length(name, strict):
     """Linformer attention too, whose order of products depends on the length."""
     mixer = mixers.LinformerAttention(16, r=4, max_length=64, num_heads=2) if name == "linformer" else small(name)
     lengths = torch.export.Dim("L", min=2, max=64)
     with torch.no_grad():
         program = torch.export.export(
-            mixer.eval(), (torch.randn(2, 20, 16),), dynamic_shapes={"hidden_states": {1: lengths}}
+            mixer.eval(),
+            (torch.randn(2, 20, 16),),
+            dynamic_shapes={"hidden_states": {1: lengths}},
+            strict=strict,
         ).module()
         for length in (2, 33, 64):
             u = torch.randn(2, length, 16)

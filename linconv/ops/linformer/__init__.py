@@ -117,7 +117,7 @@ def linformer_self_attention(
         raise ValueError("rewrite is True with projections per head, wanted ones that all heads share")
     if rewrite is None:
         # An exported program is one for all lengths: in the order that the longest one wants.
-        decisive = proj_k.shape[1] if isinstance(length, torch.SymInt) and torch.compiler.is_exporting() else length
+        decisive = proj_k.shape[1] if torch.compiler.is_exporting() and not _is_static(length) else length
         rewrite = not per_head and rewrite_pays(decisive, proj_k.shape[2], d, width, shared=shared)
     _check_normalize(normalize)
     scale = _scale(scale, headdim)
@@ -148,6 +148,13 @@ def linformer_self_attention(
     else:
         k, v = (summed(heads(projected(hidden, w, b)), e) for w, b, e in ((wk, bk, proj_k), (wv, bv, proj_v)))
     return _attend(q, k, v, scale, dropout_p, seed, seq_lens, backend).transpose(1, 2).flatten(-2)
+
+
+def _is_static(size):
+    """Whether a size in a graph that is being traced is one number; by its type a strict export does not tell."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, and there in any export
+
+    return has_static_value(size)
 
 
 def _at_once(hidden, parameters, backend):
