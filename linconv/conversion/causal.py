@@ -118,19 +118,20 @@ class CausalSlot(AttentionSlot):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **arguments):
         """hidden_states (batch, L, d), attention_mask as `valid_tokens` takes it. Padding may be on either side."""
         batch, length, _ = hidden_states.shape
-        cache, given, past = arguments.get(self.cache), {}, 0
-        if cache is not None:
-            layer = StateLayer.of(cache, self.index)
-            given["state"] = layer.state_on(self.mixer, batch, hidden_states.device)
-            past = layer.tokens
-            layer.tokens += length
+        cache, given = arguments.get(self.cache), {}
+        layer = None if cache is None else StateLayer.of(cache, self.index)
+        past = 0 if layer is None else layer.tokens
         valid = valid_tokens(attention_mask, batch, length, past)
+        if layer is not None:
+            given["state"] = layer.state_on(self.mixer, batch, hidden_states.device)
         if valid is None:
             mixed = self.mixer(hidden_states, **given)
         else:
             # Rows are moved to where their tokens begin, and back, so that each is what it is alone.
             first = valid.to(torch.uint8).argmax(dim=-1)
             mixed = _moved(self.mixer(_moved(hidden_states, first), valid.sum(dim=-1), **given), -first)
+        if layer is not None:  # here, not before what may raise: a call that failed has added no tokens
+            layer.tokens = past + length
         return mixed, *[arguments.get(name) for name in self.outputs]
 
 

@@ -275,6 +275,17 @@ def test_caches_that_will_not_do_are_refused():
         teacher(ids, **{CACHE: cache})
 
 
+@pytest.mark.parametrize("layers", [None, [0]], ids=["all", "hybrid"])
+def test_a_call_that_is_refused_adds_no_tokens_to_the_cache(layers):
+    student, inputs, cache = linconv.convert(make(), layers=layers, **MIXER), tokens("left"), DynamicCache()
+    mask = inputs["attention_mask"].clone()
+    mask[0, 5] = 0
+    with pytest.raises(ValueError, match="padding between valid tokens"):
+        student(inputs["input_ids"], attention_mask=mask, **{CACHE: cache})
+    assert cache.get_seq_length() == 0
+    assert torch.equal(output_of(student, inputs | {CACHE: cache}), output_of(student, inputs))
+
+
 @pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
 def test_what_mixers_cannot_honour_is_refused(layers):
     student, inputs = linconv.convert(make(), layers=layers, **MIXER), tokens()
