@@ -17,9 +17,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from linconv.conversion import masks
 
+# Samples from frame to frame, in the feature extractor of every published Whisper.
+HOP = 160
+
 
 def _feature_mask(attention_mask: Tensor | None, input_features: Tensor) -> Tensor | None:
-    """The mask over the input features (batch, mel bins, frames), (batch, frames) bool.
+    """The mask over the input features (batch, mel bins, frames), (batch, frames) bool, of one over them or samples.
+
+    One over samples, (batch, 160 frames), is what a WhisperFeatureExtractor gives by a ``return_attention_mask`` of its
+    own, as in a pipeline: one over features it gives only where the call asks for it.
 
     Raises:
         ValueError: another shape, or valid frames after padding ones.
@@ -27,6 +33,8 @@ def _feature_mask(attention_mask: Tensor | None, input_features: Tensor) -> Tens
     if attention_mask is None:
         return None
     batch, _, frames = input_features.shape
+    if attention_mask.dim() == 2 and attention_mask.shape[1] // HOP == frames:
+        attention_mask = attention_mask[:, ::HOP][:, :frames]  # the last samples may be too few for a frame
     if attention_mask.shape != (batch, frames):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, wanted ({batch}, {frames}) as input_features"
@@ -126,6 +134,7 @@ class WhisperModel:
         # The decoder's: `cache` is what releases of transformers from 5.24 on call it.
         cache = {name: kwargs.pop(name) for name in ("past_key_values", "cache") if name in kwargs}
         if encoder_outputs is None:
+            attention_mask = _feature_mask(attention_mask, input_features)
             input_features = self._mask_input_features(input_features, attention_mask=attention_mask)
             encoder_outputs = self.encoder(input_features, attention_mask=attention_mask, **kwargs)
         mask = _encoder_mask(attention_mask, *encoder_outputs[0].shape[:2])
@@ -195,6 +204,7 @@ class WhisperForAudioClassification:
         if self.config.use_weighted_layer_sum:
             kwargs["output_hidden_states"] = True
         if encoder_outputs is None:
+            attention_mask = _feature_mask(attention_mask, input_features)
             encoder_outputs = self.encoder(input_features, attention_mask=attention_mask, **kwargs)
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)

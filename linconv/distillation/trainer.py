@@ -359,6 +359,11 @@ class DistillationTrainer(Trainer):
         x, mask = given[self.model.main_input_name], given.get("attention_mask")
         everything = x.new_ones((x.shape[0], x.shape[-1]), dtype=torch.int64)
         mask = everything if mask is None else mask
+        if mask.shape[-1] != x.shape[-1]:  # such as one over the samples, which Whisper takes too
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, wanted {tuple(everything.shape)}, one entry for each "
+                f"frame of {self.model.main_input_name}"
+            )
         length = int(frame_lengths(self.model, everything[:1]))
         if length == mask.shape[-1]:  # tokens, whose padding may be on the left where a model attends to the past only
             return mask.bool()

@@ -441,6 +441,15 @@ def test_whisper_masks_that_do_not_fit_are_refused():
         student(**inputs | {"attention_mask": inputs["attention_mask"].flip(1)})
 
 
+@pytest.mark.parametrize("model_class", [WhisperModel, WhisperForAudioClassification])
+def test_whisper_takes_a_mask_over_samples(model_class):
+    student = linconv.convert(make(model_class), **MIXER)
+    inputs = inputs_for(model_class, lengths=[400, 300])
+    for samples in (160 * 400, 160 * 401 - 1):
+        of_samples = torch.arange(samples) < torch.tensor([[samples], [160 * 299 + 1]])
+        assert torch.equal(output_of(student, inputs | {"attention_mask": of_samples}), output_of(student, inputs))
+
+
 @pytest.mark.parametrize("layers", [None, []], ids=["all", "none"])
 @pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, HubertForCTC, WavLMForCTC, Wav2Vec2ConformerForCTC])
 def test_masks_over_sound_that_do_not_fit_are_refused(model_class, layers):

@@ -174,14 +174,16 @@ def test_preprocessing_that_does_not_name_its_class(tmp_path):
     [
         (Wav2Vec2ForSequenceClassification, Wav2Vec2FeatureExtractor(return_attention_mask=True)),
         (WhisperForAudioClassification, WhisperFeatureExtractor(feature_size=8)),
+        (WhisperForAudioClassification, WhisperFeatureExtractor(feature_size=8, return_attention_mask=True)),
     ],
-    ids=["wav2vec2", "whisper"],
+    ids=["wav2vec2", "whisper", "whisper with a mask"],
 )
 def test_audio_classification_pipeline(head, extractor, tmp_path, no_error_logged):
     student = linconv.convert(make(head), **MIXER)
     student.save_pretrained(tmp_path)
     extractor.save_pretrained(tmp_path)
-    inputs = extractor(SPEECH, sampling_rate=16000, return_tensors="pt")
+    options = {"return_attention_mask": True} if extractor.return_attention_mask else {}
+    inputs = extractor(SPEECH, sampling_rate=16000, return_tensors="pt", **options)
     scores = output_of(student, inputs).softmax(-1)[0]
     found = pipeline("audio-classification", model=str(tmp_path), device="cpu")(SPEECH)
     assert {entry["label"]: entry["score"] for entry in found} == {

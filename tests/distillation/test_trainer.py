@@ -459,9 +459,14 @@ def test_whisper_encoder_on_clips_of_any_length(tmp_path):
             "labels": torch.cat([clip["labels"] for clip in clips]),
         }
 
-    trainer(tmp_path, student, teacher, data=classified(), collator=collator, max_steps=2).train()
+    run = trainer(tmp_path, student, teacher, data=classified(), collator=collator, max_steps=2)
+    run.train()
     assert [len(r["layer_mse"]) for r in records(tmp_path)] == [2, 2]
     assert all(np.isfinite(r["loss"]) for r in records(tmp_path))
+    batch = collator([classified()[0]] * 4)
+    batch["attention_mask"] = batch["attention_mask"].repeat_interleave(160, dim=1)  # which the model takes
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(4, 6400\), wanted \(4, 40\)"):
+        run.compute_loss(student, batch)
 
 
 def test_evaluation_reports_the_task_and_ctc_answers_blank_in_padding(tmp_path):
