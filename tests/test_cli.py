@@ -615,7 +615,16 @@ def test_a_checkpoint_without_a_tokenizer_has_none(tmp_path, capsys):
 
 def test_whisper_encoder_on_short_clips(tmp_path, data, capsys):
     """Fine-tuned from a speech recognition checkpoint, on the frames that a clip has, then distilled."""
-    from transformers import AutoConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+    from transformers import (
+        AutoConfig,
+        AutoFeatureExtractor,
+        AutoModelForAudioClassification,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+    )
+
+    from linconv.data import Collator
 
     whisper = WhisperConfig(
         d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
@@ -630,6 +639,13 @@ def test_whisper_encoder_on_short_clips(tmp_path, data, capsys):
     linconv("eval", tmp_path / "student", path)
     configs = [AutoConfig.from_pretrained(tmp_path / name) for name in ("teacher", "student")]
     assert [c.linconv["layers"] for c in configs] == [[], [0, 1]]
+    # A clip in a padded batch is what it is alone.
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "student")
+    student = AutoModelForAudioClassification.from_pretrained(tmp_path / "student")
+    noise = torch.randn(12_800).numpy()
+    batch = Collator(extractor, int)([{"audio": audio, "target": 0} for audio in (noise, noise[:8_000])])
+    padded, alone = student(**batch).logits, Collator(extractor, int)([{"audio": noise[:8_000], "target": 0}])
+    torch.testing.assert_close(padded[1:], student(**alone).logits, rtol=0, atol=1e-6)
     # A teacher that starts as the pretrained model hears the same clips.
     linconv("distill", path, "--mode", "trajectory_guided", "--output", tmp_path / "beside")
     records = map(json.loads, (tmp_path / "beside" / "metrics.jsonl").read_text().splitlines())

@@ -65,24 +65,23 @@ def make_preprocessing(recipe: Recipe, splits: Splits, config, extractor, tokeni
 def feature_extractor_of(path: str | None, config, recipe: Recipe):
     if recipe.task in OF_TEXT:
         return None
-    sampling_rate = recipe.data.sampling_rate
+    sampling_rate, extractor = recipe.data.sampling_rate, None
     if path is not None:
         try:
             extractor = AutoFeatureExtractor.from_pretrained(path)
         except (OSError, ValueError) as error:
             if (Path(path) / FEATURE_EXTRACTOR_NAME).is_file():  # broken, which is not to have none
                 raise UserError(f"{path}: {FEATURE_EXTRACTOR_NAME}: {' '.join(str(error).split())[:300]}") from error
-            extractor = None
-        if extractor is not None:
-            if extractor.sampling_rate != sampling_rate:
-                raise UserError(f"data.sampling_rate: got {sampling_rate}; the model wants {extractor.sampling_rate}")
-            return extractor
-    if "whisper" in config.model_type:
-        extractor = transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins, sampling_rate=sampling_rate)
-    else:
-        extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=sampling_rate)
+    if extractor is not None and extractor.sampling_rate != sampling_rate:
+        raise UserError(f"data.sampling_rate: got {sampling_rate}; the model wants {extractor.sampling_rate}")
     # The mask keeps padding out of every sum; only group-normalised Wav2Vec2 checkpoints go without.
-    extractor.return_attention_mask = True
+    if "whisper" in config.model_type:
+        if extractor is None:
+            extractor = transformers.WhisperFeatureExtractor(config.num_mel_bins, sampling_rate=sampling_rate)
+        # Published ones give no mask, since to the stock model a clip goes on with silence; here it has its own frames.
+        extractor.return_attention_mask = True
+    elif extractor is None:
+        extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=sampling_rate, return_attention_mask=True)
     return extractor
 
 
