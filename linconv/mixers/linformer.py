@@ -86,7 +86,7 @@ class LinformerAttention(Mixer):
             options: the mixer's own keywords.
 
         Raises:
-            TypeError: an option the mixer does not have.
+            TypeError: an option the mixer does not have, or a projection that is no torch.nn.Linear.
             TypeError, ValueError: options that the constructor does not take.
             ValueError: no max_length, where the model has no limit to its positions.
         """
@@ -100,14 +100,21 @@ class LinformerAttention(Mixer):
             raise ValueError(
                 "max_length is None for a model without a limit to its positions, wanted a number of frames"
             )
+        for name, source in attention.named_children():
+            if not isinstance(source, nn.Linear):
+                raise TypeError(
+                    f"{name} is a {type(source).__name__}, wanted a torch.nn.Linear, whose weights are taken over: an "
+                    "adapter is to be merged before, and quantization to come after"
+                )
         mixer = super().from_attention(attention, config, **options)
         for to, source in zip(mixer._projections(), attention.children()):
             if source.bias is None:
                 to.register_parameter("bias", None)
-            for parameter, taken in zip(to.parameters(), source.parameters()):
+            for name, parameter in to.named_parameters():
+                taken = getattr(source, name)  # which a parametrization, such as weight norm, makes of its parameters
                 parameter.requires_grad_(taken.requires_grad)
                 if not taken.is_meta:
-                    parameter.data.copy_(taken)
+                    parameter.data.copy_(taken.detach())
         return mixer
 
     @classmethod

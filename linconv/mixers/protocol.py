@@ -50,14 +50,16 @@ class Mixer(nn.Module, abc.ABC):
             options: the mixer's own keywords.
 
         Raises:
-            TypeError: an option the mixer does not have.
+            TypeError: an option the mixer does not have, or attention without weights in floating point.
             TypeError, ValueError: options that the constructor does not take.
         """
         known = cls.options()
         for name in options:
             if name not in known:
                 raise TypeError(f"{cls.__name__} has no option {name!r}, wanted one of {', '.join(known)}")
-        weight = next(attention.parameters())
+        weight = next((p for p in attention.parameters() if p.is_floating_point()), None)
+        if weight is None:
+            raise TypeError("attention has no weights in floating point, wanted some: quantization is to come after")
         with torch.device("meta" if weight.is_meta else "cpu"):
             mixer = cls(config.hidden_size, **options)
         return mixer.to(device=weight.device, dtype=weight.dtype)

@@ -68,6 +68,24 @@ def test_from_attention_takes_weights_sizes_and_what_is_frozen():
     assert (options.num_heads, options.max_length, options.dropout) == (4, 7, 0.0)
 
 
+def test_from_attention_takes_the_weights_that_a_parametrization_makes():
+    source = attention(bias=False)
+    for name, projection in source.named_children():
+        nn.utils.parametrizations.weight_norm(projection, dim=0 if name == "query" else 1)
+        projection.parametrizations.weight.original0.data.mul_(2)
+    mixer = LinformerAttention.from_attention(source, Config, r=4)
+    for own, taken in zip((mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.out_proj), source.children()):
+        assert torch.equal(own.weight, taken.weight) and own.weight.is_leaf
+        assert taken.bias is None if own.bias is None else torch.equal(own.bias, taken.bias)
+
+
+def test_from_attention_wants_linear_layers():
+    source = attention()
+    source.key = nn.Sequential(source.key)
+    with pytest.raises(TypeError, match="key is a Sequential, wanted a torch.nn.Linear, .* an adapter is to be merged"):
+        LinformerAttention.from_attention(source, Config)
+
+
 @pytest.mark.parametrize("sharing", SHARING)
 def test_a_padded_row_is_what_it_is_alone_and_padding_gets_nothing(sharing):
     """Bit for bit, where both are in the same order of products: results, and gradients of hidden states."""

@@ -589,3 +589,6 @@ def test_from_attention_takes_dtype_and_draws_alike():
     assert {p.dtype for p in drawn[1].parameters()} == {torch.bfloat16}
     for a, b in zip(drawn[0].parameters(), drawn[1].parameters()):
         assert torch.equal(a.bfloat16(), b)
+    for source in (nn.Identity(), nn.ParameterList([nn.Parameter(torch.ones(2).to(torch.uint8), requires_grad=False)])):
+        with pytest.raises(TypeError, match="attention has no weights in floating point, .* quantization"):
+            mixers.Hydra.from_attention(source, Config, headdim=16)
