@@ -49,7 +49,7 @@ class CausalMixer:
         past, length = self.d_conv - 1, x.shape[1]
         x = torch.cat((state.conv.to(x.dtype), x), dim=1)  # (b, past + L, channels)
         if seq_lens is None:
-            state.conv = x[:, length:].detach()
+            state.conv = x[:, length:].detach().clone()  # a view would keep all frames
         else:
             checks.sequence_bounds(seq_lens, None, x.shape[0], length, x.device)
             last = seq_lens[:, None] + torch.arange(past, device=x.device)  # (b, past)

@@ -342,6 +342,17 @@ def test_goes_on_from_a_padded_prompt(name, options, dtype):
         mixer(u, torch.tensor([21, 1, 1, 1]), state=mixer.new_state(4))
 
 
+@pytest.mark.parametrize("lengths", [None, [50, 3]])
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_state_keeps_no_more_than_it_has(name, lengths):
+    """However long the prompt; of a view the whole memory would stay."""
+    mixer = small(name)
+    state = mixer.new_state(2)
+    mixer(torch.randn(2, 50, 16), None if lengths is None else torch.tensor(lengths), state=state)
+    for tensor in (state.conv, state.ssm):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 @pytest.mark.parametrize("name", DUAL)
 def test_initial_values_are_those_of_mamba_ssm(name):
     torch.manual_seed(0)
