@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from linconv.conversion.masks import AttentionSlot, check_size
+from linconv.conversion.masks import AttentionSlot, check_size, traced
 
 
 class StateLayer(CacheLayerMixin):
@@ -153,7 +153,7 @@ def valid_tokens(attention_mask: Tensor | None, batch: int, length: int, past: i
     if attention_mask is None:
         return None
     check_size(attention_mask, batch, past + length)
-    readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    readable = attention_mask.device.type == "cpu" and not traced(attention_mask)
     if attention_mask.dim() == 4:
         seen = attention_mask >= 0 if attention_mask.is_floating_point() else attention_mask.to(torch.bool)
         # A query sees its own token unless that is padding; a query of padding may see others, or none.

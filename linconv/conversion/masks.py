@@ -11,6 +11,7 @@ import sys
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
@@ -25,7 +26,7 @@ def _padding_mask(stock_mask):
         decoder = mask_function is not bidirectional_mask_function
         converted = () if decoder and config.is_encoder_decoder else config.linconv["layers"]
         # A graph is traced with a mask for packed sequences whether there are any or not.
-        packed = decoder and mask_function is not causal_mask_function and not torch.compiler.is_compiling()
+        packed = decoder and mask_function is not causal_mask_function and not traced(attention_mask)
         if converted and packed:
             raise ValueError(
                 "position_ids start anew within a row, wanted one sequence a row: mixers take no packed ones"
@@ -38,7 +39,7 @@ def _padding_mask(stock_mask):
             return stock_mask(
                 *args, mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs
             )
-        if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
+        if attention_mask is None or (not traced(attention_mask) and attention_mask.all()):
             return None
         return attention_mask
 
@@ -74,6 +75,14 @@ def register() -> None:
         AttentionMaskInterface.register(PREFIX + name, _padding_mask(mask))
 
 
+def traced(attention_mask: Tensor | None) -> bool:
+    """Whether a graph is being made, for other masks too than the one that it is made with, or the mask has no values.
+
+    By torch.compile, torch.export or torch.jit.trace, or with fake tensors.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(attention_mask, FakeTensor)
+
+
 def check_size(attention_mask: Tensor, batch: int, length: int) -> None:
     """A mask, (batch, L) or (batch, 1, any, L), fits ``batch`` rows of ``length`` frames.
 
@@ -106,7 +115,7 @@ def seq_lens(attention_mask: Tensor | None, batch: int, length: int) -> Tensor |
     if attention_mask is None:
         return None
     check_size(attention_mask, batch, length)
-    readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    readable = attention_mask.device.type == "cpu" and not traced(attention_mask)
     if attention_mask.dim() == 4:
         if readable and not (attention_mask == attention_mask[:, :1, :1]).all():
             raise ValueError("attention_mask differs from query to query, wanted one that masks padding only")
@@ -135,7 +144,7 @@ class WaveformMask:
                     f"attention_mask has shape {tuple(attention_mask.shape)}, wanted {tuple(input_values.shape)}, one "
                     "entry for each sample of input_values"
                 )
-            if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            if attention_mask.device.type == "cpu" and not traced(attention_mask):
                 _check_padding_is_right(attention_mask.to(torch.bool))
         return super().forward(input_values, attention_mask, *args, **kwargs)
 

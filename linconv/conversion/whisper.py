@@ -40,7 +40,7 @@ def _feature_mask(attention_mask: Tensor | None, input_features: Tensor) -> Tens
             f"attention_mask has shape {tuple(attention_mask.shape)}, wanted ({batch}, {frames}) as input_features"
         )
     mask = attention_mask.to(torch.bool)
-    if not torch.compiler.is_compiling() and (mask[:, 1:] & ~mask[:, :-1]).any():
+    if not masks.traced(mask) and (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError("attention_mask has valid frames after padding ones, wanted the padding on the right")
     return mask
 
@@ -101,7 +101,7 @@ class WhisperEncoder:
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
 
         mask = _encoder_mask(mask, *hidden_states.shape[:2])
-        if mask is not None and not torch.compiler.is_compiling() and mask.all():
+        if mask is not None and not masks.traced(mask) and mask.all():
             mask = None
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, **kwargs)
@@ -138,7 +138,7 @@ class WhisperModel:
             input_features = self._mask_input_features(input_features, attention_mask=attention_mask)
             encoder_outputs = self.encoder(input_features, attention_mask=attention_mask, **kwargs)
         mask = _encoder_mask(attention_mask, *encoder_outputs[0].shape[:2])
-        if mask is not None and (torch.compiler.is_compiling() or not mask.all()):
+        if mask is not None and (masks.traced(mask) or not mask.all()):
             kwargs["cross_attention_mask"] = mask
         return super().forward(
             decoder_input_ids=decoder_input_ids,

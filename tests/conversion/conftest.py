@@ -165,6 +165,17 @@ def output_of(model, inputs):
     raise AssertionError(f"no output known in {list(outputs)}")
 
 
+class ByPosition(torch.nn.Module):
+    """A model with inputs of these names, which come by position, and its main output alone: what a trace wants."""
+
+    def __init__(self, model, names, **options):
+        super().__init__()
+        self.model, self.names, self.options = model, names, options
+
+    def forward(self, *tensors):
+        return output_of(self.model, dict(zip(self.names, tensors)) | self.options)
+
+
 @pytest.fixture(params=[*WAV2VEC2, *HUBERT, *WAVLM, *CONFORMER, *WHISPER], ids=lambda head: head.__name__)
 def head(request):
     return request.param

@@ -14,6 +14,7 @@ from linconv.conversion import encoder_layers
 from linconv.conversion.causal import StateLayer
 from linconv.conversion.families import FAMILIES
 
+from .conftest import ByPosition
 from .test_convert import LargestTensor
 
 MIXER = dict(mixer="mamba2", d_state=8, headdim=16)
@@ -208,6 +209,16 @@ def test_a_compiled_model_gives_the_same(options, masked, layers):
     wanted = output_of(student, inputs)
     rows = slice(None) if not masked else own("left")
     torch.testing.assert_close(compiled[:, rows], wanted[:, rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace. is deprecated")
+@LAYERS
+def test_a_traced_model_heeds_other_masks_than_that_it_was_traced_with(layers):
+    student, inputs = linconv.convert(make(), layers=layers, **MIXER), tokens("left")
+    ids, mask = inputs.values()
+    run = ByPosition(student, list(inputs), use_cache=False)
+    traced = torch.jit.trace(run, (ids, torch.ones_like(mask)), check_trace=False)
+    torch.testing.assert_close(traced(ids, mask)[:, own("left")], run(ids, mask)[:, own("left")])
 
 
 @pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])

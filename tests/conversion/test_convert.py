@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -28,7 +29,7 @@ from linconv import mixers
 from linconv.conversion import ConvertedModel, encoder_layers, families, frame_lengths
 from linconv.distillation.hooks import LayerStates
 
-from .conftest import CONFORMER, HUBERT, MIXER, WAV2VEC2, WAVLM, WHISPER, inputs_for, make, output_of
+from .conftest import CONFORMER, HUBERT, MIXER, WAV2VEC2, WAVLM, WHISPER, ByPosition, inputs_for, make, output_of
 
 
 def state(model):
@@ -172,6 +173,20 @@ def test_a_padded_batch_compiles_to_one_graph(model_class):
     torch._dynamo.reset()
     compiled = output_of(torch.compile(student, fullgraph=True, backend="eager"), inputs)
     torch.testing.assert_close(compiled, output_of(student, inputs))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, Wav2Vec2ConformerForCTC, *WHISPER])
+def test_a_traced_model_heeds_other_masks_than_that_it_was_traced_with(model_class):
+    student = linconv.convert(make(model_class), **MIXER)
+    padded = inputs_for(model_class, lengths=[400, 300] if model_class in WHISPER else [1000, 700])
+    whole = padded | {"attention_mask": torch.ones_like(padded["attention_mask"])}
+    run = ByPosition(student, list(padded))
+    traced = torch.jit.trace(run, tuple(whole.values()), check_trace=False)
+    wanted = run(*padded.values())
+    torch.testing.assert_close(traced(*padded.values()), wanted)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # whose tensors have no values to go by
+        assert run(*map(mode.from_tensor, padded.values())).shape == wanted.shape
 
 
 def test_group_norm_in_the_front_end_sees_padding():
