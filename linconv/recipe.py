@@ -165,9 +165,10 @@ def read_yaml(text: str | bytes) -> Any:
 
 def _set(tree: dict, keys: list[str], value: Any, whole: str) -> None:
     for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
+        inner = tree.get(key, {})
+        if not isinstance(inner, dict):
             raise UserError(f"{whole}: {key!r} holds a value, not keys")
+        tree[key] = tree = dict(inner)  # a copy: by an alias, YAML has one block in two places
     tree[keys[-1]] = value
 
 

@@ -121,3 +121,10 @@ def test_the_locale_does_not_matter(tmp_path, monkeypatch, encoding):
 def test_a_key_goes_over_that_of_a_merged_block(tmp_path):
     text = "finetune: &training {max_steps: 7, learning_rate: 1}\ndistill: {<<: *training, max_steps: 8}"
     assert load_recipe(write(tmp_path, text)).distill == {"max_steps": 8, "learning_rate": 1.0}
+
+
+def test_a_key_goes_over_one_of_the_blocks_that_are_one_by_an_alias(tmp_path):
+    found = load_recipe(
+        write(tmp_path, "finetune: &training {max_steps: 7}\ndistill: *training"), [("distill.max_steps", 8)]
+    )
+    assert (found.finetune["max_steps"], found.distill["max_steps"]) == (7, 8)
