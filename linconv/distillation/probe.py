@@ -66,7 +66,7 @@ class Probe(TrainerCallback):
     def _means(self, model, inputs: dict, frames: Tensor) -> Tensor:
         training = model.training
         model.eval()
-        with torch.no_grad(), LayerStates(encoder_layers(model)) as states, self.trainer.accelerator.autocast():
+        with torch.no_grad(), LayerStates(encoder_layers(model)) as states, self.trainer.autocast_for(model):
             model(**self.trainer.inputs_for(model, inputs))
             count = frames.sum(-1).clamp(min=1)[:, None]
             means = [x.float().masked_fill(~frames[..., None], 0).sum(1) / count for x in states.after]

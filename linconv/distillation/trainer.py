@@ -1,5 +1,6 @@
 """Training of a converted student beside its teacher, on transformers' Trainer."""
 
+import contextlib
 import json
 import logging
 import math
@@ -255,6 +256,14 @@ class DistillationTrainer(Trainer):
             given[name] = given[name].to(model.dtype)
         return given
 
+    def autocast_for(self, model: PreTrainedModel):
+        """The context of a forward pass of the student or the teacher: autocast, where ``args`` want it.
+
+        A model in the half precision that is not autocast's runs in its own: on a CPU, kernels do not take both.
+        """
+        other = {"bf16": torch.float16, "fp16": torch.bfloat16}.get(self.accelerator.mixed_precision)
+        return contextlib.nullcontext() if model.dtype is other else self.accelerator.autocast()
+
     def augmentation_for(self, model: PreTrainedModel, inputs: dict, frame_mask: Tensor) -> SharedSpecAugment:
         """A draw of SpecAugment for a batch, by the settings of ``model``."""
         given = self.head.sequences(inputs)
@@ -346,7 +355,7 @@ class DistillationTrainer(Trainer):
         # Without the labels where they are for a loss alone: the teacher may have other classes.
         inputs = {name: x for name, x in inputs.items() if name not in self.head.label_names}
         states = LayerStates(self.teacher_layers)
-        with states, augment.applied_to(self.teacher), self.accelerator.autocast():
+        with states, augment.applied_to(self.teacher), self.autocast_for(self.teacher):
             outputs = self.teacher(**self.inputs_for(self.teacher, inputs), **augment.arguments)
         return self._states(states), self.head.logits(outputs)
 

@@ -485,12 +485,13 @@ def test_evaluation_reports_the_task_and_ctc_answers_blank_in_padding(tmp_path):
     assert (answers[padding] == student.config.pad_token_id).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_teacher_may_have_another_dtype(tmp_path, dtype):
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_teacher_may_have_another_dtype(tmp_path, dtype, autocast):
     losses = []
     for kind in (torch.float32, dtype):
         teacher, student = models()
-        trainer(tmp_path / str(kind), student, teacher.to(kind), max_steps=2).train()
+        trainer(tmp_path / str(kind), student, teacher.to(kind), max_steps=2, bf16=autocast).train()
         assert teacher.dtype == kind
         losses.append([r["loss"] for r in records(tmp_path / str(kind))])
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
