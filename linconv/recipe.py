@@ -193,17 +193,23 @@ def _training_arguments(tree: dict, block: str) -> dict:
         return {}
     from linconv.distillation.arguments import DistillationArguments
 
+    arguments = {f.name: f for f in dataclasses.fields(DistillationArguments)}
     hints = {
-        f.name: hint
-        for f, hint in zip(dataclasses.fields(DistillationArguments), _hints(DistillationArguments).values())
-        if f.init and f.name not in _NOT_IN_TRAINING
+        name: hint
+        for name, hint in _hints(DistillationArguments).items()
+        if arguments[name].init and name not in _NOT_IN_TRAINING
     }
     for key in tree:
         if key in _NOT_IN_TRAINING:
             raise UserError(f"recipe key {block}.{key}: it is given at the top of the recipe")
         if key not in hints:
             raise unknown(f"recipe key {block}.{key}", key, hints)
-    return {key: _coerce(value, hints[key], f"{block}.{key}") for key, value in tree.items()}
+    values = {key: _coerce(value, hints[key], f"{block}.{key}") for key, value in tree.items()}
+    for key, value in values.items():  # which transformers lists, and looks at when they are used, if at all
+        choices = arguments[key].metadata.get("choices")
+        if choices is not None and value is not None and value not in choices:
+            raise unknown(f"{block}.{key}", value, choices)
+    return values
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -930,6 +930,24 @@ MISTAKES = {
         ["finetune", "RECIPE", "--set", "finetune.train_sampling_strategy=batch_rebalance"],
         "train_sampling_strategy: no 'batch_rebalance'; there is group_by_length, random, sequential",
     ),
+    "optimizer of a package that is not there": (
+        ["distill", "RECIPE", "--set", "distill.optim=galore_adamw", "--dry-run"], "optim, optim_args: You need to"
+    ),
+    "schedule without what it wants": (
+        ["distill", "RECIPE", "--set", "distill.lr_scheduler_type=cosine_with_min_lr", "--dry-run"],
+        "lr_scheduler_type, lr_scheduler_kwargs: One of min_lr or",
+    ),
+    "mode of compilation": (
+        ["distill", "RECIPE", "--set", "distill.torch_compile=true", "--set", "distill.torch_compile_mode=fast",
+         "--dry-run"],
+        "torch_compile_backend, torch_compile_mode: Unrecognized mode=fast",
+    ),
+    "noise on embeddings that are none": (
+        ["finetune", "RECIPE", "--set", "finetune.neftune_noise_alpha=5", "--dry-run"], "neftune_noise_alpha: "
+    ),
+    "back end of processes": (
+        ["distill", "RECIPE", "--set", "distill.ddp_backend=glo"], "distill.ddp_backend: no 'glo'; did you mean 'gloo'?"
+    ),
     "no steps": (["distill", "RECIPE", "--set", "distill.max_steps=0"],
                  "max_steps: got 0; want a whole number above 0, or -1 for num_train_epochs"),
     "best score": (["finetune", "RECIPE", "--set", "finetune.metric_for_best_model=acuracy"],
@@ -968,6 +986,13 @@ MISTAKES = {
     ),
     "overrides of another type": (
         ["distill", "RECIPE", "--set", "model.overrides.conv_dim=3"], "model.overrides: "
+    ),
+    "activation": (
+        ["distill", "RECIPE", "--set", "model.overrides.hidden_act=gelo"],
+        "model.overrides.hidden_act: no 'gelo'; did you mean 'gelu'?",
+    ),
+    "activation of a new model": (
+        ["finetune", "RECIPE", "--set", "model.config.hidden_act=3"], "model.config.hidden_act: no '3'; there is"
     ),
     "no output": (["convert", "FOLDER/teacher", "--output", ""], "--output: got ''; want a folder"),
     "report": (["report", "FOLDER/student", "--output", "RECIPE"], "--output: RECIPE is a file; want a folder"),

@@ -215,6 +215,7 @@ def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwarg
         if not asked:
             raise
         raise UserError(f"{' or '.join(asked)}: {' '.join(str(error).split())[:300]}") from error
+    _try_out(trainer)
     _warn_of_what_comes_too_late(args, kwargs["mode"])
     trainer.add_callback(KeepRecipe(recipe))
     # One of the two is there, by disable_tqdm.
@@ -222,6 +223,31 @@ def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwarg
     if trainer.pop_callback(transformers.trainer_callback.ProgressCallback) is not None:
         trainer.add_callback(Progress())
     return trainer
+
+
+def _try_out(trainer: DistillationTrainer) -> None:
+    """Makes what transformers makes of names and options only once it trains, and leaves it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    args, optimizer = trainer.args, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    steps = args.max_steps if args.max_steps > 0 else 1000  # any number: an epoch's is known later
+    makers = {
+        "optim, optim_args": lambda: trainer.get_optimizer_cls_and_kwargs(args, trainer.model),
+        "lr_scheduler_type, lr_scheduler_kwargs": lambda: trainer.create_scheduler(steps, optimizer),
+    }
+    if args.torch_compile:
+        options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+        makers["torch_compile_backend, torch_compile_mode"] = lambda: torch.compile(torch.nn.Identity(), **options)
+    if args.neftune_noise_alpha:
+        makers["neftune_noise_alpha"] = trainer.model.get_input_embeddings
+    for keys, make in makers.items():
+        try:
+            make()
+        except (ImportError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{keys}: {' '.join(str(error).split())[:300]}") from error
+    trainer.lr_scheduler = None
 
 
 def _warn_of_what_comes_too_late(args, mode) -> None:

@@ -4,6 +4,7 @@ import warnings
 
 import transformers
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from linconv import mixers
 from linconv.conversion import ConvertedModel, convert
@@ -63,9 +64,17 @@ def task_config(recipe: Recipe, splits: Splits | None, tokenizer):
 
 
 def _check_entries(config, entries: dict, what: str) -> None:
-    for key in entries:
-        if key not in config.to_dict():
-            raise unknown(f"{what}.{key}", key, config.to_dict())
+    known = config.to_dict()
+    for key, value in entries.items():
+        if key not in known:
+            raise unknown(f"{what}.{key}", key, known)
+        # A model looks its activations up when it is made, and says no more than the name that it has not found.
+        if _is_activation(known[key]) and not _is_activation(value):
+            raise unknown(f"{what}.{key}", value, ACT2FN)
+
+
+def _is_activation(value) -> bool:
+    return isinstance(value, str) and value in ACT2FN
 
 
 def override(config, entries: dict) -> None:
