@@ -159,11 +159,11 @@ class _CTC(Head):
             )
 
     def predictions(self, logits, frame_mask, config):
-        if isinstance(logits, Tensor):
-            # What CTC says of padding is not part of the answer: all blank, which decoding drops.
-            logits[~frame_mask] = torch.finfo(logits.dtype).min
-            logits[..., config.pad_token_id].masked_fill_(~frame_mask, 0)
-        return logits
+        # What CTC says of padding is not part of the answer: all blank, which decoding drops.
+        frames, *more = logits if isinstance(logits, tuple) else (logits,)
+        frames[~frame_mask] = torch.finfo(frames.dtype).min
+        frames[..., config.pad_token_id].masked_fill_(~frame_mask, 0)
+        return (frames, *more) if more else frames
 
 
 class _Tokens(Head):

@@ -469,18 +469,21 @@ def test_whisper_encoder_on_clips_of_any_length(tmp_path):
         run.compute_loss(student, batch)
 
 
-def test_evaluation_reports_the_task_and_ctc_answers_blank_in_padding(tmp_path):
+@pytest.mark.parametrize("with_states", [False, True])
+def test_evaluation_reports_the_task_and_ctc_answers_blank_in_padding(tmp_path, with_states):
     teacher, student = models()
+    student.config.output_hidden_states = with_states
     run = trainer(tmp_path, student, teacher, per_device_eval_batch_size=6)
     batch = collate([Noise()[i] for i in range(6)])
     lengths = frame_lengths(student, batch["attention_mask"])
     got = run.predict(Noise(6))
+    answers = got.predictions[0] if with_states else got.predictions
     want = run.head.task_loss(
         student(**run.head.model_inputs(batch)), batch,
-        torch.arange(got.predictions.shape[1]) < lengths[:, None], student.config,
+        torch.arange(answers.shape[1]) < lengths[:, None], student.config,
     ) / lengths.sum()  # fmt: skip
     assert got.metrics["test_loss"] == pytest.approx(want.item(), rel=1e-5)
-    answers = got.predictions.argmax(-1)
+    answers = answers.argmax(-1)
     padding = np.arange(answers.shape[1]) >= lengths.numpy()[:, None]
     assert (answers[padding] == student.config.pad_token_id).all()
 
