@@ -1,6 +1,7 @@
 """Training of a converted student beside its teacher, on transformers' Trainer."""
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -226,7 +228,8 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, with [answers, frames] summed over them and over all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # The stock Trainer would gather the number of labels, in those processes alone whose first batch has some.
+        batches = list(itertools.islice(epoch_iterator, num_batches))
         if len(batches) < num_batches:
             # The end of a stream: the Trainer would take no step here, but leave these gradients to the next one.
             batches = []
@@ -392,7 +395,9 @@ class DistillationTrainer(Trainer):
     def log(self, logs, start_time=None):
         record = {}
         if "loss" in logs:
-            for name, value in self._measures.items():
+            # A process whose batches had no labels has measured no task's loss.
+            for name in dict.fromkeys(gather_object(list(self._measures))):
+                value = self._measures.get(name, torch.zeros((), device=self.args.device))
                 record[name] = self.accelerator.reduce(value, "sum").tolist()
                 if isinstance(record[name], list):
                     start = 0 if self.args.include_embeddings else 1

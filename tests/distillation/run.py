@@ -1,6 +1,6 @@
 """A small distillation to be started as a process of its own: run.py FOLDER [--steps N] [--batch N] [--accumulate N]
-[--kill-at STEP] [--resume] [--augment] [--layer-drop P] [--mode NAME] [--cache FOLDER] [--by-length]. Under torchrun
-too."""
+[--kill-at STEP] [--resume] [--augment] [--layer-drop P] [--mode NAME] [--cache FOLDER] [--by-length]
+[--labels-of RANK]. Under torchrun too."""
 
 import argparse
 import copy
@@ -152,11 +152,19 @@ def main() -> None:
     parser.add_argument("--mode", default="hybrid")
     parser.add_argument("--cache")
     parser.add_argument("--by-length", action="store_true")
+    parser.add_argument("--labels-of", type=int, help="the one process that has labels")
     given = parser.parse_args()
     torch.set_num_threads(1)
     changes = {} if given.layer_drop is None else {"layerdrop": given.layer_drop}
     teacher, student = models(given.augment, **changes)
     data = Noise()
+
+    def collator(clips):
+        batch = collate(clips)
+        if given.labels_of not in (None, args.process_index):
+            del batch["labels"]
+        return batch
+
     args = arguments(
         given.folder,
         max_steps=given.steps,
@@ -176,7 +184,7 @@ def main() -> None:
         mode=make_mode(given.mode, teacher, given.folder),
         train_dataset=data,
         lengths=[len(data[i]["input_values"]) for i in range(len(data))] if given.by_length else None,
-        data_collator=collate,
+        data_collator=collator,
         callbacks=[KillAt(given.kill_at)] if given.kill_at else None,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir) if given.resume else None)

@@ -117,3 +117,9 @@ def test_each_process_may_drop_other_layers_of_the_teacher(tmp_path):
     options = ("--batch", "2", "--mode", "trajectory", "--augment", "--layer-drop", "0.5")
     assert_done(run_spread(tmp_path / "run", *options))
     assert len(steps(tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_alone_may_have_labels(tmp_path, rank):
+    assert_done(run_spread(tmp_path / "run", "--batch", "2", "--steps", "3", "--mode", "target", "--labels-of", rank))
+    assert all(record["task_loss"] > 0 and record["layer_loss"] > 0 for record in steps(tmp_path / "run"))
