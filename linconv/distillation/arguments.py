@@ -55,6 +55,9 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"teacher_learning_rate: got {rate!r}; want a number above 0, or None")
         if share is not None and (not _is_number(share) or not 0 < share <= 1):
             raise ValueError(f"exponential_decay_to: got {share!r}; want a share in (0, 1]")
+        if self.accelerator_config.dispatch_batches is None:
+            # Accelerate would read a stream in the first process and join its batches, which are not of one length.
+            self.accelerator_config.dispatch_batches = False
         if self.gradient_checkpointing:
             # Re-entrant checkpointing runs a layer without a graph: what a hook catches there teaches nothing.
             kwargs = self.gradient_checkpointing_kwargs or {}

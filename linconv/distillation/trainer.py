@@ -224,13 +224,27 @@ class DistillationTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset):
         return None  # the data set's own order
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        return super().get_eval_dataloader(list(dataset) if self._is_shared_out(dataset) else eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        shared_out = self._is_shared_out(test_dataset)
+        return super().get_test_dataloader(list(test_dataset) if shared_out else test_dataset)
+
+    def _is_shared_out(self, dataset) -> bool:
+        """A stream over several processes, each of which is given as many examples, some twice. To score each of them
+        once takes their number, so they are held in memory."""
+        return self.accelerator.num_processes > 1 and isinstance(dataset, torch.utils.data.IterableDataset)
+
     # ---- The loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, with [answers, frames] summed over them and over all processes."""
         # The stock Trainer would gather the number of labels, in those processes alone whose first batch has some.
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        if len(batches) < num_batches:
+        if not self._is_whole(batches, num_batches):
             # The end of a stream: the Trainer would take no step here, but leave these gradients to the next one.
             batches = []
         counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -241,6 +255,14 @@ class DistillationTrainer(Trainer):
         self._measures = {}
         self._batches = batches
         return batches, self.accelerator.reduce(counts, "sum").clamp(min=1)
+
+    def _is_whole(self, batches: list, num_batches: int) -> bool:
+        """Whether there are micro-batches for one more step, in every process: shards of a stream may be unequal."""
+        whole = len(batches) == num_batches
+        if self.accelerator.num_processes == 1 or has_length(self.train_dataset):
+            return whole
+        found = self.accelerator.reduce(torch.tensor(int(whole), device=self.args.device), "sum")
+        return int(found) == self.accelerator.num_processes
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # Here, not where the batches are taken: a resumed run gets its random state back in between.

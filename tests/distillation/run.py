@@ -1,6 +1,6 @@
 """A small distillation to be started as a process of its own: run.py FOLDER [--steps N] [--batch N] [--accumulate N]
 [--kill-at STEP] [--resume] [--augment] [--layer-drop P] [--mode NAME] [--cache FOLDER] [--by-length]
-[--labels-of RANK]. Under torchrun too."""
+[--labels-of RANK] [--streamed]. Under torchrun too."""
 
 import argparse
 import copy
@@ -72,6 +72,16 @@ class Noise(torch.utils.data.Dataset):
             "input_values": torch.randn(length, generator=draw),
             "labels": torch.randint(1, VOCABULARY, (int(torch.randint(1, 6, (), generator=draw)),), generator=draw),
         }
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """The same clips, one after the other."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __iter__(self):
+        return map(Noise().__getitem__, range(self.count))
 
 
 def collate(clips: list[dict]) -> dict[str, torch.Tensor]:
@@ -153,6 +163,7 @@ def main() -> None:
     parser.add_argument("--cache")
     parser.add_argument("--by-length", action="store_true")
     parser.add_argument("--labels-of", type=int, help="the one process that has labels")
+    parser.add_argument("--streamed", action="store_true", help="from the second process on, fewer clips")
     given = parser.parse_args()
     torch.set_num_threads(1)
     changes = {} if given.layer_drop is None else {"layerdrop": given.layer_drop}
@@ -182,12 +193,14 @@ def main() -> None:
         args,
         teacher=teacher,
         mode=make_mode(given.mode, teacher, given.folder),
-        train_dataset=data,
+        train_dataset=Stream(24 - 6 * args.process_index) if given.streamed else data,
         lengths=[len(data[i]["input_values"]) for i in range(len(data))] if given.by_length else None,
         data_collator=collator,
         callbacks=[KillAt(given.kill_at)] if given.kill_at else None,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir) if given.resume else None)
+    if given.streamed:
+        torch.save(trainer.predict(Stream(5)).predictions, os.path.join(given.folder, f"{args.process_index}.pt"))
     if trainer.is_world_process_zero():
         torch.save(trainer.model.state_dict(), os.path.join(given.folder, "student.pt"))
     trainer.leave_process_group()

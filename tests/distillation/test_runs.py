@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 from multiprocessing import forkserver
@@ -123,3 +124,17 @@ def test_each_process_may_drop_other_layers_of_the_teacher(tmp_path):
 def test_one_process_alone_may_have_labels(tmp_path, rank):
     assert_done(run_spread(tmp_path / "run", "--batch", "2", "--steps", "3", "--mode", "target", "--labels-of", rank))
     assert all(record["task_loss"] > 0 and record["layer_loss"] > 0 for record in steps(tmp_path / "run"))
+
+
+def test_two_processes_go_over_a_stream_of_unequal_clips_and_shards(tmp_path):
+    """An epoch of 18 clips in one process and 24 in the other ends with the last whole step of both: the fifth."""
+    folder = tmp_path / "run"
+    assert_done(run_spread(folder, "--batch", "2", "--steps", "7", "--streamed", "--mode", "target"))
+    assert [record["epoch"] >= 1 for record in steps(folder)] == [False] * 5 + [True] * 2
+    weights = torch.load(folder / "student.pt")
+    shutil.rmtree(folder / "checkpoint-7")
+    assert_done(run_spread(folder, "--batch", "2", "--steps", "7", "--streamed", "--mode", "target", "--resume"))
+    again = torch.load(folder / "student.pt")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    predictions = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert len(predictions[0]) == 5 and (predictions[0] == predictions[1]).all()
