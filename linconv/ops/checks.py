@@ -1,6 +1,7 @@
 """Argument checks shared by the operators: each error names the argument, what it got and what it wants."""
 
 import functools
+import sys
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -74,6 +75,20 @@ def shape(name: str, value: torch.Tensor, wanted: tuple, meaning: str) -> None:
     if len(got) != len(wanted) or any(w is not None and g != w for g, w in zip(got, wanted)):
         sizes = ", ".join("any" if w is None else str(w) for w in wanted)
         raise ValueError(f"{name} has shape {got}, wanted {meaning} = ({sizes})")
+
+
+def flag(name: str, value) -> None:
+    """``value`` is a bool: of anything else the truth may be another than what is meant, as of the text "False"."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, wanted a bool")
+
+
+def number(name: str, value) -> None:
+    """``value`` is an int or float that is finite, also as a float."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} is {type(value).__name__}, wanted a float")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} is {value}, wanted a finite number")
 
 
 def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

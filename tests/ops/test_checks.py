@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from linconv import ops
 from linconv.ops import checks
 
 CPU = torch.device("cpu")
@@ -77,6 +78,108 @@ def test_tensors():
         checks.like("y", double, "x", x)
     with pytest.raises(ValueError, match="y is on meta, wanted cpu as x"):
         checks.like("y", x.to("meta"), "x", x)
+
+
+def scan():
+    x, dt, A, B = torch.ones(1, 4, 2, 3), torch.ones(1, 4, 2), -torch.ones(2), torch.ones(1, 4, 1, 3)
+    return x, dt, A, B, B
+
+
+def selective():
+    x, A, B = torch.ones(1, 4, 2), -torch.ones(2, 3), torch.ones(1, 4, 1, 3)
+    return x, x, A, B, B
+
+
+def rows():
+    return (torch.ones(1, 4, 3), torch.zeros(1, 4, 3))
+
+
+CALLS = {
+    "ssd": lambda **options: ops.ssd(*scan(), **options),
+    "bidirectional_ssd": lambda **options: ops.bidirectional_ssd(*scan(), **options),
+    "selective_scan": lambda **options: ops.selective_scan(*selective(), **options),
+    "short_conv": lambda **options: ops.short_conv(torch.ones(1, 4, 3), torch.ones(3, 2), **options),
+    "gated_rms_norm": lambda **options: ops.gated_rms_norm(*rows(), torch.ones(3), **options),
+    "layerwise_mse": lambda **options: ops.layerwise_mse(*([x] for x in rows()), **options),
+    "kd_loss": lambda **options: ops.kd_loss(*rows(), **options),
+    "distillation_loss": lambda **options: ops.distillation_loss(*([x] for x in rows()), *rows(), **options),
+    "distillation_terms": lambda **options: ops.distillation_terms(*([x] for x in rows()), *rows(), **options),
+    "linear_kd_loss": lambda **options: ops.linear_kd_loss(*2 * (torch.ones(4, 3), torch.ones(5, 3)), **options),
+    "linformer_attention": lambda **options: ops.linformer_attention(
+        *torch.ones(3, 1, 2, 4, 3), torch.ones(4, 2), **options
+    ),
+    "linformer_self_attention": lambda **options: ops.linformer_self_attention(
+        torch.ones(1, 4, 4), *3 * (torch.ones(4, 4), None), torch.ones(4, 2), num_heads=2, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("value", ["False", 1, None, [True], torch.tensor(True)])
+@pytest.mark.parametrize(
+    "operator, name",
+    [
+        ("ssd", "dt_softplus"),
+        ("ssd", "return_final_states"),
+        ("ssd", "reverse"),
+        ("bidirectional_ssd", "dt_softplus"),
+        ("selective_scan", "dt_softplus"),
+        ("selective_scan", "return_final_states"),
+        ("selective_scan", "reverse"),
+        ("short_conv", "reverse"),
+        ("layerwise_mse", "layer_norm"),
+        ("kd_loss", "scale_by_t2"),
+        ("distillation_loss", "layer_norm"),
+        ("distillation_loss", "scale_by_t2"),
+        ("distillation_terms", "layer_norm"),
+        ("linear_kd_loss", "scale_by_t2"),
+        ("linformer_attention", "normalize"),
+        ("linformer_self_attention", "rewrite"),
+    ],
+)
+def test_a_flag_is_a_bool(operator, name, value):
+    """The text "False" is true, so nothing is taken by its truth."""
+    CALLS[operator](**{name: True})
+    if name == "rewrite" and value is None:  # which has a meaning of its own
+        return
+    with pytest.raises(TypeError, match=f"^{name} is .*, wanted a bool"):
+        CALLS[operator](**{name: value})
+
+
+@pytest.mark.parametrize(
+    "value, error", [("1", TypeError), (None, TypeError), (1j, TypeError), (float("nan"), ValueError),
+                     (float("inf"), ValueError), (10**400, ValueError)]
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "operator, name",
+    [
+        ("gated_rms_norm", "eps"),
+        ("distillation_loss", "alpha_kd"),
+        ("distillation_loss", "alpha_ld"),
+        ("linformer_attention", "scale"),
+        ("linformer_self_attention", "scale"),
+    ],
+)
+def test_a_number_is_finite(operator, name, value, error):
+    CALLS[operator](**{name: 1})
+    CALLS[operator](**{name: 10**30})  # more than an int64 holds
+    if name == "scale" and value is None:
+        return
+    with pytest.raises(error, match=f"^{name} is .*, wanted a f"):
+        CALLS[operator](**{name: value})
+
+
+@pytest.mark.parametrize("operator", ["ssd", "bidirectional_ssd"])
+def test_a_limit_is_a_number_that_a_float_holds(operator):
+    CALLS[operator](dt_limit=(-float("inf"), float("inf")))
+    with pytest.raises(ValueError, match="^dt_limit is 10*, wanted a finite number"):
+        CALLS[operator](dt_limit=(0, 10**400))
+
+
+@pytest.mark.parametrize("operator", ["kd_loss", "distillation_loss", "distillation_terms", "linear_kd_loss"])
+def test_a_temperature_is_a_number_that_a_float_holds(operator):
+    CALLS[operator](temperature=10**30, **{} if operator == "distillation_terms" else {"scale_by_t2": True})
+    with pytest.raises(ValueError, match="^temperature: got 10*; want a finite number above 0"):
+        CALLS[operator](temperature=10**400)
 
 
 def test_a_check_that_passed_is_not_made_again():

@@ -2,7 +2,7 @@
 
 import torch
 
-from linconv.ops import dispatch
+from linconv.ops import checks, dispatch
 from linconv.ops.autograd import once_differentiable
 from linconv.ops.bidirectional_ssd import reference
 from linconv.ops.ssd import arguments
@@ -44,6 +44,7 @@ def bidirectional_ssd(
     Raises:
         ValueError, TypeError: an argument whose shape, dtype, device or value does not fit; the message names it.
     """
+    checks.flag("dt_softplus", dt_softplus)
     arguments.check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, directions=2)
     check_diagonal(diagonal)
     dtype = x.dtype if x.dtype == B.dtype == C.dtype else None
@@ -97,7 +98,7 @@ def _gradients(ctx, dy, *saved):
     return tuple(arguments.only_present(gradients, tensors))
 
 
-# The fused CUDA kernel has not been measured on any GPU, so only backend="cuda" asks for it. Gradients are Triton's.
+# The fused CUDA kernel is slower than Triton's, so only backend="cuda" asks for it. Gradients are Triton's.
 dispatch.register(
     "bidirectional_ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward,
     triton="linconv.ops.bidirectional_ssd.triton", prefer=("triton",),

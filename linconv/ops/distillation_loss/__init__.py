@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linconv.ops import dispatch
+from linconv.ops import checks, dispatch
 from linconv.ops.autograd import once_differentiable
 from linconv.ops.distillation_loss import reference
 from linconv.ops.distillation_loss.arguments import (
@@ -84,6 +84,7 @@ def distillation_terms(
             got, want = student_logits.device, student[0].device
             raise ValueError(f"student_logits: got device {got}; want {want}, that of student[0]")
     check_temperature(temperature)
+    checks.flag("layer_norm", layer_norm)
     if not student and student_logits is None:
         raise ValueError("student: got no hidden states and no logits; want at least one of them")
     device = student[0].device if student else student_logits.device
@@ -101,7 +102,7 @@ def distillation_terms(
         [_three_axes(x) for x in student],
         [_three_axes(x) for x in teacher],
         _mask_of(mask, rows),
-        bool(layer_norm),
+        layer_norm,
         _three_axes(student_logits),
         _three_axes(teacher_logits),
         _mask_of(logits_mask, logit_rows),
@@ -181,6 +182,7 @@ def kd_loss(
         TypeError, ValueError: an argument is not what is described here; the message names it.
     """
     check_pair("student_logits", student_logits, "teacher_logits", teacher_logits)
+    checks.flag("scale_by_t2", scale_by_t2)
     mask = checked_mask("mask", mask, student_logits)  # here, under the name it has here
     kd = distillation_terms(
         student_logits=student_logits,
@@ -189,7 +191,7 @@ def kd_loss(
         logits_mask=mask,
         backend=backend,
     ).kd
-    return kd * temperature**2 if scale_by_t2 else kd
+    return kd * float(temperature) ** 2 if scale_by_t2 else kd
 
 
 def distillation_loss(
@@ -227,6 +229,9 @@ def distillation_loss(
     """
     if reduction not in REDUCTIONS[:2]:
         raise ValueError(f"reduction: got {reduction!r}; want 'mean' or 'sum', for the result is one number")
+    checks.number("alpha_kd", alpha_kd)
+    checks.number("alpha_ld", alpha_ld)
+    checks.flag("scale_by_t2", scale_by_t2)
     student = checked_states("student", student)
     weights = checked_weights(weights, student)
     terms = distillation_terms(
@@ -240,8 +245,8 @@ def distillation_loss(
         layer_norm=layer_norm,
         backend=backend,
     )
-    kd = terms.kd * temperature**2 if scale_by_t2 else terms.kd
-    return alpha_kd * kd + alpha_ld * _over_layers(terms.mse, weights, reduction)
+    kd = terms.kd * float(temperature) ** 2 if scale_by_t2 else terms.kd
+    return float(alpha_kd) * kd + float(alpha_ld) * _over_layers(terms.mse, weights, reduction)
 
 
 def _over_layers(mse: Tensor, weights: Tensor | None, reduction: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Checks of what the distillation losses are given."""
 
-import math
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -60,7 +60,7 @@ def checked_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def check_temperature(temperature: float) -> None:
-    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+    if not isinstance(temperature, int | float) or not 0 < temperature <= sys.float_info.max:
         raise ValueError(f"temperature: got {temperature!r}; want a finite number above 0")
 
 

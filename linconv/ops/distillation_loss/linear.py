@@ -68,6 +68,7 @@ def linear_kd_loss(
     if weight_s.shape[0] == 0 or hidden_t.shape[-1] == 0:
         raise ValueError(f"weight_t has shape {tuple(weight_t.shape)}, wanted at least one class and a width above 0")
     check_temperature(temperature)
+    checks.flag("scale_by_t2", scale_by_t2)
     valid = valid_rows(checked_mask("mask", mask, hidden_s), hidden_s)
     backend = dispatch.pick("distillation_loss", hidden_s.device, backend)
     hidden_t, weight_t = hidden_t.detach(), weight_t.detach()
@@ -83,7 +84,7 @@ def linear_kd_loss(
             float(temperature),
         )
         kd = kd[0]
-    return kd * temperature**2 if scale_by_t2 else kd
+    return kd * float(temperature) ** 2 if scale_by_t2 else kd
 
 
 def _tile(like: Tensor) -> tuple[int, int]:

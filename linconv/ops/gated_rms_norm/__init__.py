@@ -66,9 +66,8 @@ def _checked(x, z, weight, eps, group_size):
     d = weight.shape[-1]
     if group_size is not None and (not isinstance(group_size, int) or group_size < 1 or d % group_size):
         raise ValueError(f"group_size is {group_size!r}, wanted None or a divisor of d = {d}")
-    if not isinstance(eps, int | float):
-        raise TypeError(f"eps is {type(eps).__name__}, wanted a float")
-    if not 0 <= eps < math.inf:
+    checks.number("eps", eps)
+    if eps < 0:
         raise ValueError(f"eps is {eps}, wanted a finite number from 0 up")
     return lead, per_direction
 

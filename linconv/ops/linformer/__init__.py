@@ -56,7 +56,7 @@ def linformer_attention(
     proj_k, proj_v = _projections(proj_k, proj_v, heads, length, q)
     _check_columns("headdim", headdim)
     checks.sequence_bounds(seq_lens, None, batch, length, q.device)
-    _check_normalize(normalize)
+    checks.flag("normalize", normalize)
     scale = _scale(scale, headdim)
     seed = _seed(dropout_p, q.device)
     projected = [_project(x, proj, normalize, seq_lens, backend) for x, proj in ((k, proj_k), (v, proj_v))]
@@ -113,13 +113,15 @@ def linformer_self_attention(
     _check_columns("headdim", headdim)
     checks.sequence_bounds(seq_lens, None, batch, length, hidden.device)
     per_head = proj_k.shape[0] > 1 or proj_v.shape[0] > 1
+    if rewrite is not None:
+        checks.flag("rewrite", rewrite)
     if rewrite and per_head:
         raise ValueError("rewrite is True with projections per head, wanted ones that all heads share")
     if rewrite is None:
         # An exported program is one for all lengths: in the order that the longest one wants.
         decisive = proj_k.shape[1] if torch.compiler.is_exporting() and not _is_static(length) else length
         rewrite = not per_head and rewrite_pays(decisive, proj_k.shape[2], d, width, shared=shared)
-    _check_normalize(normalize)
+    checks.flag("normalize", normalize)
     scale = _scale(scale, headdim)
     seed = _seed(dropout_p, hidden.device)
     if rewrite and seed is None and _at_once(hidden, (wq, bq, wk, bk, wv, bv, proj_k, proj_v), backend):
@@ -225,16 +227,10 @@ def _check_columns(name, columns):
         raise ValueError(f"{name} is {columns}, wanted 1 to {MOST_COLUMNS}")
 
 
-def _check_normalize(normalize):
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize is {normalize!r}, wanted a bool")
-
-
 def _scale(scale, headdim):
     if scale is None:
         return 1 / math.sqrt(headdim)
-    if not isinstance(scale, int | float):
-        raise TypeError(f"scale is {type(scale).__name__}, wanted a float or None")
+    checks.number("scale", scale)
     return float(scale)
 
 

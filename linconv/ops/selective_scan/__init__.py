@@ -44,6 +44,9 @@ def selective_scan(
     Raises:
         ValueError, TypeError: an argument whose shape, dtype, device or value does not fit; the message names it.
     """
+    checks.flag("dt_softplus", dt_softplus)
+    checks.flag("return_final_states", return_final_states)
+    checks.flag("reverse", reverse)
     _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_lens, cu_seqlens)
     backend = dispatch.pick("selective_scan", x.device, backend)
     if backend == "reference":

@@ -45,6 +45,7 @@ def short_conv(
     if bias is not None:
         checks.floating_tensor("bias", bias)
         checks.shape("bias", bias, (channels,), "(channels,)")
+    checks.flag("reverse", reverse)
     _check(x, weight, bias, activation, lookahead, seq_lens, cu_seqlens)
     backend = dispatch.pick("short_conv", x.device, backend)
     if backend == "reference":
@@ -54,7 +55,7 @@ def short_conv(
         )  # fmt: skip
     bias = None if bias is None else bias[None]
     return dispatch.operator("short_conv", backend)(
-        x[None], weight[None], bias, activation == "silu", bool(reverse), lookahead, seq_lens, cu_seqlens
+        x[None], weight[None], bias, activation == "silu", reverse, lookahead, seq_lens, cu_seqlens
     )[0]
 
 

@@ -45,6 +45,9 @@ def ssd(
     Raises:
         ValueError, TypeError: an argument whose shape, dtype, device or value does not fit; the message names it.
     """
+    checks.flag("dt_softplus", dt_softplus)
+    checks.flag("return_final_states", return_final_states)
+    checks.flag("reverse", reverse)
     sizes = arguments.check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, directions=1)
     arguments.check_states(initial_states, sizes, cu_seqlens, x)
     if z is not None:

@@ -1,5 +1,6 @@
 """What `ssd` and `bidirectional_ssd` ask of their arguments, checked before any kernel runs."""
 
+import math
 import types
 
 import torch
@@ -63,6 +64,9 @@ def _check_limit(dt_limit):
     low, high = dt_limit
     if not low <= high:
         raise ValueError(f"dt_limit is {tuple(dt_limit)}, wanted (low, high) with low <= high")
+    for value in dt_limit:
+        if abs(value) < math.inf:  # no bound is one too
+            checks.number("dt_limit", value)
 
 
 def _wanted(dims, directions, known=()):
