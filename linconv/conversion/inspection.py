@@ -3,7 +3,7 @@
 import bisect
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -113,8 +113,11 @@ def inspect(
         TypeError, ValueError: as `linconv.convert`, or a mixer, layers or options given for a model that is converted
             already.
     """
+    if not isinstance(lengths, Iterable):
+        raise TypeError(f"lengths is {lengths!r}, wanted whole numbers from 1 up")
+    lengths = list(lengths)
     for length in lengths:
-        if not isinstance(length, int) or length < 1:
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise ValueError(f"lengths has {length!r}, wanted whole numbers from 1 up")
     if isinstance(teacher, ConvertedModel) and (recipe := Recipe.from_config(teacher.config)).layers:
         given = [

@@ -1,5 +1,6 @@
 """The arguments of a distillation: those of transformers' Trainer and the weights of the losses."""
 
+import sys
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -45,14 +46,20 @@ class DistillationArguments(TrainingArguments):
         super().__post_init__()
         for name in ("alpha_ce", "alpha_kd", "alpha_ld"):
             if not _is_number(value := getattr(self, name)) or not value >= 0:
-                raise ValueError(f"{name}: got {value!r}; want a number from 0 up")
+                raise ValueError(f"{name}: got {value!r}; want a finite number from 0 up")
         if not _is_number(self.temperature) or not self.temperature > 0:
-            raise ValueError(f"temperature: got {self.temperature!r}; want a number above 0")
+            raise ValueError(f"temperature: got {self.temperature!r}; want a finite number above 0")
+        for name in ("scale_by_t2", "layer_norm", "include_embeddings"):
+            if not isinstance(value := getattr(self, name), bool):  # the text "False" is true
+                raise ValueError(f"{name}: got {value!r}; want true or false")
+        weights = self.layer_weights
+        if weights is not None and not (isinstance(weights, list | tuple) and all(map(_is_number, weights))):
+            raise ValueError(f"layer_weights: got {weights!r}; want a list of numbers, or None")
         if self.layer_reduction not in ("mean", "sum"):
             raise ValueError(f"layer_reduction: got {self.layer_reduction!r}; want mean or sum")
         rate, share = self.teacher_learning_rate, self.exponential_decay_to
         if rate is not None and (not _is_number(rate) or not rate > 0):
-            raise ValueError(f"teacher_learning_rate: got {rate!r}; want a number above 0, or None")
+            raise ValueError(f"teacher_learning_rate: got {rate!r}; want a finite number above 0, or None")
         if share is not None and (not _is_number(share) or not 0 < share <= 1):
             raise ValueError(f"exponential_decay_to: got {share!r}; want a share in (0, 1]")
         if self.accelerator_config.dispatch_batches is None:
@@ -72,4 +79,5 @@ class DistillationArguments(TrainingArguments):
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is an int or float that is finite, also as a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

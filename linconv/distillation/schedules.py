@@ -4,7 +4,7 @@ A mode is a function of the optimizer step alone, so a resumed run needs nothing
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -121,7 +121,11 @@ class WaypointGuided(Mode):
 
     def __post_init__(self):
         given = self.checkpoints
-        found = list(Path(given).glob("checkpoint-*")) if isinstance(given, str | Path) else [Path(f) for f in given]
+        folders = Path(given).glob("checkpoint-*") if isinstance(given, str | Path) else given
+        found = list(folders) if isinstance(folders, Iterable) else [folders]
+        if not all(isinstance(folder, str | Path) for folder in found):
+            raise TypeError(f"checkpoints: got {given!r}; want a folder, or folders such as checkpoint-300")
+        found = [Path(folder) for folder in found]
         if not found:
             raise ValueError(f"checkpoints: got {given!r}, no snapshot; want folders such as checkpoint-300")
         for folder in found:
@@ -165,7 +169,7 @@ class Hybrid(Mode):
             raise TypeError(f"mode: got {type(self.mode).__name__}; want a mode such as TargetGuided()")
         for name in ("drop_layer_loss_at", "drop_kd_at"):
             step = getattr(self, name)
-            if step is not None and (not isinstance(step, int) or step < 0):
+            if step is not None and (type(step) is not int or step < 0):
                 raise ValueError(f"{name}: got {step!r}; want a step, an integer from 0 up, or None")
         if self.drop_layer_loss_at is None and self.drop_kd_at is None:
             raise ValueError("drop_layer_loss_at: got None, and drop_kd_at too; want a step for one of them at least")
@@ -197,8 +201,8 @@ MODES: dict[str, type[Mode]] = {
 
 def make_mode(name: str, **options) -> Mode:
     """The mode called ``name`` with the options of its class; what Hybrid does not know goes to the mode it wraps."""
-    if name not in MODES:
-        near = get_close_matches(name, MODES, 1)
+    if not isinstance(name, str) or name not in MODES:
+        near = get_close_matches(str(name), MODES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"mode: got {name!r}; want one of {', '.join(MODES)}{hint}")
     cls = MODES[name]

@@ -96,6 +96,8 @@ class DistillationTrainer(Trainer):
             raise ValueError("several GPUs in one process (DataParallel) are not supported: start with torchrun")
         if mode is None:
             mode = Unguided() if teacher is None else TargetGuided()
+        if not isinstance(mode, Mode):
+            raise TypeError(f"mode: got {mode!r}; want a mode such as TargetGuided(), which make_mode makes of a name")
         if teacher is None and not isinstance(mode, Unguided):
             raise ValueError(f"teacher: got None; want a model, for the mode is {mode}")
         if model is not None:

@@ -47,6 +47,7 @@ class CausalMixer:
         if state is None:
             return ops.short_conv(x, weight, bias, seq_lens=seq_lens)
         past, length = self.d_conv - 1, x.shape[1]
+        checks.shape("state.conv", state.conv, (x.shape[0], past, x.shape[2]), "(batch, d_conv - 1, channels)")
         x = torch.cat((state.conv.to(x.dtype), x), dim=1)  # (b, past + L, channels)
         if seq_lens is None:
             state.conv = x[:, length:].detach().clone()  # a view would keep all frames

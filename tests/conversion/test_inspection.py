@@ -113,7 +113,14 @@ def test_parts_of_a_converted_model_are_refused():
     assert of(student).model_type == "whisper" and linconv.inspect(student).converted
 
 
-@pytest.mark.parametrize("length", [0, -5, 2.5])
+@pytest.mark.parametrize("length", [0, -5, 2.5, True])
 def test_lengths_are_counts_of_frames(length):
     with pytest.raises(ValueError, match=f"lengths has {length}, wanted whole numbers from 1 up"):
         linconv.inspect(make(Wav2Vec2ForCTC), lengths=[250, length])
+
+
+def test_lengths_are_several():
+    teacher = make(Wav2Vec2ForCTC)
+    with pytest.raises(TypeError, match="lengths is 250, wanted whole numbers from 1 up"):
+        linconv.inspect(teacher, lengths=250)
+    assert list(linconv.inspect(teacher, lengths=(n for n in (250, 500)), headdim=16).flops) == [250, 500]

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -643,6 +644,8 @@ def test_wrong_arguments_are_named(tmp_path):
         DistillationTrainer(student, TrainingArguments(str(tmp_path), use_cpu=True), teacher=teacher)
     with pytest.raises(ValueError, match="teacher: got None"):
         trainer(tmp_path, student, mode=TargetGuided())
+    with pytest.raises(TypeError, match=r"mode: got 'target_guided'; want a mode such as TargetGuided\(\)"):
+        trainer(tmp_path, student, teacher, mode="target_guided")
     with pytest.raises(ValueError, match="teacher: got a model of 1 layers; want 2"):
         trainer(tmp_path, student, Wav2Vec2ForCTC(config(num_hidden_layers=1)))
     with pytest.raises(ValueError, match="shares parameters with the student"):
@@ -654,6 +657,15 @@ def test_wrong_arguments_are_named(tmp_path):
         ("teacher_learning_rate", True),
         ("layer_reduction", "max"),
         ("exponential_decay_to", 2.0),
+        ("alpha_ld", math.inf),
+        ("alpha_kd", 10**400),
+        ("temperature", math.inf),
+        ("teacher_learning_rate", math.inf),
+        ("scale_by_t2", "False"),
+        ("layer_norm", None),
+        ("include_embeddings", 1),
+        ("layer_weights", 1.0),
+        ("layer_weights", ["1"]),
     ):
         with pytest.raises(ValueError, match=f"{name}: got"):
             arguments(tmp_path, **{name: value})

@@ -589,6 +589,14 @@ def test_wrong_hidden_states_of_a_step_are_named():
         mixer.step(torch.randn(1, 3, 16), mixer.new_state(1))
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_state_of_another_batch_is_named(name):
+    mixer = mixers.get(name)(16, **({"d_state": 4} if name == "mamba" else SMALL))
+    wanted = r"state.conv has shape \(2, 3, \d+\), wanted \(batch, d_conv - 1, channels\) = \(3, 3, \d+\)"
+    with pytest.raises(ValueError, match=wanted):
+        mixer.step(torch.randn(3, 16), mixer.new_state(2))
+
+
 def test_from_attention_takes_dtype_and_draws_alike():
     class Config:
         hidden_size = 64
