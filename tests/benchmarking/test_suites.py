@@ -544,6 +544,20 @@ def test_cases_are_whole(name):
                 assert cost.flops + cost.bytes > 0
 
 
+@pytest.mark.parametrize("name", ["scan", "selective_scan", "conv", "linformer"])
+def test_the_bytes_of_a_floor_are_no_more_than_there_are(name):
+    """Every input read and the result written; for gradients inputs once more, its gradient, and theirs written."""
+    for each in suites.get(name):
+        setting, length = dataclasses.replace(each.setting, dtype="float32"), 100
+        for i in each.implementations:
+            if i.cost is not None and i.ours:
+                function, inputs = i.make(setting, length, *i.arguments)
+                result = function().nbytes
+                read = sum(t.nbytes for t in inputs if t.dim() > 2)  # the others are parameters
+                there = read + result if setting.work == "forward" else 3 * read + 2 * result
+                assert 0.6 * there < i.cost(setting, length).bytes <= there
+
+
 @pytest.mark.parametrize("name", ["scan", "selective_scan", "conv", "linformer", "loss"])
 def test_on_a_gpu_each_backend_is_an_implementation_of_its_own(name, monkeypatch):
     state = {"cuda": "no library", "triton": "no GPU"}

@@ -37,11 +37,14 @@ def check(function, setting):
 
 
 def cost(setting, length):
-    """Two projections and two products with r keys; backward twice as many and the scores again."""
+    """Two projections and two products with r keys; backward twice as many and the scores again.
+
+    Read are q, k and v, and in backward dy too; written the result, and in backward a gradient of each of the three.
+    """
     products = 4 if setting.work == "forward" else 13
     flops = products * 2 * setting.batch * HEADS * HEADDIM * RANK * length
     size = torch.finfo(setting.torch_dtype).bits // 8
-    tensors = 4 if setting.work == "forward" else 12
+    tensors = 4 if setting.work == "forward" else 4 + 7
     return Cost(flops, tensors * size * setting.batch * HEADS * HEADDIM * length, setting.arithmetic)
 
 

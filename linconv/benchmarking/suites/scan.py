@@ -88,11 +88,12 @@ def cost(regime, setting, length):
     """See docs/kernels/bidirectional_ssd.md: multiply-adds of the chunk form, every input read and result written."""
     state, within, scores = HEADS * DSTATE * HEADDIM, CHUNK * HEADS * HEADDIM, CHUNK * DSTATE
     per_frame = 2 * (4 * state + within + scores)
-    d, own = HEADS * HEADDIM, 2 if regime == "separate" else 1
-    values = own * 2 * d + 2 * (2 * DSTATE + HEADS)  # x, y, and B, C, dt per direction
+    x = HEADS * HEADDIM * (2 if regime == "separate" else 1)
+    other = 2 * (2 * DSTATE + HEADS)  # B, C, dt per direction
+    values = x + other + x  # and y
     if setting.work != "forward":
         per_frame += 2 * (10 * state + 2 * within + 3 * scores)
-        values *= 3  # forward; then inputs and dy once more, and as many gradients
+        values += x + other + x + x + other  # inputs once more, dy, and a gradient of each input
     size = torch.finfo(setting.torch_dtype).bits // 8
     frames = setting.batch * length
     return Cost(flops=per_frame * frames, bytes=size * values * frames, dtype=setting.arithmetic)
