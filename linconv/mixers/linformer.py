@@ -16,8 +16,8 @@ class LinformerAttention(Mixer):
 
     Parameters: q_proj, k_proj, v_proj, out_proj, torch.nn.Linear (d_model, d_model) each, which `from_attention` takes
     over from the attention that it replaces; proj_k and proj_v (max_length, r), or (num_heads, max_length, r). It is
-    linear in L, has fewer operations than exact attention from L = 1.1 to 1.5 r on, by the width, and takes no more than
-    max_length frames.
+    linear in L, has fewer operations than exact attention from L = 1.1 to 1.5 r on, by the width, and takes no more
+    than max_length frames.
 
     Args:
         d_model: width of the hidden states.
