@@ -144,7 +144,7 @@ def read_yaml(text: str | bytes) -> Any:
 
     Raises:
         ValueError: it is not YAML, or has a value that does not exist, such as a 13th month, or one key twice, of which
-            PyYAML alone would keep the last and say nothing.
+            PyYAML alone would keep the last and say nothing, or is nested too deep to be read.
     """
     import yaml
 
@@ -161,6 +161,8 @@ def read_yaml(text: str | bytes) -> Any:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError:  # PyYAML reads what is nested by calls within calls
+        raise ValueError("nested too deep") from None
 
 
 def _set(tree: dict, keys: list[str], value: Any, whole: str) -> None:
@@ -255,6 +257,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     if hint in (int, float, str, bool, dict, list, type(None)):
         if type(value) is not hint:
             raise _wrong(key, value, hint)
+        if hint is str and "\0" in value:  # which no path and no name has, and the system refuses
+            raise UserError(f"{key}: got {value!r}; want text without null characters")
         return value
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         # YAML 1.1 reads a bare no as false, and no is how transformers spells never.

@@ -78,6 +78,8 @@ def test_values_become_what_their_key_wants(tmp_path):
         ("data", "x", "data: got 'x'; want keys: path"),
         ("task.name", 1, "task.name: 'task' holds a value, not keys"),
         ("data.holdout.test", "some", "data.holdout.test: got 'some'; want float"),
+        ("output", "a\0b", r"output: got 'a\\x00b'; want text without null characters"),
+        ("guide.checkpoints", ["a", "\0"], r"guide.checkpoints\[1\]: got '\\x00'; want text without null characters"),
     ],
 )
 def test_mistakes_are_named(tmp_path, key, value, message):
@@ -103,8 +105,9 @@ def test_wrong_files_are_named(tmp_path):
         ("seed: 2026-13-01", "month must be in 1..12"),
         (b"output: caf\xe9", "unacceptable character"),
         (b"output: caf\xc3", "unacceptable character"),
+        ("data: " + "[" * 5000 + "]" * 5000, "nested too deep"),
     ],
-    ids=["key", "nested key", "date", "Latin-1", "cut off"],
+    ids=["key", "nested key", "date", "Latin-1", "cut off", "depth"],
 )
 def test_what_is_no_yaml_is_said_so(tmp_path, text, message):
     with pytest.raises(UserError, match=f"recipe.yaml: not YAML: .*{message}"):
