@@ -93,6 +93,9 @@ def main(arguments: argparse.Namespace) -> int:
     if not arguments.suites:
         raise UserError("bench: got no suite; want one of " + ", ".join(_names()) + ", or all")
     suites = {name: _cases(name, arguments) for name in _expanded(arguments.suites)}
+    empty = [name for name, cases in suites.items() if not cases]
+    if empty and (not arguments.list or len(empty) == len(suites)):  # a list of many says which of them have any
+        raise UserError(f"bench: no case of {empty[0]} fits --cases, --work, --dtype and --without; see --list")
     if arguments.list:
         _list(suites)
         return 0
@@ -216,8 +219,8 @@ def _results(suites: dict, arguments) -> dict:
     """What is added to for each suite, by its file. Measurements are not lost by accident: they may be those of hours.
 
     Raises:
-        UserError: a suite without cases, a folder that is none, a file that is there already and nothing said of it, or
-            one that cannot be gone on with; before anything is measured.
+        UserError: a folder that is none, a file that is there already and nothing said of it, or one that cannot be
+            gone on with; before anything is measured.
     """
     from linconv.benchmarking.machine import provenance
     from linconv.benchmarking.results import Results, measured_on
@@ -225,10 +228,8 @@ def _results(suites: dict, arguments) -> dict:
     folder = Path(arguments.out or "bench")
     check_output(str(folder), "--out")
     found = {}
-    for name, cases in suites.items():
+    for name in suites:
         path = folder / f"{name}.json"
-        if not cases:
-            raise UserError(f"bench: no case of {name} fits --cases, --work, --dtype and --without; see --list")
         if path.exists() and not (arguments.resume or arguments.overwrite):
             raise UserError(
                 f"--out: {path} holds the results of an earlier run; want --resume to go on with them, --overwrite to "

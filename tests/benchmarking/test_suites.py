@@ -634,8 +634,11 @@ def test_wrong_names_end_in_one_line(capsys):
     assert "did you mean 'layer'" in capsys.readouterr().err
     assert main(["bench"]) == 2
     for flag in ("--cases", "no such case"), ("--without", "i", "a", "e"):
-        assert main(["bench", "scan", *flag]) == 2
-        assert "no case of scan fits" in capsys.readouterr().err
+        for argv in (["scan"], ["scan", "--list"]):
+            assert main(["bench", *argv, *flag]) == 2
+            assert "no case of scan fits" in capsys.readouterr().err
+    assert main(["bench", "scan", "conv", "--list", "--cases", "scan of"]) == 0  # which of them have such a case
+    assert "scan of 16 heads" in capsys.readouterr().out
     assert main(["bench", "scan", "--list"]) == 0
     assert "scan of 16 heads" in capsys.readouterr().out
 
