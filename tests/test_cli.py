@@ -755,6 +755,25 @@ def test_a_checkpoint_that_is_broken_is_named(trained, tmp_path, command, file, 
     assert "linconv: error: " in said and f"{broken}: " in said and message in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("command", ["convert", "eval", "distill", "finetune"])
+def test_a_checkpoint_without_its_weights_is_no_random_model(trained, tmp_path, command, capsys):
+    """transformers warns and draws them."""
+    folder, path = trained
+    other = tmp_path / "other"
+    shutil.copytree(folder / "teacher", other)
+    (other / "model.safetensors").unlink()
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, other / "pytorch_model.bin")
+    argv = {
+        "convert": [other, "--output", tmp_path / "out", "--set", "headdim=8"], "eval": [other, path],
+        "distill": [path, "--output", tmp_path / "out", "--teacher", other],
+        "finetune": [path, "--teacher", tmp_path / "out", "--source", other, "--set", "model.config={}"],
+    }[command]  # fmt: skip
+    capsys.readouterr()
+    linconv(command, *argv, status=2)
+    said = capsys.readouterr().err
+    assert f"{other} lacks 32 weights of the blocks of a Wav2Vec2For" in said and not (tmp_path / "out").exists()
+
+
 def test_a_feature_extractor_that_is_broken_is_not_taken_for_none(trained, tmp_path, capsys):
     folder, path = trained
     broken = tmp_path / "broken"

@@ -56,11 +56,24 @@ def load_config(path: str, what: str):
 
 
 def load_model(path: str, what: str, auto_class: str | None = None, **kwargs) -> PreTrainedModel:
-    """A model of a checkpoint, with the head it was saved with or that of ``auto_class``."""
+    """A model of a checkpoint, with the head it was saved with or that of ``auto_class``.
+
+    Raises:
+        UserError: files that will not do, or without weights of the model's blocks. Others may be missing, as those of
+            a new head are.
+    """
     config = kwargs.pop("config", None) or load_config(path, what)
     auto = getattr(transformers, auto_class or auto_class_of(config))
     with mistakes_in(f"{what}: {path}"):
-        return auto.from_pretrained(path, config=config, **kwargs)
+        model, info = auto.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    blocks = family_of(config.model_type, what).blocks(model)
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if any(module is block for block in blocks))
+    if lacking := sorted(key for key in info["missing_keys"] if key.startswith(prefixes)):
+        raise UserError(
+            f"{what}: {path} lacks {len(lacking)} weights of the blocks of a {type(model).__name__}, such as "
+            f"{lacking[0]}, which would be random"
+        )
+    return model
 
 
 def empty_model(path: str, what: str) -> PreTrainedModel:
