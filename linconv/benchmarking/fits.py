@@ -19,8 +19,8 @@ __all__ = ["write"]
 def write(all_results: Sequence[Results], path: Path) -> Path:
     """Writes, for each width and dtype of the layers, seconds = a + b·length + c·length² of attention and of mixers.
 
-    Forward passes of batch 1 only. Each fit carries the longest length that was measured, a mixer's also its operations
-    for one frame.
+    Forward passes of batch 1 only. Each fit carries the shortest and the longest length that was measured, a mixer's
+    also its operations for one frame.
 
     Raises:
         UserError: no layer among the results.
@@ -35,8 +35,10 @@ def write(all_results: Sequence[Results], path: Path) -> Path:
                 name = "attention" if series.name == description["baseline"] else series.name
                 lengths, seconds = series.measured()
                 if (series.ours or name == "attention") and len(lengths) >= 3:
-                    terms = fit(lengths, seconds, series.degree)
-                    fits[name] = {"seconds": terms, "longest": max(lengths), "lengths": len(lengths)}
+                    # Six digits, more than measurements have: the last ones change with the version of SciPy.
+                    terms = [float(f"{term:.6g}") for term in fit(lengths, seconds, series.degree)]
+                    fits[name] = {"seconds": terms, "shortest": min(lengths), "longest": max(lengths)}
+                    fits[name]["lengths"] = len(lengths)
                 if series.ours and name in fits:
                     with torch.device("meta"):
                         fits[name]["operations"] = build(name, description["facts"]["width"], 1).flops(1)

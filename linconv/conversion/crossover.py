@@ -18,12 +18,15 @@ __all__ = ["MeasuredCrossover", "measured_crossover"]
 class MeasuredCrossover:
     """frames: from which length on the mixer is faster; None where it never is, by the fits.
 
-    longest: the longest sequence that both sides were measured at: beyond, the fits extrapolate. basis: what they are
-    based on, for people to read.
+    shortest, longest: of the sequences that both sides were measured at. extrapolated: whether the width is of none
+    between those that were measured, or frames beyond the longest. basis: what the fits are based on, for people to
+    read.
     """
 
     frames: int | None
+    shortest: int
     longest: int
+    extrapolated: bool
     basis: str
 
 
@@ -58,7 +61,15 @@ def measured_crossover(mixer: str, width: int, operations: float) -> MeasuredCro
     basis = f"{what}, measured on {device}, {on['date']}, torch {on['torch']}"
     if scale != 1:
         basis += f", scaled to width {width}"
-    return MeasuredCrossover(frames, min(attention["longest"], new["longest"]), basis)
+    widths = [layer["width"] for layer in layers]
+    narrowest, widest = min(widths), max(widths)
+    outside = not narrowest <= width <= widest
+    if outside:
+        basis += f", outside of those measured ({narrowest} to {widest})"
+    shortest = max(attention["shortest"], new["shortest"])
+    longest = min(attention["longest"], new["longest"])
+    extrapolated = outside or (frames is not None and frames > longest)
+    return MeasuredCrossover(frames, shortest, longest, extrapolated, basis)
 
 
 def _faster_from(a: float, b: float, c: float) -> int | None:

@@ -75,10 +75,14 @@ class Inspection:
         if measured is None:
             lines.append(f"  predicted crossover, by time: no layer with {self.mixer} has been measured")
         else:
-            at = "never, by these fits" if measured.frames is None else self._duration(measured.frames)
-            beyond = measured.frames is not None and measured.frames > measured.longest
-            lines.append(f"  predicted crossover, by time: {at}" + (" (extrapolated)" if beyond else ""))
-            lines.append(f"    from {measured.basis}, up to {measured.longest:,} {unit}")
+            if measured.frames is None:
+                at = "never, by these fits"
+            elif measured.frames < measured.shortest:  # where, a fit to longer ones does not tell
+                at = f"below {self._duration(measured.shortest)}, the shortest measured"
+            else:
+                at = self._duration(measured.frames)
+            lines.append(f"  predicted crossover, by time: {at}" + (" (extrapolated)" if measured.extrapolated else ""))
+            lines.append(f"    from {measured.basis}, {measured.shortest:,} to {measured.longest:,} {unit}")
         return "\n".join(lines)
 
     @property

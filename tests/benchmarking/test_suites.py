@@ -6,6 +6,7 @@ import functools
 import json
 import pickle
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -670,10 +671,22 @@ def test_inspect_predicts_by_fits_to_results(clock, tmp_path, monkeypatch):
     monkeypatch.setattr(crossover, "_layers", lambda: json.loads(file.read_text())["layers"])
     operations = build("hydra", 1024, 1).flops(1)
     at = crossover.measured_crossover("hydra", 1024, operations)
-    assert at.frames == pytest.approx(30, abs=1) and at.longest == 80 and "width 1024 in float32" in at.basis
-    assert crossover.measured_crossover("hydra", 512, operations / 4).frames == pytest.approx(15, abs=1)
-    assert "scaled to width 512" in crossover.measured_crossover("hydra", 512, operations / 4).basis
+    assert at.frames == pytest.approx(30, abs=1) and (at.shortest, at.longest, at.extrapolated) == (10, 80, False)
+    assert "width 1024 in float32" in at.basis
+    at = crossover.measured_crossover("hydra", 512, operations / 4)
+    assert at.frames == pytest.approx(15, abs=1) and at.extrapolated
+    assert "scaled to width 512, outside of those measured (1024 to 1024)" in at.basis
     assert crossover.measured_crossover("bimamba2", 1024, operations) is None
+
+
+def test_committed_fits_are_those_to_the_committed_results(tmp_path):
+    """To the digit, whatever SciPy makes of the last ones."""
+    from linconv.benchmarking.fits import write
+    from linconv.conversion import crossover
+
+    root = Path(__file__).parents[2]
+    file = write([Results.read(root / "benchmarks/results/cpu/suites/layer.json")], tmp_path / "fits.json")
+    assert file.read_text() == Path(crossover.__file__).with_name("layer_fits.json").read_text()
 
 
 def test_batch_on_the_command_line(capsys):

@@ -1,6 +1,7 @@
 """What convert() promises, for every head class."""
 
 import copy
+import dataclasses
 
 import accelerate
 import numpy as np
@@ -663,6 +664,26 @@ def test_inspect_counts_and_reads():
     assert both[cross][1] < both[cross][0] and both[cross - 1][1] >= both[cross - 1][0]
     text = str(found)
     assert "2 of 3 blocks" in text and f"{found.parameters_after:,}" in text and f"{cross} frames" in text
+
+
+@pytest.mark.parametrize(
+    "frames, extrapolated, said",
+    [
+        (1, False, "below 249 frames (5.0 s), the shortest measured\n"),
+        (1, True, "below 249 frames (5.0 s), the shortest measured (extrapolated)\n"),
+        (250, False, "250 frames (5.0 s)\n"),
+        (9_999, True, "9999 frames (200.0 s) (extrapolated)\n"),
+        (None, False, "never, by these fits\n"),
+    ],
+)
+def test_inspect_claims_no_crossover_where_nothing_was_measured(frames, extrapolated, said):
+    found = linconv.inspect(make(Wav2Vec2ForCTC), **MIXER)
+    assert found.measured_crossover.extrapolated  # no layer as narrow was measured
+    measured = dataclasses.replace(
+        found.measured_crossover, frames=frames, shortest=249, longest=2_999, extrapolated=extrapolated
+    )
+    text = str(dataclasses.replace(found, measured_crossover=measured))
+    assert f"crossover, by time: {said}" in text and text.endswith(", 249 to 2,999 frames")
 
 
 @pytest.mark.parametrize("positions", ["relative", "rotary", None])
