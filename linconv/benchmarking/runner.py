@@ -21,6 +21,8 @@ from linconv.benchmarking.suite import LARGEST, Absent, Case, CheckFailed, Imple
 __all__ = ["Limits", "run"]
 
 USED_UP = "the time of the runs was used up"
+_TRIED = 16, 64  # frames that an implementation is tried with
+_CHECKED = 8  # sequences that it is tried and checked with at most: a larger batch is more of the same
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class _Runner:
     def __init__(self, results, limits, end, found, report):
         self.results, self.limits, self.end, self.rates, self.report = results, limits, end, found, report
         self.why: dict[tuple[str, str, int, str], str] = {}  # why a value was not measured
+        self.tried: dict[tuple[str, str], _Tried] = {}
 
     def case(self, case: Case, measure: Sequence[str], lengths: Sequence[int]) -> None:
         lengths = sorted(lengths)
@@ -81,7 +84,7 @@ class _Runner:
         ):
             return
         self.report(f"{case.key}")
-        usable = [i for i in case.implementations if self._usable(case, i)]
+        usable = [i for i in case.implementations if self._usable(case, i, lengths)]
         if "latency" in measure:
             for length in lengths:
                 self._latency(case, usable, length)
@@ -89,14 +92,23 @@ class _Runner:
             for length in lengths:
                 for implementation in usable:
                     self._memory(case, implementation, length)
+        for implementation in case.implementations:  # where all is predicted, there is nothing to predict it from
+            why = self.why.get((case.key, implementation.name, lengths[0], "seconds"))
+            if why and not self.results.values(case.key, implementation.name, "seconds")[0]:
+                self.report(f"  {implementation.name} is not timed at any length: {why}")
 
     def _has(self, case, implementation, length, measure) -> bool:
         row = self.results.rows.get((case.key, implementation.name, length), {})
         return ("samples" if measure == "latency" else "extra_bytes") in row
 
-    def _usable(self, case: Case, implementation: Implementation) -> bool:
-        """Runs it once, short, and its check; files it under absent or failed if it will not do."""
-        name, setting = implementation.name, _of_one(case.setting)
+    def _usable(self, case: Case, implementation: Implementation, lengths: Sequence[int]) -> bool:
+        """Runs its check, and it, short; files it under absent or failed if it will not do."""
+        name, setting = implementation.name, _short(case.setting)
+        if time.monotonic() > self.end:
+            for length in lengths:
+                for what in ("seconds", "extra_bytes"):
+                    self.why[case.key, name, length, what] = USED_UP
+            return False
         try:
             if implementation.reason:
                 raise Absent(implementation.reason)
@@ -106,7 +118,7 @@ class _Runner:
             make, arguments = implementation.make, implementation.arguments
             if implementation.shortcut is not None:
                 arguments = implementation.shortcut.arguments
-            work(make, arguments, setting, 64)()
+            self.tried[case.key, name] = _Tried.of(make, arguments, setting)
         except Absent as absent:
             self.results.absent[name] = str(absent)
             return False
@@ -276,10 +288,15 @@ class _Runner:
 
     def _call_seconds(self, case, implementation, length) -> float:
         """What one call that is timed may take, going by shorter lengths."""
-        seconds = self._expected(case, implementation, "seconds", length) or 0.0
-        if implementation.shortcut is not None and length > implementation.shortcut.up_to:
-            seconds /= 4  # a model of one layer, with all that is not layers, and a block
-        return seconds
+        seconds, shortcut = self._expected(case, implementation, "seconds", length), implementation.shortcut
+        blocks = shortcut is not None and length > shortcut.up_to  # a model of one layer and a block are timed
+        if seconds is not None:
+            return seconds / 4 if blocks else seconds
+        tried = self.tried.get((case.key, implementation.name))
+        if tried is None:
+            return 0.0
+        times = 1 if shortcut is None else 2 if blocks else 1 + shortcut.times
+        return times * tried.seconds(length) * _of_one(case.setting).batch / _short(case.setting).batch
 
     def _beyond(self, case, implementation, length) -> str | None:
         """Which limit a call at ``length`` would exceed, or None."""
@@ -287,10 +304,12 @@ class _Runner:
         if seconds > most:
             return f"a call would take about {seconds:,.0f} s, the limit is {most:g} s"
         limit = self._memory_limit(case.setting)
-        extra = self._expected(case, implementation, "extra_bytes", length)
+        extra = self._expected(case, implementation, "extra_bytes", length) or 0
         if implementation.memory is not None:  # known, and more than a fit of short lengths may say
-            extra = max(extra or 0, implementation.memory(_of_one(case.setting), length))
-        if extra is not None and extra > limit:
+            extra = max(extra, implementation.memory(_of_one(case.setting), length))
+        if tried := self.tried.get((case.key, implementation.name)):
+            extra = max(extra, tried.input_bytes * _of_one(case.setting).batch * length)  # no less than the inputs
+        if extra > limit:
             return f"it would need about {extra / 2**30:,.0f} GiB, the limit is {limit / 2**30:,.0f} GiB"
         return None
 
@@ -335,6 +354,41 @@ def _in_short(error: Exception) -> str:
 def _of_one(setting: Setting) -> Setting:
     """The setting itself; of a largest batch, that of one sequence."""
     return setting.with_batch(1) if setting.batch == LARGEST else setting
+
+
+def _short(setting: Setting) -> Setting:
+    """That of trying and checking: no more sequences than tell what a batch of them does."""
+    one = _of_one(setting)
+    return one.with_batch(min(one.batch, _CHECKED))
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What two short calls say of the first length: the seconds that each took, and bytes of inputs for each frame of a
+    sequence."""
+
+    taken: tuple[float, float]
+    input_bytes: float
+
+    @classmethod
+    def of(cls, make: Callable, arguments: tuple, setting: Setting) -> _Tried:
+        """Each is called twice: whatever is loaded or compiled at first use takes no time again."""
+        sizes = []
+
+        def noting(*given):
+            function, leaves = make(*given)
+            sizes.append(sum(leaf.nbytes for leaf in leaves))
+            return function, leaves
+
+        works = {length: work(noting, arguments, setting, length) for length in _TRIED}
+        taken = compare(works, clock=_clock(setting), min_repeats=1, max_repeats=1)
+        grown = (sizes[1] - sizes[0]) / (_TRIED[1] - _TRIED[0])  # weights are of a size, whatever the length
+        return cls(tuple(taken[length].median for length in _TRIED), grown / setting.batch)
+
+    def seconds(self, length: int) -> float:
+        """On the line through both; at least what the shorter one took."""
+        (short, long), (few, more) = self.taken, _TRIED
+        return short + max(0.0, long - short) * max(0, length - few) / (more - few)
 
 
 def _arguments(implementation: Implementation, length: int) -> tuple:

@@ -104,7 +104,7 @@ def test_a_run_that_goes_on_measures_what_is_missing_only(clock, monkeypatch):
     built = []
     monkeypatch.setattr(runner, "work", lambda make, a, s, length: built.append(length) or work(make, a, s, length))
     measured(results=results, limits=Limits(call_seconds=100))
-    assert {length for length in built if length != 64} == {80, 160}  # 64: that it can run at all
+    assert {length for length in built if length not in runner._TRIED} == {80, 160}
     assert all(results.rows[key]["samples"] == samples for key, samples in before.items())
     assert all(why is None for series in results.series() for why in series.predicted)
     assert len(results.runs) == 2 and results.rows[case().key, "ours", 160]["run"] == 1
@@ -304,8 +304,8 @@ def test_nothing_is_tried_on_a_gpu_after_the_time_is_used_up(clock, monkeypatch)
         tried.append(length)
         return synthetic(setting, length, "linear")
 
-    results = measured([on_gpu(monkeypatch, Implementation("ours", make, ours=True))], Limits(seconds=5))
-    assert tried == [64, 10, 10]
+    results = measured([on_gpu(monkeypatch, Implementation("ours", make, ours=True))], Limits(seconds=7.5))
+    assert tried == [*runner._TRIED, 10, 10]
     (series,) = results.series()
     assert series.predicted == (None, *[runner.USED_UP] * 4) and series.bytes_predicted == (None,) * 5
 
@@ -337,6 +337,42 @@ def test_a_wrong_kernel_gets_no_time(clock):
     results = measured([case(failing=True)])
     assert [series.name for series in results.series()] == ["attention"]
     assert results.failed == {f"{case().key}: ours": "error 1"}
+
+
+def test_checks_too_are_within_the_time_of_the_run(clock, monkeypatch):
+    now, checked = [0], []
+    monkeypatch.setattr(runner, "time", argparse.Namespace(monotonic=lambda: now[0]))
+
+    def check(name, setting):
+        now[0] += 10
+        checked.append(name)
+
+    made = [Implementation(n, synthetic, ("linear",), ours=True, check=functools.partial(check, n)) for n in "abc"]
+    results = measured([Case("toy", Setting(), tuple(made), "a", LENGTHS)], Limits(seconds=15))
+    assert checked == ["a", "b"] and not results.rows
+
+
+@pytest.mark.parametrize(
+    "limits, reason",
+    [
+        (dict(call_seconds=3.0), "a call would take about 10 s, the limit is 3 s"),
+        (dict(call_seconds=1e9, memory_bytes=1e5), "it would need about 0 GiB, the limit is 0 GiB"),
+        (dict(call_seconds=1e9, seconds=20), runner.USED_UP),
+    ],
+)
+def test_limits_hold_for_the_first_length_too(clock, limits, reason):
+    """Of a batch that is larger than any that is tried, in proportion to what the short tries took."""
+    built = []
+
+    def make(setting, length):
+        built.append((setting.batch, length))
+        return (lambda: torch.tensor(setting.batch * length * 1e-4)), [torch.zeros(setting.batch, length)]
+
+    huge = Case("toy", Setting(batch=1_000), (Implementation("ours", make, ours=True),), "ours", (100, 200))
+    results, said = Results("toy"), []
+    runner.run(results, [huge], Limits(**limits), measure=["latency"], lengths=(100,), report=said.append)
+    assert said[-1] == f"  ours is not timed at any length: {reason}"
+    assert built == [(8, length) for length in runner._TRIED] and not results.rows
 
 
 def test_an_error_in_ours_is_no_reason_to_be_absent(clock):
