@@ -81,6 +81,10 @@ class Results:
             return values[lengths.index(length)]
         return predict(fit(lengths, [max(v, 1e-9) for v in values], degree), length) if lengths else None
 
+    def forget(self, case: str, implementation: str) -> None:
+        """Removes all that is known of an implementation of a case."""
+        self.rows = {key: row for key, row in self.rows.items() if key[:2] != (case, implementation)}
+
     def forget_predictions(self, cases: Iterable[str]) -> None:
         """Removes what is predicted of these cases, for a run that goes on to measure them."""
         for row in (row for row in self.rows.values() if row["case"] in cases):

@@ -339,6 +339,13 @@ def test_a_wrong_kernel_gets_no_time(clock):
     assert results.failed == {f"{case().key}: ours": "error 1"}
 
 
+def test_a_kernel_that_is_wrong_now_loses_the_times_of_earlier_runs(clock):
+    results = measured(lengths=(10, 20))
+    measured([case(failing=True)], results=results)
+    assert [series.name for series in results.series()] == ["attention"]
+    assert results.failed == {f"{case().key}: ours": "error 1"}
+
+
 def test_checks_too_are_within_the_time_of_the_run(clock, monkeypatch):
     now, checked = [0], []
     monkeypatch.setattr(runner, "time", argparse.Namespace(monotonic=lambda: now[0]))
