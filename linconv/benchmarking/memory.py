@@ -12,9 +12,11 @@ import ctypes
 import gc
 import multiprocessing
 import resource
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -35,8 +37,30 @@ def peak_extra_bytes(make: Callable[..., Callable[[], object]], *args, preload: 
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*preload])
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure, make, args).result()
+        with _interrupts_held_back():
+            future = pool.submit(_measure, make, args)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            for child in set(multiprocessing.active_children()) - others:
+                child.kill()  # whose work may take minutes
+            raise
+
+
+@contextlib.contextmanager
+def _interrupts_held_back():
+    """Processes that are started within are not interrupted with this one: what happens to them is its business.
+
+    A terminal interrupts all of them, and each would print where it was. They inherit what is held back.
+    """
+    resource_tracker.ensure_running()  # lets interrupts through again where it has to be started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _measure(make: Callable[..., Callable[[], object]], args: tuple) -> int:

@@ -1,11 +1,18 @@
 """The measuring harness: what it counts, how it predicts, what it refuses."""
 
+import os
 import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import linconv
 from linconv.benchmarking import compare, crossover, fit_quadratic, machine, measure, peak_extra_bytes, predict
 from linconv.benchmarking.curves import Curve, latency_curves, memory_curve
 
@@ -59,6 +66,36 @@ def fail():
 def test_peak_memory_passes_on_what_went_wrong():
     with pytest.raises(RuntimeError, match="no such model"):
         peak_extra_bytes(fail)
+
+
+LOADING = """
+import multiprocessing, pathlib, time
+if multiprocessing.parent_process() is not None:
+    pathlib.Path(__file__).with_name("begun").touch()
+    time.sleep(60)
+def make():
+    pass
+"""
+
+
+def test_an_interrupt_ends_the_measurement_of_memory_without_a_word_from_its_process(tmp_path):
+    """A terminal interrupts every process of a command, which may be loading what it is to measure."""
+    (tmp_path / "loading.py").write_text(LOADING)
+    code = (
+        "import loading; from linconv.benchmarking import peak_extra_bytes\n"
+        "try: peak_extra_bytes(loading.make)\n"
+        "except KeyboardInterrupt: print('interrupted')"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(linconv.__file__).parents[1])])
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": paths},
+    ) as run:  # fmt: skip
+        while not (tmp_path / "begun").exists() and run.poll() is None:
+            time.sleep(0.05)
+        start = time.monotonic()
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.communicate() == ("interrupted\n", "") and time.monotonic() - start < 30
 
 
 def test_fit_finds_the_three_terms_and_predicts_from_them():
