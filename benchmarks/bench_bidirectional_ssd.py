@@ -11,73 +11,38 @@ import functools
 import itertools
 
 import torch
-import torch.nn.functional as F
 
-from linconv import ops
 from linconv.benchmarking import compare, peak_extra_bytes
 from linconv.benchmarking.machine import matmul_work
 from linconv.benchmarking.record import run
-from linconv.ops.bidirectional_ssd import reference
-from linconv.ops.ssd.reference import recurrence
+from linconv.benchmarking.suite import Setting
+from linconv.benchmarking.suites import peers, scan
+from linconv.benchmarking.suites.scan import CHUNK, DSTATE, HEADDIM, HEADS
 
-HEADS, HEADDIM, DSTATE, GROUPS, CHUNK = 16, 64, 128, 1, 64
+GROUPS = 1
 FORWARD_FLOPS = 2 * (4 * HEADS * DSTATE * HEADDIM + CHUNK * HEADS * HEADDIM + CHUNK * GROUPS * DSTATE)
 BACKWARD_FLOPS = 2 * (10 * HEADS * DSTATE * HEADDIM + 2 * CHUNK * HEADS * HEADDIM + 3 * CHUNK * GROUPS * DSTATE)
-REGIMES = {
-    "separate": {"x", "dt", "A", "B", "C", "D"},
-    "hydra": {"dt", "B", "C"},
-    "quasiseparable": {"dt", "A"},
-    "tied": set(),
-}
+DTYPES = ("float32", "bfloat16")
 
 
-def arguments(regime, length, dtype=torch.float32):
-    def tensor(name, *shape):
-        return torch.randn(*((2, *shape) if name in REGIMES[regime] else shape))
-
-    x, B, C = tensor("x", 1, length, HEADS, HEADDIM), *(tensor(n, 1, length, GROUPS, DSTATE) for n in "BC")
-    dt, A, D = tensor("dt", 1, length, HEADS) - 3, -tensor("A", HEADS).abs() - 1, tensor("D", HEADS)
-    return tuple(t.to(dtype) if t.dim() > 2 else t for t in (x, dt, A, B, C)), {"D": D, "dt_softplus": True}
-
-
-def scan(tensors, options):
-    return ops.bidirectional_ssd(*tensors, **options, backend="cpu")
-
-
-def check(regime, dtype):
-    """The kernel's error is at most twice plain torch's, judged by the recurrence in float64."""
-    tensors, options = arguments(regime, 200, dtype)
-    double, double_options = [t.double() for t in tensors], {**options, "D": options["D"].double()}
-    exact = reference.bidirectional_ssd(*double, double_options.pop("D"), **double_options, scan=recurrence)
-    plain = ops.bidirectional_ssd(*tensors, **options, backend="reference")
-    ours, theirs = ((y.double() - exact).abs().max().item() for y in (scan(tensors, options), plain))
-    if not ours <= 2 * theirs:
-        raise SystemExit(
-            f"{regime}, {dtype}: error {ours:.2e} against {theirs:.2e} of plain torch; no speed is reported"
-        )
-
-
-def forward(regime, length, dtype=torch.float32):
+def forward(regime, length, dtype="float32", function=scan.scan):
     """The scan as a callable."""
-    return functools.partial(scan, *arguments(regime, length, dtype))
+    return scan.run(Setting(dtype=dtype), length, function, regime)[0]
 
 
 def backward(regime, length, dtype):
     """The gradients of every argument but D, as a callable; forward has been run."""
-    tensors, options = arguments(regime, length, dtype)
-    leaves = [t.requires_grad_() for t in tensors]
-    y = scan(leaves, options)
-    return functools.partial(torch.autograd.grad, y, leaves, torch.randn_like(y), retain_graph=True)
+    work, leaves = scan.run(Setting("training", dtype), length, scan.scan, regime)
+    y = work()
+    return functools.partial(torch.autograd.grad, y, leaves[:-1], torch.randn_like(y), retain_graph=True)
 
 
 def attention(length):
-    q, k, v = (torch.randn(1, HEADS, length, HEADDIM) for _ in range(3))
-    return functools.partial(F.scaled_dot_product_attention, q, k, v)
+    return peers.attention(Setting(), length, HEADS, HEADDIM, "any")[0]
 
 
 def plain_torch(length):
-    tensors, options = arguments("separate", length)
-    return functools.partial(ops.bidirectional_ssd, *tensors, **options, backend="reference")
+    return forward("separate", length, function=functools.partial(scan.scan, backend="reference"))
 
 
 PARTS = {"forward": (forward, FORWARD_FLOPS), "backward": (backward, BACKWARD_FLOPS)}
@@ -91,7 +56,7 @@ def over_floor(record, part, length):
     """Times a pass in every regime, fp32 and bf16, against its floor. Returns seconds by (regime, dtype)."""
     make, flops = PARTS[part]
     matmul, matmul_flops = matmul_work()
-    keys = list(itertools.product(REGIMES, (torch.float32, torch.bfloat16)))
+    keys = list(itertools.product(scan.PER_DIRECTION, DTYPES))
     works = {"mm": matmul, **{key: make(key[0], length, key[1]) for key in keys}}
     limits = {"min_repeats": 15, "min_seconds": 1.0} if length < 5000 else {"min_repeats": 5, "min_seconds": 0.0}
     taken = compare(works, **limits)
@@ -99,9 +64,9 @@ def over_floor(record, part, length):
     for regime, dtype in keys:
         latency = taken[regime, dtype]
         record.add(
-            length=length, regime=regime, dtype=str(dtype)[6:], part=part, seconds=latency.median,
+            length=length, regime=regime, dtype=dtype, part=part, seconds=latency.median,
             fastest_seconds=latency.fastest, floor_seconds=floor, over_floor=latency.median / floor,
-            to_separate_float32=latency.median / taken["separate", torch.float32].median,
+            to_separate_float32=latency.median / taken["separate", "float32"].median,
         )  # fmt: skip
     return {key: taken[key].median for key in keys}
 
@@ -134,8 +99,8 @@ def growth(record, lengths):
 
 
 def body(record, lengths):
-    for regime, dtype in itertools.product(REGIMES, (torch.float32, torch.bfloat16)):
-        check(regime, dtype)
+    for regime, dtype in itertools.product(scan.PER_DIRECTION, DTYPES):
+        scan.check(scan.scan, regime, Setting(dtype=dtype))
     for length in lengths:
         for part in PARTS:
             over_floor(record, part, length)

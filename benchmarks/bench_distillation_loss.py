@@ -8,37 +8,17 @@ which torch copies one side to another place, layer by layer, timed in turn with
 at every call.
 """
 
+import functools
+
 import torch
-import torch.nn.functional as F
 
 from linconv import ops
 from linconv.benchmarking import compare, peak_extra_bytes
 from linconv.benchmarking.record import run
+from linconv.benchmarking.suites.loss import LAYERS, WIDTH, kl_in_torch, mse_in_torch
 from linconv.ops.distillation_loss.linear import TILE_OF_CPU
 
-LAYERS, WIDTH = 24, 1024
-
-
-def mse_in_torch(student, teacher, mask=None):
-    return torch.stack([F.mse_loss(s, t) for s, t in zip(student, teacher)]).mean()
-
-
-def wide(x):
-    """In the dtype of the arithmetic."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def normalized_mse_in_torch(student, teacher, mask):
-    losses = []
-    for s, t in zip(student, teacher):
-        s, t = (F.layer_norm(wide(x), x.shape[-1:]) for x in (s, t))
-        losses.append(((s - t).square().mean(-1) * mask).sum() / mask.sum())
-    return torch.stack(losses).mean()
-
-
-def kl_in_torch(student, teacher):
-    student, teacher = (F.log_softmax(wide(x.flatten(0, -2)) / 2, -1) for x in (student, teacher))
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+plain_mse = functools.partial(mse_in_torch, layer_norm=False)
 
 
 def training(loss, student, *rest):
@@ -56,10 +36,10 @@ def check(dtype):
     student, teacher = ([torch.randn(2, 50, 512).to(dtype) for _ in range(2)] for _ in range(2))
     mask = torch.arange(50) < torch.tensor([50, 31])[:, None]
     cases = {
-        "mse": (lambda s, t: ops.layerwise_mse(s, t), mse_in_torch),
+        "mse": (lambda s, t: ops.layerwise_mse(s, t), plain_mse),
         "mse with layer norm and mask": (
             lambda s, t: ops.layerwise_mse(s, t, mask=mask, layer_norm=True),
-            lambda s, t: normalized_mse_in_torch(s, t, mask),
+            lambda s, t: mse_in_torch(s, t, mask=mask),
         ),
         "kl": (lambda s, t: ops.kd_loss(s[0], t[0]), lambda s, t: kl_in_torch(s[0], t[0])),
     }
@@ -103,8 +83,8 @@ def layers(record, length, dtype):
         "layerwise_mse, layer norm and mask": training(
             lambda s, t: ops.layerwise_mse(s, t, mask=mask, layer_norm=True), student, teacher
         ),
-        "F.mse_loss a layer": training(mse_in_torch, student, teacher),
-        "F.layer_norm, mask, mean": training(normalized_mse_in_torch, student, teacher, mask),
+        "F.mse_loss a layer": training(plain_mse, student, teacher),
+        "F.layer_norm, mask, mean": training(functools.partial(mse_in_torch, mask=mask), student, teacher),
     }
     taken = compare(works, min_repeats=5, min_seconds=1.0)
     seconds = {name: latency.median for name, latency in taken.items()}

@@ -14,44 +14,19 @@ import torch
 
 from linconv.benchmarking import compare
 from linconv.benchmarking.record import run
+from linconv.benchmarking.suites.layer import TwoMamba2, attention_layer
 from linconv.mixers import get
 
-WIDTH, HEADS = 1024, 16
+WIDTH = 1024
 TRANSFORMERS_LENGTH = 1536
 ATTENTION_UP_TO = 16_384
-
-
-def attention_layer():
-    from transformers import Wav2Vec2Config
-    from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
-
-    config = Wav2Vec2Config(hidden_size=WIDTH, num_attention_heads=HEADS)
-    config._attn_implementation = "sdpa"
-    return Wav2Vec2Attention(WIDTH, HEADS, config=config).eval()
-
-
-def two_mamba2_mixers(layer):
-    """transformers' mixer, once per direction, with the weights of `layer`."""
-    from transformers import Mamba2Config
-    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
-
-    config = Mamba2Config(
-        hidden_size=WIDTH, num_heads=layer.nheads, head_dim=layer.headdim, state_size=layer.d_state, n_groups=1,
-        expand=1, conv_kernel=layer.d_conv, use_bias=False, use_conv_bias=True, layer_norm_epsilon=1e-5, chunk_size=256,
-    )  # fmt: skip
-    mixers = []
-    for weights in layer.mamba_ssm_state_dicts():
-        mixer = Mamba2Mixer(config, layer_idx=0).eval()
-        mixer.load_state_dict(weights)
-        mixers.append(mixer)
-    return lambda x: mixers[0](x) + mixers[1](x.flip(1)).flip(1)
 
 
 def against_transformers(record, layer):
     import transformers
 
     x = torch.randn(1, TRANSFORMERS_LENGTH, WIDTH)
-    peer = two_mamba2_mixers(layer)
+    peer = TwoMamba2(layer).eval()
     torch.testing.assert_close(layer(x), peer(x), rtol=1e-4, atol=1e-4)
     works = {"bimamba2": functools.partial(layer, x), "peer": functools.partial(peer, x)}
     taken = compare(works, min_repeats=3, min_seconds=0)
@@ -92,7 +67,7 @@ def against_attention(record, layers, attention, length):
 def body(record, lengths):
     layers = {name: get(name)(WIDTH).eval() for name in ("bimamba2", "hydra")}
     against_transformers(record, layers["bimamba2"])
-    attention = attention_layer()
+    attention, _ = attention_layer(WIDTH, "sdpa")
     for length in lengths:
         against_attention(record, layers, attention, length)
 

@@ -16,16 +16,10 @@ from linconv import ops
 from linconv.benchmarking import compare
 from linconv.benchmarking.machine import matmul_work
 from linconv.benchmarking.record import run
+from linconv.benchmarking.suites.linformer import HEADDIM, HEADS, RANK, in_torch
 
-HEADS, HEADDIM, RANK = 12, 64, 256
 WIDTH = HEADS * HEADDIM
 EXACT_UP_TO = 4_096
-
-
-def eager(q, k, v, proj_k, proj_v):
-    root = math.sqrt(k.shape[2])
-    k, v = proj_k.mT @ k / root, proj_v.mT @ v / root
-    return (q @ k.mT / math.sqrt(HEADDIM)).softmax(-1) @ v
 
 
 def eager_self_attention(x, parameters, proj_k, proj_v):
@@ -33,15 +27,15 @@ def eager_self_attention(x, parameters, proj_k, proj_v):
         F.linear(x, w, b).unflatten(-1, (HEADS, HEADDIM)).transpose(1, 2)
         for w, b in zip(parameters[::2], parameters[1::2])
     )
-    return eager(q, k, v, proj_k, proj_v).transpose(1, 2).flatten(-2)
+    return in_torch(q, k, v, proj_k, proj_v).transpose(1, 2).flatten(-2)
 
 
 def check():
     """The kernels' error, root mean square, is at most 1.25 times eager's; gradients are checked by the tests."""
     q, k, v = torch.randn(3, 1, HEADS, 300, HEADDIM).unbind(0)
     proj = torch.randn(2, 300, RANK).unbind(0)
-    exact = eager(*(t.double() for t in (q, k, v, *proj)))
-    ours, theirs = ((f(q, k, v, *proj).double() - exact).norm() for f in (ops.linformer_attention, eager))
+    exact = in_torch(*(t.double() for t in (q, k, v, *proj)))
+    ours, theirs = ((f(q, k, v, *proj).double() - exact).norm() for f in (ops.linformer_attention, in_torch))
     if not ours <= 1.25 * theirs:
         raise SystemExit(f"error {ours:.2e} against {theirs:.2e} of the eager formula; no speed is reported")
 
@@ -65,9 +59,9 @@ def body(record, lengths):
         works = {
             "mm": mm,
             "forward": lambda t=tensors: ops.linformer_attention(*t),
-            "eager forward": lambda t=tensors: eager(*t),
+            "eager forward": lambda t=tensors: in_torch(*t),
             "training": lambda t=tensors, f=training: f(ops.linformer_attention, t),
-            "eager training": lambda t=tensors, f=training: f(eager, t),
+            "eager training": lambda t=tensors, f=training: f(in_torch, t),
         }
         for name, second in (("", proj[1]), (" with one projection", None)):
             works[f"self-attention{name}"] = lambda x=x, p=parameters, e=proj[0], f=second: (

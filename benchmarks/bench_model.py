@@ -11,44 +11,34 @@ model, whose convolutional front end may set it.
 
 import torch
 
-import linconv
 from linconv.benchmarking import compare, peak_extra_bytes
 from linconv.benchmarking.record import run
+from linconv.benchmarking.suite import Setting
+from linconv.benchmarking.suites.model import build, inputs
 
 LAYERS, FULL_UP_TO = 24, 3_000
 FEW, MORE = 1, 3
 
 
-def model(kind, layers):
-    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
-
-    config = Wav2Vec2Config(
-        hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=4096, vocab_size=32,
-        do_stable_layer_norm=True, feat_extract_norm="layer", conv_bias=True, attn_implementation="sdpa",
-    )  # fmt: skip
+def model(kind, layers, frames):
     torch.manual_seed(0)
-    original = Wav2Vec2ForCTC(config).eval()
-    return original if kind == "original" else linconv.convert(original, mixer="bimamba2").eval()
-
-
-def samples(frames):
-    """The fewest audio samples that make so many frames: strides multiply to 320, windows reach 400."""
-    return 320 * (frames - 1) + 400
+    return build("wav2vec2-large", None if kind == "original" else kind, layers, frames)
 
 
 def forward(kind, layers, frames):
-    net, audio = model(kind, layers), torch.randn(1, samples(frames))
+    net = model(kind, layers, frames)
+    audio = inputs(Setting(), frames, net)
 
     def work():
         with torch.inference_mode():
-            return net(audio).logits
+            return net(**audio).logits
 
     return work
 
 
 def encoder(kind, frames, padded):
     """The encoder over hidden states: one clip, or a batch of two of which the second is a tenth shorter."""
-    net = model(kind, 1).wav2vec2.encoder
+    net = model(kind, 1, frames).wav2vec2.encoder
     batch = 2 if padded else 1
     hidden = torch.randn(batch, frames, 1024)
     mask = (torch.arange(frames) < torch.tensor([[frames], [frames - frames // 10]])) if padded else None

@@ -27,8 +27,8 @@ def _two_passes(causal, x, weight, bias):
 
 def in_torch(x, weight, bias):
     def causal(x, weight, bias):
-        padded = F.pad(x.mT, (WIDTH - 1, 0))
-        return F.silu(F.conv1d(padded, weight[:, None].to(x.dtype), bias.to(x.dtype), groups=CHANNELS)).mT
+        padded = F.pad(x.mT, (weight.shape[1] - 1, 0))
+        return F.silu(F.conv1d(padded, weight[:, None].to(x.dtype), bias.to(x.dtype), groups=len(weight))).mT
 
     return _two_passes(causal, x, weight, bias)
 

@@ -22,8 +22,9 @@ def ours(q, k, v, proj, backend=None):
     return ops.linformer_attention(q, k, v, proj, backend=backend)
 
 
-def in_torch(q, k, v, proj):
-    keys, values = (proj.mT @ x * x.shape[2] ** -0.5 for x in (k, v))  # (batch, heads, rank, headdim)
+def in_torch(q, k, v, proj_k, proj_v=None):
+    pairs = (proj_k, k), (proj_k if proj_v is None else proj_v, v)
+    keys, values = (proj.mT @ x * x.shape[2] ** -0.5 for proj, x in pairs)  # (batch, heads, rank, headdim)
     return peers.eager(q, keys, values)
 
 

@@ -22,9 +22,13 @@ def layer_loss(function, teachers, *students):
     return function(list(students), [t.to(students[0].dtype) for t in teachers])
 
 
-def mse_in_torch(students, teachers):
-    normal = (tuple(F.layer_norm(_math(x), x.shape[-1:]) for x in pair) for pair in zip(students, teachers))
-    return torch.stack([F.mse_loss(s, t) for s, t in normal]).mean()
+def mse_in_torch(students, teachers, layer_norm=True, mask=None):
+    pairs = zip(students, teachers)
+    if layer_norm:
+        pairs = (tuple(F.layer_norm(_math(x), x.shape[-1:]) for x in pair) for pair in pairs)
+    if mask is None:
+        return torch.stack([F.mse_loss(s, t) for s, t in pairs]).mean()
+    return torch.stack([((s - t).square().mean(-1) * mask).sum() / mask.sum() for s, t in pairs]).mean()
 
 
 def layerwise_mse(students, teachers, backend=None):
