@@ -140,13 +140,18 @@ class Results:
         except ValueError as error:
             raise UserError(f"{path}: not JSON: {error}") from error
         whole = {"suite", "runs", "cases", "absent", "failed", "rows"}
+        wrong = UserError(f"{path}: not a result of `linconv bench` (format {FORMAT})")
         if not isinstance(data, dict) or data.get("format") != FORMAT or not whole <= data.keys() or not data["runs"]:
-            raise UserError(f"{path}: not a result of `linconv bench` (format {FORMAT})")
+            raise wrong
         results = cls(data["suite"])
         results.runs, results.cases = data["runs"], data["cases"]
         results.absent, results.failed = data["absent"], data["failed"]
-        for row in data["rows"]:
-            results.rows[row["case"], row["implementation"], row["length"]] = row
+        try:
+            measured_on(results.runs[-1])
+            for row in data["rows"]:
+                results.rows[row["case"], row["implementation"], row["length"]] = row
+        except (KeyError, TypeError) as error:
+            raise wrong from error
         return results
 
 

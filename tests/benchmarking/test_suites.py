@@ -472,12 +472,22 @@ def rounded(all_series):
 
 
 EMPTY = {"format": 1, "suite": "layer", "runs": [], "cases": {}, "absent": {}, "failed": {}, "rows": []}
+RUN = {"device": "cpu", "cpu": "x", "threads": 1}
 
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"benchmark": "layer", "rows": []}', '{"format": 1, "suite": "layer"}', json.dumps(EMPTY)],
-    ids=["cut off", "list", "other", "without rows", "without runs"],
+    [
+        "{",
+        "[]",
+        '{"benchmark": "layer", "rows": []}',
+        '{"format": 1, "suite": "layer"}',
+        json.dumps(EMPTY),
+        json.dumps({**EMPTY, "runs": [{}]}),
+        json.dumps({**EMPTY, "runs": [RUN], "rows": [{"case": "x"}]}),
+        json.dumps({**EMPTY, "runs": [RUN], "rows": [1]}),
+    ],
+    ids=["cut off", "list", "other", "without rows", "without runs", "empty run", "part of a row", "no row"],
 )
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "other.json"
