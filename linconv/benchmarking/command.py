@@ -79,6 +79,8 @@ def main(arguments: argparse.Namespace) -> int:
     """
     if arguments.check is not None and not arguments.compare:
         raise UserError("--check: wants --compare BEFORE AFTER beside it")
+    if arguments.out == "":  # of a variable that is not set, say: the default is no place for what was to go elsewhere
+        raise UserError("--out: got ''; want a path")
     of_results = next((key for key in ("report", "plot", "fits", "compare") if getattr(arguments, key)), None)
     if arguments.suites and of_results:
         raise UserError(f"bench: got the suite {arguments.suites[0]!r} and --{of_results}; want one after the other")

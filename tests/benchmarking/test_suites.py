@@ -180,6 +180,8 @@ def test_a_run_goes_on_with_its_own_results_only(clock, tmp_path):
         (["scan", "--lengths", "many"], "argument --lengths: got 'many'; want a whole number above 0"),
         (["scan", "--budget", "nan"], "argument --budget: got 'nan'; want a number above 0"),
         (["scan", "--memory-limit", "0"], "argument --memory-limit: got '0'; want a number above 0"),
+        (["scan", "--out", ""], "--out: got ''; want a path"),
+        (["--report", "x.json", "--out", ""], "--out: got ''; want a path"),
         (["scan", "--seed", "-1"], "argument --seed: got '-1'; want a whole number from 0 to"),
         (["scan", "--report", "x.json"], "got the suite 'scan' and --report; want one after the other"),
         (["--report", "x.json", "--plot", "x.json"], "argument --plot: not allowed with argument --report"),
