@@ -5,7 +5,7 @@
 Shape: 24 layers of (1, L, 1024), as a large speech encoder has; logits of 32 classes (CTC) and 50,257. The floor is
 bytes (forward reads both sides, backward reads both and writes one gradient: 5 sizes of one side) over the rate at
 which torch copies one side to another place, layer by layer, timed in turn with the kernel. Gradients are new tensors
-at every call.
+at every call. That of linear_kd_loss is the operations of four products over the rate of a large torch.mm.
 """
 
 import functools
@@ -14,11 +14,16 @@ import torch
 
 from linconv import ops
 from linconv.benchmarking import compare, peak_extra_bytes
+from linconv.benchmarking.machine import matmul_work
 from linconv.benchmarking.record import run
 from linconv.benchmarking.suites.loss import LAYERS, WIDTH, kl_in_torch, mse_in_torch
 from linconv.ops.distillation_loss.linear import TILE_OF_CPU
 
 plain_mse = functools.partial(mse_in_torch, layer_norm=False)
+
+
+def kl_of_logits_in_torch(hidden_s, weight_s, hidden_t, weight_t):
+    return kl_in_torch((hidden_s @ weight_s.T)[None], (hidden_t @ weight_t.T)[None])
 
 
 def training(loss, student, *rest):
@@ -42,6 +47,10 @@ def check(dtype):
             lambda s, t: mse_in_torch(s, t, mask=mask),
         ),
         "kl": (lambda s, t: ops.kd_loss(s[0], t[0]), lambda s, t: kl_in_torch(s[0], t[0])),
+        "kl from hidden states": tuple(
+            lambda s, t, loss=loss: loss(*(x.flatten(0, 1) / x.shape[-1] ** 0.25 for x in (*s, *t)))
+            for loss in (ops.linear_kd_loss, kl_of_logits_in_torch)
+        ),
     }
     for name, (ours, theirs) in cases.items():
         found = []
@@ -109,6 +118,21 @@ def logits(record, rows, classes):
     add(record, common, seconds, "kd_loss", "log_softmax and F.kl_div", 2.5 * seconds["copy"])
 
 
+def from_hidden(record, rows, d, classes, dtype):
+    """The losses that make logits, theirs by torch's products and all of them at once."""
+    inputs = [torch.randn(n, d).to(dtype) / d**0.5 for n in 2 * (rows, classes)]
+    mm, flops = matmul_work(dtype=dtype)
+    works = {"mm": mm}
+    for name, loss in (("linear_kd_loss", ops.linear_kd_loss), ("all logits", kl_of_logits_in_torch)):
+        students = [t.clone().requires_grad_() for t in inputs[:2]]
+        works[name] = lambda loss=loss, students=students: torch.autograd.grad(loss(*students, *inputs[2:]), students)
+    taken = compare(works, min_repeats=5, min_seconds=2.0)
+    seconds = {name: latency.median for name, latency in taken.items()}
+    common = dict(op="linear_kd_loss", length=rows, d=d, classes=classes, dtype=str(dtype)[6:])
+    floor = 4 * 2 * rows * d * classes * seconds["mm"] / flops  # a product a side, and one a gradient
+    add(record, common, seconds, "linear_kd_loss", "all logits", floor)
+
+
 def linear(rows, d, classes, dtype):
     """Everything made, and the loss with both gradients as the work: for the measurement of memory."""
     hidden, weight, *teacher = (torch.randn(n, d).to(dtype) for n in 2 * (rows, classes))
@@ -138,6 +162,8 @@ def body(record, lengths):
             layers(record, length, dtype)
     logits(record, lengths[0], 32)
     logits(record, 512, 50_257)
+    for dtype in (torch.float32, torch.bfloat16):
+        from_hidden(record, 512, 768, 50_257, dtype)
     for d, dtype in ((256, torch.float32), (1024, torch.float32), (1024, torch.bfloat16)):
         memory(record, 8_192, d, 50_257, dtype)
 

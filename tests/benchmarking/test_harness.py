@@ -82,7 +82,8 @@ def test_an_interrupt_ends_the_measurement_of_memory_without_a_word_from_its_pro
     """A terminal interrupts every process of a command, which may be loading what it is to measure."""
     (tmp_path / "loading.py").write_text(LOADING)
     code = (
-        "import loading; from linconv.benchmarking import peak_extra_bytes\n"
+        "import loading, signal; from linconv.benchmarking import peak_extra_bytes\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored, where these tests run in the background
         "try: peak_extra_bytes(loading.make)\n"
         "except KeyboardInterrupt: print('interrupted')"
     )
