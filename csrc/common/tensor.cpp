@@ -40,6 +40,8 @@ void require_strided(const Tensor& tensor, int64_t dims, const char* name) {
 #endif
   require(tensor.layout() == torch::headeronly::Layout::Strided, name, " is not a strided tensor");
   require(tensor.dim() == dims, name, " has ", tensor.dim(), " dimensions, wanted ", dims);
+  // Such as of a sharded parameter between its uses.
+  require(tensor.data_ptr() != nullptr || tensor.numel() == 0, name, " has no memory: it has been freed");
 }
 
 static std::vector<int64_t> integers(const Tensor& tensor, const char* name) {

@@ -246,7 +246,11 @@ class DistillationTrainer(Trainer):
         """The micro-batches of one optimizer step, with [answers, frames] summed over them and over all processes."""
         # The stock Trainer would gather the number of labels, in those processes alone whose first batch has some.
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        if not self._is_whole(batches, num_batches):
+        if 0 < self.state.max_steps <= self.state.global_step:
+            # Resumed at its last step: the Trainer would look for its end only after one more.
+            self.control.should_training_stop = True
+            batches = []
+        elif not self._is_whole(batches, num_batches):
             # The end of a stream: the Trainer would take no step here, but leave these gradients to the next one.
             batches = []
         counts = torch.zeros(2, dtype=torch.int64, device=device)

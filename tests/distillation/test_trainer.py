@@ -377,6 +377,20 @@ def test_a_stream_is_resumed_in_its_second_pass(tmp_path):
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+@pytest.mark.parametrize("data", [Stream, Noise])
+def test_resumed_at_its_last_step_a_run_takes_no_step(tmp_path, data):
+    options = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    weights = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        teacher, student = models()
+        guided = trainer(tmp_path, student, teacher, TrajectoryGuided(2), data(), **options)
+        guided.train(resume_from_checkpoint=checkpoint)
+        assert guided.state.global_step == 3
+        weights.append(student.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
 def test_what_a_pass_over_a_stream_leaves_goes_into_no_step(tmp_path):
     """Two steps of two batches and a fifth batch: the third step is the first one again, whatever the fifth was."""
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 0.0}

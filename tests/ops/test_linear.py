@@ -291,3 +291,11 @@ def test_bad_arguments(arguments, options, error, message):
 def test_operator_checks_what_it_reads(arguments, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.linconv.linear(*arguments)
+
+
+def test_memory_that_was_freed_is_not_read():
+    """As that of a parameter which is sharded between its uses."""
+    weight = W.clone()
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="weight has no memory: it has been freed"):
+        torch.ops.linconv.linear(X, weight, None, None)
