@@ -3,12 +3,12 @@
 //   1. here:                     m.def("short_conv(Tensor x, Tensor weight, Tensor? bias, ...) -> Tensor");
 //   2. csrc/<op>/kernel.h        plain argument structs and LINCONV_KERNEL declarations (common/isa.h), no torch
 //      csrc/<op>/kernel.cpp      the kernels, compiled once per instruction set
-//      csrc/<op>/cpu.cpp         re-checks what it dereferences, allocates outputs, runs LINCONV_PICK(kernel) under
-//                                torch::stable::parallel_for, and ends with
+//      csrc/<op>/cpu.cpp         re-checks what it dereferences, allocates outputs, has LINCONV_PICK(kernel) run by
+//                                common/tasks.h, and ends with
 //                                    STABLE_TORCH_LIBRARY_IMPL(linconv, CPU, m) { m.impl("short_conv", TORCH_BOX(&short_conv)); }
 //   3. linconv/ops/<op>/__init__.py   registers the fake kernel and the autograd formula.
 //
-// A backward pass that is a kernel of its own is an operator of its own, <op>_backward. All are functional: no argument is
+// A backward pass that is a kernel of its own is an operator of its own, <op>_backward. All but linear_out are functional: no argument is
 // written, no output aliases an input.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>

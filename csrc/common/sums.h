@@ -1,9 +1,8 @@
 // Sums of partial results into tensors, on torch's threads. For cpu.cpp.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include "common/parts.h"
+#include "common/tasks.h"
 #include "common/tensor.h"
 
 namespace linconv {
@@ -14,9 +13,10 @@ inline Tensor sum_of_parts(const Tensor& parts, const Tensor& like, const char* 
   const DType dtype = dtype_of(like, name);
   Tensor out = empty_as(like, dtype);
   const PartsArgs args{parts.data_ptr(), outer, outer_stride, inner, inner_stride, out.mutable_data_ptr(), dtype};
-  torch::stable::parallel_for(0, like.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+  const auto sum = [&](int64_t begin, int64_t end) {
     LINCONV_PICK(sum_parts)(args, math_type(dtype) == DType::kFloat64, begin, end);
-  });
+  };
+  run({like.numel(), sum, 4 * outer * inner * like.numel()});
   return out;
 }
 

@@ -4,25 +4,28 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
+#include <limits>
+#include <span>
 #include <utility>
 #include <vector>
 
 namespace linconv {
 
-// How many of `tasks`, of so many operations in all, a thread should have at least. Threads that others keep from running
-// are waited for, milliseconds on a busy machine, so what is done in microseconds is left to one.
-inline int64_t grain(int64_t tasks, int64_t operations) {
-  constexpr int64_t kLeast = 1 << 16;
-  return operations >= tasks * kLeast ? 1 : (tasks * kLeast + operations) / std::max<int64_t>(operations, 1);
-}
-
 // A kernel with its arguments: run(begin, end) does so many of `count` tasks, which depend on nothing of each other's.
 struct Tasks {
   int64_t count;
   std::function<void(int64_t begin, int64_t end)> run;
-  int64_t grain = 1;
+  // Of all tasks, about; left out where each has plenty.
+  int64_t operations = std::numeric_limits<int64_t>::max();
+
+  // How many tasks have so many operations.
+  int64_t with(int64_t least) const {
+    return operations / least >= count ? 1 : (count * least + operations) / std::max<int64_t>(operations, 1);
+  }
 };
 
 // The tasks of kernels alike, one kernel's behind another's.
@@ -38,17 +41,59 @@ inline Tasks chain(std::vector<Tasks> parts) {
           }};
 }
 
-inline void run(const Tasks& tasks) { torch::stable::parallel_for(0, tasks.count, tasks.grain, tasks.run); }
-
-// Kernels that differ but depend on nothing of each other's either: each thread takes its share of every one.
-inline void run_together(const std::vector<Tasks>& all) {
-  const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (const Tasks& tasks : all) {
-      const int64_t first = tasks.count * begin / threads, last = tasks.count * end / threads;
-      if (first < last) tasks.run(first, last);
+// A thread's share of a kernel's tasks, of which it and those that help it take one piece after another.
+class alignas(64) Share {
+ public:
+  void assign(const Tasks& tasks, int64_t thread, int64_t threads) {
+    constexpr int64_t kPieces = 8;
+    constexpr int64_t kLeast = 1 << 23;  // operations of a piece, so that what a kernel sets up at its beginning is little
+    next_ = tasks.count * thread / threads;
+    end_ = tasks.count * (thread + 1) / threads;
+    piece_ = std::max(tasks.with(kLeast), (end_ - next_ + kPieces - 1) / kPieces);
+  }
+  void work(const Tasks& tasks) {
+    while (next_.load(std::memory_order_relaxed) < end_) {
+      const int64_t begin = next_.fetch_add(piece_, std::memory_order_relaxed);
+      if (begin < end_) tasks.run(begin, std::min(begin + piece_, end_));
     }
+  }
+
+ private:
+  std::atomic<int64_t> next_{0};
+  int64_t end_ = 0, piece_ = 1;
+};
+
+// Kernels that differ but depend on nothing of each other's either. A thread does its own share of every one, the same
+// tasks at every call, so that they find in its caches what it left there. Then it helps threads that are behind: cores
+// differ in speed, tasks in length, and other programs take time of some cores.
+inline void run_together(std::span<const Tasks> all) {
+  // Operations of a thread: those that others keep from running are waited for, milliseconds on a busy machine, so what is
+  // done in microseconds is left to one.
+  constexpr int64_t kLeast = 1 << 16;
+  int64_t threads = 0;
+  for (const Tasks& tasks : all) {
+    const int64_t least = tasks.with(kLeast);
+    threads = std::max(threads, (tasks.count + least - 1) / least);
+  }
+  threads = std::min<int64_t>(threads, torch::stable::get_num_threads());
+  if (threads <= 1) {
+    for (const Tasks& tasks : all)
+      if (tasks.count > 0) tasks.run(0, tasks.count);
+    return;
+  }
+  std::vector<Share> shares(all.size() * threads);
+  for (size_t i = 0; i < all.size(); ++i)
+    for (int64_t thread = 0; thread < threads; ++thread) shares[i * threads + thread].assign(all[i], thread, threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t own = begin; own < end; ++own)
+      for (size_t i = 0; i < all.size(); ++i) shares[i * threads + own].work(all[i]);
+    for (size_t i = 0; i < all.size(); ++i)
+      for (int64_t behind = 1; behind < threads; ++behind) shares[i * threads + (begin + behind) % threads].work(all[i]);
   });
 }
+
+inline void run_together(std::initializer_list<Tasks> all) { run_together(std::span(all.begin(), all.size())); }
+
+inline void run(const Tasks& tasks) { run_together(std::span(&tasks, 1)); }
 
 }  // namespace linconv

@@ -1,10 +1,13 @@
 #include <algorithm>
 #include <tuple>
 
+#include "common/tasks.h"
 #include "distillation_loss/arguments.h"
 
 namespace linconv {
 namespace {
+
+constexpr int64_t kOperations = 16;  // of a class of a row of logits, about
 
 // Which of (batch, L) rows count, and how many.
 struct Rows {
@@ -75,8 +78,7 @@ struct Logits {
   }
   Logits(const Logits&) = delete;
   DType math() const { return args.in_double ? DType::kFloat64 : DType::kFloat32; }
-  // Rows that make a share of work worth handing out.
-  int64_t grain() const { return std::max<int64_t>(1, (1 << 12) / std::max<int64_t>(1, args.student.size[2])); }
+  int64_t operations() const { return kOperations * tasks * args.student.size[2]; }
 };
 
 std::vector<double> values(const Tensor& tensor, int64_t count, const char* name) {
@@ -92,18 +94,18 @@ void put(const Tensor& tensor, int64_t i, double value) {
   else static_cast<float*>(tensor.data_ptr())[i] = static_cast<float>(value);
 }
 
-// Both halves in one launch: tasks on hidden states first, then groups of rows of logits.
+// Both halves in one launch.
 template <class Layers, class Rows_>
 void launch(const HiddenStates& hidden, const Logits& logits, Layers on_layers, Rows_ on_logits) {
-  const int64_t grain = logits.grain(), groups = (logits.tasks + grain - 1) / grain, first = hidden.tasks();
-  torch::stable::parallel_for(0, first + groups, 1, [&](int64_t begin, int64_t end) {
-    const bool any_logits = end > first;
-    std::vector<double> scratch(std::max(layer_scratch(hidden.args), any_logits ? logit_scratch() : 0));
-    if (begin < first) on_layers(scratch.data(), begin, std::min(end, first));
-    if (any_logits)
-      on_logits(scratch.data(), (std::max(begin, first) - first) * grain,
-                std::min((end - first) * grain, logits.tasks));
-  });
+  const auto layers = [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(layer_scratch(hidden.args));
+    on_layers(scratch.data(), begin, end);
+  };
+  const auto rows = [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(logit_scratch());
+    on_logits(scratch.data(), begin, end);
+  };
+  run_together({{hidden.tasks(), layers}, {logits.tasks, rows, logits.operations()}});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
@@ -182,10 +184,11 @@ Tensor kd_statistics(Tensor student, Tensor teacher, std::optional<Tensor> befor
   if (before) logits.args.before = read_statistics(*before, logits.tasks, "before");
   Tensor statistics = empty({logits.tasks, kStatistics}, DType::kFloat64);
   logits.args.statistics = static_cast<double*>(statistics.data_ptr());
-  torch::stable::parallel_for(0, logits.tasks, logits.grain(), [&](int64_t begin, int64_t end) {
+  const auto forward = [&](int64_t begin, int64_t end) {
     std::vector<double> scratch(logit_scratch());
     LINCONV_PICK(logits_forward)(logits.args, scratch.data(), begin, end);
-  });
+  };
+  run({logits.tasks, forward, logits.operations()});
   return statistics;
 }
 
@@ -199,10 +202,11 @@ Tensor kd_gradient(Tensor student, Tensor teacher, Tensor statistics, Tensor sca
   logits.args.scale_stride = 1;
   Tensor out = empty_as(student, logits.args.student.dtype);
   logits.args.grad_student = view<3>(torch::stable::unsqueeze(out, 0), "gradient");
-  torch::stable::parallel_for(0, logits.tasks, logits.grain(), [&](int64_t begin, int64_t end) {
+  const auto backward = [&](int64_t begin, int64_t end) {
     std::vector<double> scratch(logit_scratch());
     LINCONV_PICK(logits_backward)(logits.args, scratch.data(), begin, end);
-  });
+  };
+  run({logits.tasks, backward, logits.operations()});
   return out;
 }
 

@@ -39,10 +39,11 @@ Tensor gated_rms_norm(Tensor x, Tensor z, Tensor weight, double eps, int64_t gro
   Tensor y = empty({a.x.size[1], a.x.size[2], a.directions, a.channels}, a.x.dtype);
   y = torch::stable::transpose(torch::stable::transpose(y, 1, 2), 0, 1);
   a.y = view<4>(y, "y");
-  torch::stable::parallel_for(0, a.block_count, grain(a.block_count, kOperations * y.numel()), [&](int64_t begin, int64_t end) {
+  const auto forward = [&](int64_t begin, int64_t end) {
     std::vector<double> scratch(norm_scratch(a));
     LINCONV_PICK(gated_rms_norm_forward)(a, scratch.data(), begin, end);
-  });
+  };
+  run({a.block_count, forward, kOperations * y.numel()});
   return y;
 }
 
@@ -60,13 +61,12 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward(Tensor grad, Tensor x
   a.grad_z = view<4>(grad_z, "grad_z");
   a.grad_weight = view<2>(grad_weight, "grad_weight");
   a.partial = partial.data_ptr();
-  torch::stable::parallel_for(0, a.block_count, 1, [&](int64_t begin, int64_t end) {
+  const auto backward = [&](int64_t begin, int64_t end) {
     std::vector<double> scratch(norm_scratch(a));
     LINCONV_PICK(gated_rms_norm_backward)(a, scratch.data(), begin, end);
-  });
-  torch::stable::parallel_for(0, a.channels, 256, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(gated_rms_norm_reduce)(a, begin, end);
-  });
+  };
+  run({a.block_count, backward, 2 * kOperations * grad.numel()});
+  run({a.channels, [&](int64_t begin, int64_t end) { LINCONV_PICK(gated_rms_norm_reduce)(a, begin, end); }, partial.numel()});
   return {grad_x, grad_z, grad_weight};
 }
 

@@ -46,13 +46,13 @@ Product::Product(const View<2>& x, const View<2>& weight, const View<1>& bias, c
 Tasks Product::pack() const {
   const int64_t tasks = (args.columns + kLinearPacked - 1) / kLinearPacked;
   return {tasks, [a = args, fp64 = fp64](int64_t begin, int64_t end) { LINCONV_PICK(linear_pack)(a, fp64, begin, end); },
-          grain(tasks, args.columns * args.depth)};
+          args.columns * args.depth};
 }
 
 Tasks Product::multiply() const {
   const int64_t tasks = args.row_blocks() * args.column_blocks();
   return {tasks, [a = args, fp64 = fp64](int64_t begin, int64_t end) { LINCONV_PICK(linear)(a, fp64, begin, end); },
-          grain(tasks, args.rows * args.columns * args.depth)};
+          args.rows * args.columns * args.depth};
 }
 
 namespace {

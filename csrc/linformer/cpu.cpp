@@ -84,16 +84,11 @@ std::tuple<Tensor, Tensor> project_backward(Tensor grad, Tensor x, Tensor proj, 
   a.dproj = view<3>(dproj, "dproj");
   a.packed = packed.data_ptr();
   const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-  torch::stable::parallel_for(0, a.batch * a.heads, 1, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(linformer_pack)(a, fp64, begin, end);
-  });
-  torch::stable::parallel_for(0, a.batch * blocks(a.frames, kLinformerBlock), 1, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(linformer_unproject)(a, fp64, begin, end);
-  });
+  run({a.batch * a.heads, [&](int64_t begin, int64_t end) { LINCONV_PICK(linformer_pack)(a, fp64, begin, end); }});
+  run({a.batch * blocks(a.frames, kLinformerBlock),
+       [&](int64_t begin, int64_t end) { LINCONV_PICK(linformer_unproject)(a, fp64, begin, end); }});
   const int64_t tasks = a.proj.size[0] * blocks(a.proj.size[1], kLinformerBlock) * blocks(a.rank, kLinformerRanks);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(linformer_project_weights)(a, fp64, begin, end);
-  });
+  run({tasks, [&](int64_t begin, int64_t end) { LINCONV_PICK(linformer_project_weights)(a, fp64, begin, end); }});
   return {dx, dproj};
 }
 
@@ -136,14 +131,11 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Tensor grad, Tensor q, Tensor
   a.dv = view<4>(dv, "dv");
   a.dk_parts = parts.data_ptr();
   a.dv_parts = offset(parts.data_ptr(), math, parts.numel() / 2);
-  torch::stable::parallel_for(0, a.batch * a.heads * a.splits, 1, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(linformer_attend_backward)(a, fp64, begin, end);
-  });
+  run({a.batch * a.heads * a.splits,
+       [&](int64_t begin, int64_t end) { LINCONV_PICK(linformer_attend_backward)(a, fp64, begin, end); }});
   for (const auto& [part, out] : {std::pair{a.dk_parts, a.dk}, std::pair{a.dv_parts, a.dv}}) {
     const LinformerSumArgs sum{part, out, a.spans, a.heads, a.splits, a.rank, a.headdim, false, true};
-    torch::stable::parallel_for(0, a.batch * a.heads, 1, [&](int64_t begin, int64_t end) {
-      LINCONV_PICK(linformer_sum)(sum, fp64, begin, end);
-    });
+    run({a.batch * a.heads, [&](int64_t begin, int64_t end) { LINCONV_PICK(linformer_sum)(sum, fp64, begin, end); }});
   }
   return {dq, dk, dv};
 }

@@ -49,8 +49,8 @@ std::tuple<Tensor, Tensor> selective_scan(const Tensor& x, const Tensor& dt, con
   a.final_states = view<3>(final_states, "final_states");
   if (a.channels > 0) {
     cut_for_threads(a);
-    torch::stable::parallel_for(0, a.tasks(), grain(a.tasks(), kOperations * x.numel() * a.dstate),
-                                [&](int64_t begin, int64_t end) { LINCONV_PICK(selective_scan_forward)(a, begin, end); });
+    run({a.tasks(), [&](int64_t begin, int64_t end) { LINCONV_PICK(selective_scan_forward)(a, begin, end); },
+         kOperations * x.numel() * a.dstate});
   }
   return {y, final_states};
 }
@@ -88,8 +88,7 @@ Gradients selective_scan_backward(const Tensor& dy, Optional dfinal_states, cons
   a.dB = dB.mutable_data_ptr();
   a.dC = dC.mutable_data_ptr();
   if (blocks > 0)
-    torch::stable::parallel_for(0, a.tasks(), 1,
-                                [&](int64_t begin, int64_t end) { LINCONV_PICK(selective_scan_backward)(a, begin, end); });
+    run({a.tasks(), [&](int64_t begin, int64_t end) { LINCONV_PICK(selective_scan_backward)(a, begin, end); }});
   return {dx,
           ddt,
           sum_of_parts(dA, A, "A", a.sequences, A.numel()),

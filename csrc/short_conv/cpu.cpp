@@ -45,8 +45,8 @@ Tensor short_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, bool silu
   Tensor y = empty({a.directions, a.x.size[1], a.x.size[2], a.channels}, a.x.dtype);
   a.y = view<4>(y, "y");
   const int64_t tasks = a.block_count * a.channel_blocks;
-  torch::stable::parallel_for(0, tasks, grain(tasks, kOperations * y.numel()),
-                              [&](int64_t begin, int64_t end) { LINCONV_PICK(short_conv_forward)(a, begin, end); });
+  run({tasks, [&](int64_t begin, int64_t end) { LINCONV_PICK(short_conv_forward)(a, begin, end); },
+       kOperations * y.numel()});
   return y;
 }
 
@@ -65,10 +65,9 @@ std::tuple<Tensor, Tensor, Tensor> short_conv_backward(Tensor grad, Tensor x, Te
   a.grad_weight = view<3>(grad_weight, "grad_weight");
   a.grad_bias = view<2>(grad_bias, "grad_bias");
   a.partial = partial.data_ptr();
-  torch::stable::parallel_for(0, a.block_count * a.channel_blocks, 1,
-                              [&](int64_t begin, int64_t end) { LINCONV_PICK(short_conv_backward)(a, begin, end); });
-  torch::stable::parallel_for(0, a.channel_blocks, 1,
-                              [&](int64_t begin, int64_t end) { LINCONV_PICK(short_conv_reduce)(a, begin, end); });
+  run({a.block_count * a.channel_blocks,
+       [&](int64_t begin, int64_t end) { LINCONV_PICK(short_conv_backward)(a, begin, end); }, 2 * kOperations * grad.numel()});
+  run({a.channel_blocks, [&](int64_t begin, int64_t end) { LINCONV_PICK(short_conv_reduce)(a, begin, end); }, partial.numel()});
   return {grad_x, grad_weight, grad_bias};
 }
 

@@ -154,10 +154,10 @@ std::tuple<Tensor, Tensor> scan_forward(const Scan& scan) {
                                              : empty(none, held.math);
   args.final_states = scan.directions == 1 ? final_states.mutable_data_ptr() : nullptr;
   cut_for_threads(args);
-  const int64_t operations = kOperations * scan.x.numel() * args.dstate;
-  torch::stable::parallel_for(0, args.tasks(), grain(args.tasks(), operations), [&](int64_t begin, int64_t end) {
+  const auto forward = [&](int64_t begin, int64_t end) {
     LINCONV_PICK(ssd_forward)(args, held.math == DType::kFloat64, begin, end);
-  });
+  };
+  run({args.tasks(), forward, kOperations * scan.x.numel() * args.dstate});
   return {y, final_states};
 }
 
@@ -194,9 +194,9 @@ ScanGradients scan_backward(const Scan& scan, const Tensor& dy, const std::optio
   Tensor dinitial = held.initial_states ? empty_as(*held.initial_states, math) : empty(none, math);
   args.dinitial_states = held.initial_states ? dinitial.mutable_data_ptr() : nullptr;
 
-  torch::stable::parallel_for(0, args.tasks(), 1, [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(ssd_backward)(args, math == DType::kFloat64, begin, end);
-  });
+  run({args.tasks(), [&](int64_t begin, int64_t end) {
+         LINCONV_PICK(ssd_backward)(args, math == DType::kFloat64, begin, end);
+       }});
 
   const auto of_directions = [&](const Tensor& argument, int64_t dims) { return per_direction(argument, dims) ? 1 : directions; };
   const auto per_head_sum = [&](const Tensor& parts, const Tensor& argument, const char* name, bool first_only) {

@@ -33,8 +33,8 @@ def rates(device: str = "cpu", dtypes: tuple[str, ...] = ("float32",)) -> dict:
     matmul = {}
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        # Factors by rows, as a layer's: where a CPU has no instructions for bfloat16, torch takes 20 times as long or more
-        # for a second factor by columns.
+        # Factors by rows, as a layer's: where a CPU has no instructions for bfloat16, torch takes 20 times as long or
+        # more for a second factor by columns.
         taken = measure(functools.partial(torch.nn.functional.linear, a, b), min_seconds=1, clock=clock)
         matmul[dtype] = 2 * size**3 / taken.median
     source = torch.ones(mebibytes << 18, device=device)
