@@ -71,6 +71,7 @@ def provenance() -> dict:
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
         "isa": dispatch.build_info().get("isa"),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "compiler": dispatch.build_info().get("compiler"),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
