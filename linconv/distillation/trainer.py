@@ -464,10 +464,23 @@ class DistillationTrainer(Trainer):
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self._check_all_have_labels(inputs)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if logits is not None:
             logits = self.head.predictions(logits, self._frame_mask(self._prepare_inputs(inputs)), self.model.config)
         return loss, logits, labels
+
+    def _check_all_have_labels(self, inputs: dict) -> None:
+        """Raises ValueError where some processes alone have labels: they would wait for the others' losses for ever."""
+        if (processes := self.accelerator.num_processes) == 1:
+            return
+        labelled = all(inputs.get(name) is not None for name in self.label_names)
+        found = int(self.accelerator.reduce(torch.tensor(int(labelled), device=self.args.device), "sum"))
+        if 0 < found < processes:
+            raise ValueError(
+                f"{', '.join(self.label_names)}: got a batch to evaluate without, in {processes - found} of "
+                f"{processes} processes; want them in all batches of an evaluation, or in none"
+            )
 
     # ---- The optimizer
 

@@ -1,6 +1,6 @@
 """A small distillation to be started as a process of its own: run.py FOLDER [--steps N] [--batch N] [--accumulate N]
 [--kill-at STEP] [--resume] [--augment] [--layer-drop P] [--mode NAME] [--cache FOLDER] [--by-length]
-[--labels-of RANK] [--streamed]. Under torchrun too."""
+[--labels-of RANK] [--streamed] [--evaluate]. Under torchrun too."""
 
 import argparse
 import copy
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--by-length", action="store_true")
     parser.add_argument("--labels-of", type=int, help="the one process that has labels")
     parser.add_argument("--streamed", action="store_true", help="from the second process on, fewer clips")
+    parser.add_argument("--evaluate", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     changes = {} if given.layer_drop is None else {"layerdrop": given.layer_drop}
@@ -201,6 +202,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir) if given.resume else None)
     if given.streamed:
         torch.save(trainer.predict(Stream(5)).predictions, os.path.join(given.folder, f"{args.process_index}.pt"))
+    if given.evaluate:
+        trainer.evaluate(data)
     if trainer.is_world_process_zero():
         torch.save(trainer.model.state_dict(), os.path.join(given.folder, "student.pt"))
     trainer.leave_process_group()

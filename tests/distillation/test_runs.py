@@ -126,6 +126,13 @@ def test_one_process_alone_may_have_labels(tmp_path, rank):
     assert all(record["task_loss"] > 0 and record["layer_loss"] > 0 for record in steps(tmp_path / "run"))
 
 
+def test_evaluation_of_batches_that_have_labels_in_one_process_alone_is_refused(tmp_path):
+    """The other one would never come to where labels are gathered."""
+    done = run_spread(tmp_path / "run", "--batch", "2", "--steps", "1", "--labels-of", "0", "--evaluate")
+    assert done.returncode != 0
+    assert "labels: got a batch to evaluate without, in 1 of 2 processes; want them in all batches" in done.stderr
+
+
 def test_two_processes_go_over_a_stream_of_unequal_clips_and_shards(tmp_path):
     """An epoch of 18 clips in one process and 24 in the other ends with the last whole step of both: the fifth."""
     folder = tmp_path / "run"
