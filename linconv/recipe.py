@@ -193,6 +193,9 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
 def _training_arguments(tree: dict, block: str) -> dict:
     if not tree:
         return {}
+    from accelerate.utils import GradientAccumulationPlugin
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
     from linconv.distillation.arguments import DistillationArguments
 
     arguments = {f.name: f for f in dataclasses.fields(DistillationArguments)}
@@ -211,6 +214,11 @@ def _training_arguments(tree: dict, block: str) -> dict:
         choices = arguments[key].metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
             raise unknown(f"{block}.{key}", value, choices)
+    if isinstance(config := values.get("accelerator_config"), dict):
+        name = f"{block}.accelerator_config"
+        config = values["accelerator_config"] = _build(AcceleratorConfig, config, f"{name}.")
+        if (inner := config.gradient_accumulation_kwargs) is not None:
+            _build(GradientAccumulationPlugin, inner, f"{name}.gradient_accumulation_kwargs.")
     return values
 
 
@@ -266,7 +274,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         if value not in [member.value for member in hint]:
             raise unknown(key, value, (member.value for member in hint))
         return value
-    return value  # a class of transformers', which checks it
+    raise _wrong(key, value, hint)  # an object, which YAML does not write
 
 
 def _wrong(key: str, value: Any, hint: Any) -> UserError:

@@ -952,6 +952,18 @@ MISTAKES = {
     "optimizer of a package that is not there": (
         ["distill", "RECIPE", "--set", "distill.optim=galore_adamw", "--dry-run"], "optim, optim_args: You need to"
     ),
+    "key of another optimizer": (
+        ["distill", "RECIPE", "--set", "distill.optim=sgd", "--set", "distill.optim_args=momentum=0.9,rho=1"],
+        "optim_args: no 'rho' for the optimizer sgd",
+    ),
+    "key of an optimizer without its value": (
+        ["distill", "RECIPE", "--set", "distill.optim=sgd", "--set", "distill.optim_args=momentum", "--dry-run"],
+        "optim_args: got 'momentum'; want KEY=VALUE",
+    ),
+    "value that an optimizer refuses": (
+        ["distill", "RECIPE", "--set", "distill.optim=sgd", "--set", "distill.optim_args=nesterov=true", "--dry-run"],
+        "optim, optim_args: Nesterov momentum requires a momentum",
+    ),
     "schedule without what it wants": (
         ["distill", "RECIPE", "--set", "distill.lr_scheduler_type=cosine_with_min_lr", "--dry-run"],
         "lr_scheduler_type, lr_scheduler_kwargs: One of min_lr or",
@@ -960,6 +972,49 @@ MISTAKES = {
         ["distill", "RECIPE", "--set", "distill.torch_compile=true", "--set", "distill.torch_compile_mode=fast",
          "--dry-run"],
         "torch_compile_backend, torch_compile_mode: Unrecognized mode=fast",
+    ),
+    "back end of compilation": (
+        ["distill", "RECIPE", "--set", "distill.torch_compile_backend=inducter"],
+        "torch_compile_backend: no 'inducter'; did you mean 'inductor'?",
+    ),
+    "key of accelerate": (
+        ["distill", "RECIPE", "--set", "distill.accelerator_config={split_batchez: true}"],
+        "recipe key distill.accelerator_config.split_batchez: no 'split_batchez'; did you mean 'split_batches'?",
+    ),
+    "value of accelerate": (
+        ["distill", "RECIPE", "--set", "distill.accelerator_config={dispatch_batches: 7}"],
+        "distill.accelerator_config.dispatch_batches: got 7; want bool",
+    ),
+    "key of accelerate's accumulation": (
+        ["distill", "RECIPE", "--set", "distill.accelerator_config={gradient_accumulation_kwargs: {num_step: 2}}"],
+        "distill.accelerator_config.gradient_accumulation_kwargs.num_step: no 'num_step'; did you mean 'num_steps'?",
+    ),
+    "file of accelerate": (
+        ["distill", "RECIPE", "--set", "distill.accelerator_config=FOLDER/none.json"], "accelerator_config: [Errno 2]"
+    ),
+    "object that no YAML writes": (
+        ["distill", "RECIPE", "--set", "distill.parallelism_config={dp_size: 2}"],
+        "distill.parallelism_config: got {'dp_size': 2}; want ParallelismConfig",
+    ),
+    "argument that transformers does not name": (
+        ["distill", "RECIPE", "--set", "distill.debug=all"], "debug: all is not a valid DebugOption"
+    ),
+    "recomputation": (
+        ["distill", "RECIPE", "--set", "distill.gradient_checkpointing=true",
+         "--set", "distill.gradient_checkpointing_kwargs={depth: 1}", "--dry-run"],
+        "gradient_checkpointing_kwargs: Identity.forward() got an unexpected keyword argument 'depth'",
+    ),
+    "kernels of a package that is not there": (
+        ["distill", "RECIPE", "--set", "distill.use_liger_kernel=true"], "use_liger_kernel: No module named"
+    ),
+    "batches ahead": (
+        ["distill", "RECIPE", "--set", "distill.dataloader_num_workers=1",
+         "--set", "distill.dataloader_prefetch_factor=0"],
+        "dataloader_prefetch_factor: got 0; want a whole number above 0",
+    ),
+    "batches kept on a device": (
+        ["distill", "RECIPE", "--set", "distill.eval_accumulation_steps=0"],
+        "eval_accumulation_steps: got 0; want a whole number above 0",
     ),
     "noise on embeddings that are none": (
         ["finetune", "RECIPE", "--set", "finetune.neftune_noise_alpha=5", "--dry-run"], "neftune_noise_alpha: "

@@ -1,14 +1,19 @@
 """Fine-tune a teacher, distil a student, score a checkpoint."""
 
+import contextlib
 import copy
+import importlib
 import math
+import re
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from accelerate.utils import DynamoBackend
+from torch.utils.checkpoint import checkpoint
 
 from linconv.data import Splits, build_bpe_tokenizer, build_tokenizer, load_splits
 from linconv.distillation import (
@@ -33,7 +38,9 @@ RANGES = {  # of arguments that transformers takes as they come: the least value
     "per_device_train_batch_size": (1, math.inf, "a whole number above 0"),
     "per_device_eval_batch_size": (1, math.inf, "a whole number above 0"),
     "gradient_accumulation_steps": (1, math.inf, "a whole number above 0"),
+    "eval_accumulation_steps": (1, math.inf, "a whole number above 0"),
     "dataloader_num_workers": (0, math.inf, "a whole number from 0 up"),
+    "dataloader_prefetch_factor": (1, math.inf, "a whole number above 0"),
     "learning_rate": (0, math.inf, "no number below 0"),
     "weight_decay": (0, math.inf, "no number below 0"),
     "adam_epsilon": (0, math.inf, "no number below 0"),
@@ -46,6 +53,7 @@ SCORES = {  # of each task, beside its loss, and whether more of it is better
     "ctc": {"wer": False, "cer": False},
     "language_modeling": {"perplexity": False, "nats_per_token": False},
 }
+MISTAKES = (ImportError, OSError, TypeError, ValueError)  # in arguments: some want a package, or name a file
 SAMPLING = ("random", "sequential", "group_by_length")  # what transformers calls the orders of examples
 
 
@@ -175,12 +183,15 @@ def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> Di
             raise unknown("metric_for_best_model", best, scores)
         # transformers takes everything but a loss for something that more of is better.
         defaults["greater_is_better"] = scores[best.removeprefix("eval_")]
-    fixed = {"output_dir": output, "seed": recipe.seed, "remove_unused_columns": False}
+    fixed = {
+        "output_dir": output, "seed": recipe.seed, "remove_unused_columns": False,
+        "eval_do_concat_batches": True,  # scores are of a whole split
+    }  # fmt: skip
     wants_evaluation = options.get("eval_strategy", "no") != "no"
     if wants_evaluation and splits.validation is None:
         raise UserError("eval_strategy: the data has no validation split")
     for key, (least, beyond, wanted) in RANGES.items():
-        if not least <= options.get(key, least) < beyond:
+        if not least <= (least if options.get(key) is None else options[key]) < beyond:
             raise UserError(f"{key}: got {options[key]:g}; want {wanted}")
     if (steps := options.get("max_steps", -1)) < -1 or steps == 0:
         raise UserError(f"max_steps: got {steps}; want a whole number above 0, or -1 for num_train_epochs")
@@ -188,10 +199,25 @@ def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> Di
         raise UserError(f"num_train_epochs: got {epochs:g}; want a number above 0")
     if (sampling := options.get("train_sampling_strategy", "random")) not in SAMPLING:  # transformers would go on
         raise unknown("train_sampling_strategy", sampling, SAMPLING)
+    backends = [backend.value.lower() for backend in DynamoBackend]
+    if (backend := options.get("torch_compile_backend") or "no").lower() not in backends:
+        raise unknown("torch_compile_backend", backend, backends)
+    given = {**defaults, **options, **fixed}
     try:
-        return DistillationArguments(**{**defaults, **options, **fixed})
-    except (TypeError, ValueError, ImportError) as error:  # some want a package
-        raise UserError(str(error)) from error
+        return DistillationArguments(**given)
+    except MISTAKES as error:
+        raise UserError(_named(str(error), given, options)) from error
+
+
+def _named(message: str, given: dict, options: dict) -> str:
+    """What transformers says of one of ``options`` that will not do, behind the name of that one if it says none."""
+    if any(re.search(rf"\b{field.name}\b", message) for field in fields(DistillationArguments)):
+        return message
+    for key in options:
+        with contextlib.suppress(*MISTAKES):
+            DistillationArguments(**{name: value for name, value in given.items() if name != key})
+            return f"{key}: {message}"
+    return message
 
 
 def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwargs) -> DistillationTrainer:
@@ -234,7 +260,7 @@ def _try_out(trainer: DistillationTrainer) -> None:
     args, optimizer = trainer.args, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     steps = args.max_steps if args.max_steps > 0 else 1000  # any number: an epoch's is known later
     makers = {
-        "optim, optim_args": lambda: trainer.get_optimizer_cls_and_kwargs(args, trainer.model),
+        "optim, optim_args": trainer.create_optimizer,
         "lr_scheduler_type, lr_scheduler_kwargs": lambda: trainer.create_scheduler(steps, optimizer),
     }
     if args.torch_compile:
@@ -242,12 +268,36 @@ def _try_out(trainer: DistillationTrainer) -> None:
         makers["torch_compile_backend, torch_compile_mode"] = lambda: torch.compile(torch.nn.Identity(), **options)
     if args.neftune_noise_alpha:
         makers["neftune_noise_alpha"] = trainer.model.get_input_embeddings
+    if args.gradient_checkpointing:
+        identity, zero, options = torch.nn.Identity(), torch.zeros(1), args.gradient_checkpointing_kwargs
+        makers["gradient_checkpointing_kwargs"] = lambda: checkpoint(identity, zero, **options)
+    if args.use_liger_kernel:
+        makers["use_liger_kernel"] = lambda: importlib.import_module("liger_kernel")
+    if args.optim_args:
+        _check_optim_args(trainer)
     for keys, make in makers.items():
         try:
             make()
         except (ImportError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{keys}: {' '.join(str(error).split())[:300]}") from error
-    trainer.lr_scheduler = None
+    trainer.optimizer = trainer.lr_scheduler = None
+
+
+def _check_optim_args(trainer: DistillationTrainer) -> None:
+    """Raises UserError where one has no effect: transformers takes what the optimizer has and passes over the rest."""
+    args = copy.copy(trainer.args)
+
+    def options(optim_args):
+        args.optim_args = optim_args
+        return trainer.get_optimizer_cls_and_kwargs(args, trainer.model)[1]
+
+    for pair in trainer.args.optim_args.split(","):
+        key, equals, _ = pair.strip().partition("=")
+        if not equals:
+            raise UserError(f"optim_args: got {pair.strip()!r}; want KEY=VALUE, with commas between")
+        with contextlib.suppress(*MISTAKES, AttributeError, RuntimeError):  # where it is read, '?' may be refused
+            if options(f"{key}=?") == options(None):
+                raise UserError(f"optim_args: no {key!r} for the optimizer {trainer.args.optim.value}")
 
 
 def _warn_of_what_comes_too_late(args, mode) -> None:
