@@ -145,14 +145,19 @@ class LinformerAttention(Mixer):
                 'sharing is "layerwise", and proj_k of the layer that holds it is offloaded when another one wants it; '
                 "wanted that layer in memory, by a device_map, or another sharing"
             )
+        if self._holder and (proj_k.dim() != 2 or hasattr(proj_k, "full_tensor")):  # flat in FSDP, a DTensor in FSDP2
+            raise ValueError(
+                'sharing is "layerwise", and proj_k of the layer that holds it is sharded when another one wants it; '
+                "wanted all these layers in one unit of FSDP, or another sharing"
+            )
         options = dict(seq_lens=seq_lens, normalize=self.normalize, dropout_p=self.dropout if self.training else 0.0)
         projections = self._projections()[:3]
-        if all(isinstance(projection, Linear) for projection in projections):
+        if all(type(projection) is Linear for projection in projections):
             q, k, v = (projection() for projection in projections)
             y = ops.linformer_self_attention(
                 hidden_states, *q, *k, *v, proj_k, self.proj_v, num_heads=self.num_heads, **options
             )
-        else:  # what stands in the place of one, such as an adapter, is not its weights alone
+        else:  # an adapter in the place of one is not its weights alone, and FSDP2 takes them away behind a call
             q, k, v = (
                 torch.unflatten(projection(hidden_states), -1, (self.num_heads, -1)).transpose(1, 2)
                 for projection in projections

@@ -61,10 +61,10 @@ class Mamba(CausalMixer, StateSpaceMixer):
         x, z = self.in_proj(hidden_states).split(self.d_inner, dim=-1)
         x = self.convolve(x, seq_lens, state)
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        if isinstance(self.dt_proj, Linear):
+        if type(self.dt_proj) is Linear:
             weight, dt_bias = self.dt_proj()
             dt = linear(dt, weight, None)  # its bias is the scan's to add, in fp32
-        else:  # what stands in its place, such as an adapter
+        else:  # an adapter in its place, or FSDP2's, which takes the weights away behind a call
             dt, dt_bias = self.dt_proj(dt), None
         y, last = ops.selective_scan(
             x,

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 from transformers import Mamba2Config, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from linconv import mixers
+from linconv.mixers.linformer import LinformerAttention
 from linconv.ops import dispatch
 
 SMALL = dict(d_state=8, headdim=8)
@@ -297,6 +299,44 @@ def test_an_adapter_of_a_projection_does_what_it_does_merged(name, layers):
     assert not y[1, 5:].any()
     y.sum().backward()
     assert all(parameter.grad.any() for path, parameter in adapted.named_parameters() if path.endswith(("up", "down")))
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_linear_layers_may_be_sharded_one_by_one(name, mesh):
+    torch.manual_seed(0)
+    mixer = LinformerAttention(16, r=4, max_length=16, num_heads=2) if name == "linformer" else small(name)
+    sharded = copy.deepcopy(mixer)
+    for module in sharded.modules():
+        if isinstance(module, torch.nn.Linear):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    x, seq_lens = torch.randn(2, 9, 16), torch.tensor([9, 5])
+    ys = [m(x, seq_lens) for m in (mixer, sharded)]
+    torch.testing.assert_close(*ys)
+    for y in ys:
+        y.square().sum().backward()
+    for parameter, shard in zip(mixer.parameters(), sharded.parameters()):
+        got = shard.grad.full_tensor() if hasattr(shard.grad, "full_tensor") else shard.grad
+        torch.testing.assert_close(got, parameter.grad)
+
+
+def test_layers_of_one_projection_that_are_sharded_apart_are_named(mesh):
+    layers = [LinformerAttention(16, r=4, sharing="layerwise", max_length=16, num_heads=2) for _ in range(2)]
+    LinformerAttention.join(layers)
+    x = torch.randn(1, 9, 16)
+    want = [layer(x) for layer in layers]
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    torch.testing.assert_close(layers[0](x), want[0])
+    with pytest.raises(ValueError, match='sharing is "layerwise", and proj_k .* is sharded .*; wanted all'):
+        layers[1](x)
 
 
 def test_bidirectional_mixers_see_both_ways_and_causal_ones_do_not_look_ahead():
