@@ -57,7 +57,7 @@ class Probe(TrainerCallback):
         # Some models draw numbers, for layers to drop, in evaluation mode too: training goes on with its own.
         device = self.trainer.args.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            for name, model in (("student", self.trainer.model), ("teacher", self.trainer.teacher)):
+            for name, model in (("student", self.trainer.student), ("teacher", self.trainer.teacher)):
                 if model is not None:
                     self.found[f"{name}/{step}"] = self._means(model, inputs, frames)
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ class DistillationTrainer(Trainer):
       order of its data set all the same, for single clips are compared between runs.
 
     Args:
-        model: the student, its weights in float32. None where ``model_init`` makes it.
+        model: the student, its weights in float32, or PEFT's model of it. None where ``model_init`` makes it.
         args: :class:`DistillationArguments`.
         teacher: a model with as many transformer layers as the student, of the same widths, and with a head for the
             same task; in any dtype, unless it is trained. It may be None when ``mode`` is Unguided; if given then, it
@@ -116,7 +116,7 @@ class DistillationTrainer(Trainer):
             self.guide = make_teacher(teacher.to(args.device), mode, self)
         self.cache: ActivationCache | None = None
         if args.teacher_cache is not None:
-            check_cacheable(self.model, teacher, mode)
+            check_cacheable(self.student, teacher, mode)
             precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "own"
             options = {"precision": precision, "embeddings": args.include_embeddings}
             self.cache = ActivationCache(args.teacher_cache, self.teacher, self.head, **options)
@@ -129,6 +129,11 @@ class DistillationTrainer(Trainer):
     def teacher(self) -> PreTrainedModel | None:
         return None if self.guide is None else self.guide.model
 
+    @property
+    def student(self) -> PreTrainedModel:
+        """``model`` itself, where PEFT has put one of its own around it."""
+        return without_adapters(self.model)
+
     def call_model_init(self, trial=None):
         """The student that ``model_init`` makes: one at construction, a new one for each call of ``train``."""
         model = super().call_model_init(trial)
@@ -138,6 +143,7 @@ class DistillationTrainer(Trainer):
 
     def _take(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         """Makes ``model`` the student."""
+        model = without_adapters(model)
         self.head = Head.of(model)
         if self.head.of_frames and getattr(model.config, "add_adapter", False):
             raise ValueError(
@@ -306,22 +312,22 @@ class DistillationTrainer(Trainer):
         frame_mask = self._frame_mask(inputs)  # (sequences, L)
         answers = self.head.valid_answers(inputs, frame_mask)
         if not model.training:
-            outputs = model(**self.inputs_for(self.model, inputs))
-            loss = self.head.task_loss(outputs, inputs, frame_mask, self.model.config) / answers.sum().clamp(min=1)
+            outputs = model(**self.inputs_for(self.student, inputs))
+            loss = self.head.task_loss(outputs, inputs, frame_mask, self.student.config) / answers.sum().clamp(min=1)
             return (loss, outputs) if return_outputs else loss
 
         all_answers, all_frames = num_items_in_batch
         share_of_answers, share_of_frames = answers.sum() / all_answers, frame_mask.sum() / all_frames
         lessons = self.mode.lessons(self.state.global_step)
-        augment = self.augmentation_for(self.model, inputs, frame_mask)
+        augment = self.augmentation_for(self.student, inputs, frame_mask)
         student = LayerStates(self.student_layers)
-        with student, augment.applied_to(self.model):
-            outputs = model(**self.inputs_for(self.model, inputs), **augment.arguments)
+        with student, augment.applied_to(self.student):
+            outputs = model(**self.inputs_for(self.student, inputs), **augment.arguments)
 
         logits = self.head.logits(outputs)
         loss = logits.new_zeros((), dtype=torch.float32)
         if self.head.labels(inputs) is not None:
-            task = self.head.task_loss(outputs, inputs, frame_mask, self.model.config) / all_answers
+            task = self.head.task_loss(outputs, inputs, frame_mask, self.student.config) / all_answers
             self._measure(task_loss=task)
         if self.head.labels(inputs) is not None and self.args.alpha_ce > 0:
             loss = loss + self.args.alpha_ce * task
@@ -396,18 +402,18 @@ class DistillationTrainer(Trainer):
     def _frame_mask(self, inputs) -> Tensor:
         """bool (sequences, L): the frames of the hidden states that stand for input, not padding."""
         given = self.head.sequences(inputs)
-        x, mask = given[self.model.main_input_name], given.get("attention_mask")
+        x, mask = given[self.student.main_input_name], given.get("attention_mask")
         everything = x.new_ones((x.shape[0], x.shape[-1]), dtype=torch.int64)
         mask = everything if mask is None else mask
         if mask.shape[-1] != x.shape[-1]:  # such as one over the samples, which Whisper takes too
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}, wanted {tuple(everything.shape)}, one entry for each "
-                f"frame of {self.model.main_input_name}"
+                f"frame of {self.student.main_input_name}"
             )
-        length = int(frame_lengths(self.model, everything[:1]))
+        length = int(frame_lengths(self.student, everything[:1]))
         if length == mask.shape[-1]:  # tokens, whose padding may be on the left where a model attends to the past only
             return mask.bool()
-        return torch.arange(length, device=x.device) < frame_lengths(self.model, mask)[:, None]
+        return torch.arange(length, device=x.device) < frame_lengths(self.student, mask)[:, None]
 
     # ---- Reports
 
@@ -467,7 +473,7 @@ class DistillationTrainer(Trainer):
         self._check_all_have_labels(inputs)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if logits is not None:
-            logits = self.head.predictions(logits, self._frame_mask(self._prepare_inputs(inputs)), self.model.config)
+            logits = self.head.predictions(logits, self._frame_mask(self._prepare_inputs(inputs)), self.student.config)
         return loss, logits, labels
 
     def _check_all_have_labels(self, inputs: dict) -> None:
@@ -531,6 +537,11 @@ class DistillationTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.guide is not None and checkpoint is not None:
             self.guide.load(checkpoint)
+
+
+def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that a PeftModel is of, its adapters in the places of some layers; any other one itself."""
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 class _FlushCache(TrainerCallback):

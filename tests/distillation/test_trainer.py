@@ -227,6 +227,28 @@ def test_teacher_hears_the_students_augmentation(tmp_path):
     assert (student.config.mask_feature_prob, student.config.mask_time_prob) == (0.1, 0.2)
 
 
+class Wrapped(torch.nn.Module):
+    """What PEFT puts around a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = torch.nn.ModuleDict({"model": model})
+
+    def get_base_model(self):
+        return self.base_model["model"]
+
+    def forward(self, **inputs):
+        return self.get_base_model()(**inputs)
+
+
+def test_a_student_within_a_model_of_its_adapters_is_trained_as_alone(tmp_path):
+    for folder, wrap in (("alone", lambda model: model), ("within", Wrapped)):
+        teacher, student = models(augment=True)
+        trainer(tmp_path / folder, wrap(student), teacher).train()
+    alone, within = records(tmp_path / "alone"), records(tmp_path / "within")
+    assert alone == within and len(alone) == 4
+
+
 def test_a_signal_is_masked_once_for_both_and_the_batch_is_left_as_it_is(tmp_path):
     """Whisper's own SpecAugment writes into the batch, where a teacher that is trained would leave its mask, too."""
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
