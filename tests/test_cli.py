@@ -382,11 +382,17 @@ def test_a_checkpoint_is_gone_on_from_by_its_own_run_only(trained, tmp_path, cap
         assert message in capsys.readouterr().err
 
 
-def test_a_run_at_its_end_is_scored_again_and_not_trained(trained, tmp_path):
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_at_its_end_is_scored_again_and_not_trained(trained, tmp_path, best):
+    """With the weights of its last step, or of the one that it took for the best: here that of the largest loss."""
     _, path = trained
-    flags = ["distill", path, "--output", tmp_path / "out", "--set", "distill.save_strategy=steps", "--set",
-             "distill.save_steps=1", "--set", "distill.exponential_decay_to=0.5"]  # fmt: skip
+    options = ["save_strategy=steps", "save_steps=1", "exponential_decay_to=0.5"]
+    if best:
+        options += ["load_best_model_at_end=true", "eval_strategy=steps", "eval_steps=1", "greater_is_better=true"]
+    flags = ["distill", path, "--output", tmp_path / "out", *(f"--set=distill.{option}" for option in options)]
     linconv(*flags)
+    weights = [(tmp_path / "out" / f / "model.safetensors").read_bytes() for f in (".", "checkpoint-1", "checkpoint-2")]
+    assert weights[0] == weights[1 if best else 2] and weights[1] != weights[2]
 
     def left():
         out = tmp_path / "out"

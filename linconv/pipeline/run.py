@@ -147,10 +147,12 @@ class Run:
         if (probe := self._probe()) is not None:
             self.trainer.add_callback(probe)
         if resume and self._is_at_its_end(checkpoint):
+            state = transformers.TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if self.trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                checkpoint = str(self.output / Path(state.best_model_checkpoint).name)
             weights = load_model(checkpoint, "--resume", dtype=TRAINED_IN).state_dict()
             self.trainer.model.load_state_dict(weights)
-            state = Path(checkpoint) / "trainer_state.json"
-            self.trainer.state = transformers.TrainerState.load_from_json(str(state))
+            self.trainer.state = state
         else:
             self.trainer.lengths = by_main_process(self.trainer.args, self._lengths)
             try:
