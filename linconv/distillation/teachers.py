@@ -158,7 +158,9 @@ class TrajectoryTeacher(FixedTeacher):
             )
         self._prepare()
         _read(self.model, Path(folder) / FOLDER)
-        state = torch.load(Path(folder) / OPTIMIZER_FILE, weights_only=True, map_location=self.trainer.args.device)
+        # Not to the device at once: of several processes on a CPU it is cpu:0, which torch.load does not know. The
+        # optimizer brings its state to where the parameters are.
+        state = torch.load(Path(folder) / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 

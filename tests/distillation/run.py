@@ -128,8 +128,10 @@ class KillAt(TrainerCallback):
 
 
 def snapshots(teacher, folder) -> str:
-    """Two snapshots of a fine-tuning, after steps 3 and 7."""
+    """Two snapshots of a fine-tuning, after steps 3 and 7, unless they are there."""
     for step in (3, 7):
+        if os.path.isdir(os.path.join(folder, "snapshots", f"checkpoint-{step}")):
+            continue
         model = copy.deepcopy(teacher)
         with torch.no_grad():
             for parameter in model.parameters():

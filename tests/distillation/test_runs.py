@@ -114,6 +114,21 @@ def test_two_processes_give_the_result_of_one(tmp_path, mode):
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [("trajectory", "--by-length"), ("waypoint",)], ids=["trajectory", "waypoint"])
+def test_two_processes_resume_with_the_same_losses(tmp_path, options):
+    folder, options = tmp_path / "run", ("--batch", "2", "--augment", "--mode", *options)
+    script.snapshots(script.models()[0], folder)
+    assert_done(run_spread(folder, *options))
+    whole, weights = steps(folder), torch.load(folder / "student.pt")
+    assert len(whole) == 8
+    shutil.rmtree(folder / "checkpoint-8")
+    shutil.rmtree(folder / "checkpoint-6")
+    assert_done(run_spread(folder, *options, "--resume"))
+    assert steps(folder) == whole
+    again = torch.load(folder / "student.pt")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
 def test_each_process_may_drop_other_layers_of_the_teacher(tmp_path):
     options = ("--batch", "2", "--mode", "trajectory", "--augment", "--layer-drop", "0.5")
     assert_done(run_spread(tmp_path / "run", *options))
