@@ -1,4 +1,4 @@
-"""The learning rate's course over a run."""
+"""The learning rate's course over a run, and optimizers that do without one."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,7 +7,17 @@ import transformers
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-__all__ = ["exponential_decay", "teacher_scheduler"]
+__all__ = ["exponential_decay", "set_training", "teacher_scheduler"]
+
+
+def set_training(optimizer: Optimizer | None, training: bool) -> None:
+    """Has the parameters be those to train on, or those to evaluate and keep.
+
+    The two differ where an optimizer is schedule-free (arXiv 2405.15682): what it is good for is a mean of the steps.
+    """
+    switch = getattr(optimizer, "train" if training else "eval", None)
+    if switch is not None:
+        switch()
 
 
 def exponential_decay(optimizer: Optimizer, *, warmup: int, steps: int, decay_to: float) -> LambdaLR:

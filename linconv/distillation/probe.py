@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from linconv.conversion import encoder_layers
 from linconv.distillation.hooks import LayerStates
+from linconv.distillation.learning_rate import set_training
 
 __all__ = ["PROBE_FILE", "Probe"]
 
@@ -48,6 +49,7 @@ class Probe(TrainerCallback):
             self._measure(step)
 
     def _measure(self, step: int) -> None:
+        set_training(self.trainer.optimizer, False)  # in every process, lest their weights differ
         if not self.trainer.is_world_process_zero():
             return
         # Without the labels where they are for a loss alone: the teacher may have other classes.

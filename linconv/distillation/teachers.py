@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from linconv.conversion import encoder_layers, families
 from linconv.distillation.checkpoint_names import accept_checkpoint_names
 from linconv.distillation.heads import Head
-from linconv.distillation.learning_rate import teacher_scheduler
+from linconv.distillation.learning_rate import set_training, teacher_scheduler
 from linconv.distillation.schedules import Mode, TrajectoryGuided, WaypointGuided
 
 __all__ = ["FixedTeacher", "TrajectoryTeacher", "WaypointTeacher", "check_fits", "check_trainable", "make_teacher"]
@@ -120,6 +120,7 @@ class TrajectoryTeacher(FixedTeacher):
         trainer, parameters = self.trainer, [p for p in self.model.parameters() if p.requires_grad]
         total = torch.zeros((), device=trainer.args.device)
         self.model.train()
+        set_training(self.optimizer, True)
         for batch in batches:
             inputs = trainer._prepare_inputs(batch)
             if trainer.head.labels(inputs) is None:
@@ -143,6 +144,7 @@ class TrajectoryTeacher(FixedTeacher):
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
+        set_training(self.optimizer, False)
         return total
 
     def save(self, folder: str) -> None:

@@ -25,7 +25,7 @@ from linconv.distillation.augmentation import SharedSpecAugment
 from linconv.distillation.checkpoint_names import accept_checkpoint_names
 from linconv.distillation.heads import Head
 from linconv.distillation.hooks import LayerStates
-from linconv.distillation.learning_rate import exponential_decay
+from linconv.distillation.learning_rate import exponential_decay, set_training
 from linconv.distillation.sampling import LikeLengths
 from linconv.distillation.schedules import Mode, TargetGuided, TrajectoryGuided, Unguided
 from linconv.distillation.teachers import FixedTeacher, check_fits, check_trainable, make_teacher
@@ -525,6 +525,10 @@ class DistillationTrainer(Trainer):
         epochs, part = divmod(then.epoch, 1)
         batches = round(part * then.max_steps * self.args.gradient_accumulation_steps)
         return int(epochs), 0 if self.args.ignore_data_skip else batches
+
+    def save_model(self, *args, **kwargs):
+        set_training(self.optimizer, False)  # the Trainer leaves this to an evaluation, which may not come before
+        super().save_model(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)

@@ -24,6 +24,7 @@ from linconv.distillation import (
     WaypointGuided,
     make_mode,
 )
+from linconv.distillation.learning_rate import set_training
 from linconv.errors import UserError, check_output, unknown
 from linconv.pipeline.checkpoints import OF_TEXT, TRAINED_IN, load_model, load_tokenizer, load_trained
 from linconv.pipeline.models import any_length, base_model, make_student, name_classes, override, task_config
@@ -334,7 +335,9 @@ class KeepWaypoints(transformers.TrainerCallback):
     def __init__(self, folder: Path, count: int):
         self.folder, self.count = folder, count
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         step, steps = state.global_step, state.max_steps
-        if step * self.count // steps > (step - 1) * self.count // steps and state.is_world_process_zero:
-            model.save_pretrained(self.folder / f"checkpoint-{step}")
+        if step * self.count // steps > (step - 1) * self.count // steps:
+            set_training(optimizer, False)  # in every process, lest their weights differ
+            if state.is_world_process_zero:
+                model.save_pretrained(self.folder / f"checkpoint-{step}")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
@@ -40,7 +41,7 @@ from linconv.distillation import (
 )
 from linconv.ops.distillation_loss import kd_loss, layerwise_mse
 
-from .run import Noise, arguments, collate, config, models
+from .run import VOCABULARY, Noise, arguments, collate, config, models
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -247,6 +248,44 @@ def test_a_student_within_a_model_of_its_adapters_is_trained_as_alone(tmp_path):
         trainer(tmp_path / folder, wrap(student), teacher).train()
     alone, within = records(tmp_path / "alone"), records(tmp_path / "within")
     assert alone == within and len(alone) == 4
+
+
+class Averaging(torch.optim.SGD):
+    """Trains at other points than it is good for, as schedule-free optimizers do; here at weights larger by one."""
+
+    training = False
+
+    def _shift(self, training):
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            parameter.data += int(training) - int(self.training)
+        self.training = training
+
+    def train(self):
+        self._shift(True)
+
+    def eval(self):
+        self._shift(False)
+
+    def step(self, closure=None):
+        assert self.training
+        return super().step(closure)
+
+
+def test_weights_of_a_schedule_free_optimizer_are_kept_and_teach_as_they_are_evaluated(tmp_path, monkeypatch):
+    monkeypatch.setattr(DistillationTrainer, "get_optimizer_cls_and_kwargs", lambda *_: (Averaging, {"lr": 0.0}))
+    teacher, student = models()
+    before = [copy.deepcopy(model.state_dict()) for model in (teacher, student)]
+    run = trainer(tmp_path, student, teacher, TrajectoryGuided(), max_steps=2, save_strategy="steps", save_steps=2)
+    trained_at = []
+    student.register_forward_pre_hook(lambda *_: trained_at.append(student.lm_head.bias - before[1]["lm_head.bias"]))
+    run.train()
+    assert len(trained_at) == 2
+    torch.testing.assert_close(torch.stack(trained_at), torch.ones(2, VOCABULARY))
+    run.save_model()
+    for got, want in zip((run.teacher, student), before):
+        assert_same(got.state_dict(), want)
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        assert_same(load_file(folder / "model.safetensors"), before[1])
 
 
 def test_a_signal_is_masked_once_for_both_and_the_batch_is_left_as_it_is(tmp_path):
