@@ -1,5 +1,6 @@
 import json
 import tracemalloc
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 from linconv import report
 from linconv.cli import main
 from linconv.errors import UserError
+from linconv.report.figures import curve_figure
 
 
 def run_folder(root, name, wrong, *, guide=None, seed=0, clips=40, score="test_accuracy", layers=None, **changes):
@@ -166,6 +168,31 @@ def test_trajectories_share_one_projection_and_the_shift_is_a_cosine_distance(tm
     assert shift["layers"] == pytest.approx([1 - 0.5**0.5], rel=1e-4)
     assert "below 0.3" in shift["advice"] and "try the target" in shift["advice"]
     assert report.write(made, tmp_path / "out").read_text().count("data:image/png;base64,") == 3
+
+
+def test_each_mode_has_a_path_and_curves_whatever_its_seeds(tmp_path):
+    teacher = run_folder(tmp_path, "teacher", 4)
+    folders = [teacher, *(run_folder(tmp_path, f"guided-{s}", 8, seed=s, layers=2) for s in (2, 1))]
+    folders.append(run_folder(tmp_path, "hybrid", 8, seed=3, layers=2, guide={"drop_kd_at": 5}))
+    for scale, folder in enumerate(folders, 1):
+        save_file(
+            {"student/0": torch.ones(2, 1, 4), "student/10": torch.ones(2, 1, 4) * scale}, folder / "probe.safetensors"
+        )
+    made = report.build(folders)
+    paths = {path["name"]: np.diff(path["points"], axis=0) for path in made["trajectories"]}
+    assert list(paths) == ["teacher", "target-guided", "target-guided (drop_kd_at 5)"]
+    assert np.linalg.norm(paths["target-guided"]) == pytest.approx(4)  # from 1 to 3 in each of four dimensions: seed 1
+    with mock.patch("matplotlib.axes.Axes.set_title") as titled:
+        curve_figure(made)
+    assert [call.args[0] for call in titled.call_args_list] == ["target-guided", "target-guided\n(drop_kd_at 5)"]
+
+
+@pytest.mark.parametrize("embeddings, labels", [(False, ["layer 1", "layer 2"]), (True, ["embeddings", "layer 1"])])
+def test_curves_are_named_after_their_layers(tmp_path, embeddings, labels):
+    made = report.build([run_folder(tmp_path, "a", 8, layers=2, distill={"include_embeddings": embeddings})])
+    with mock.patch("matplotlib.axes.Axes.plot") as plotted:
+        curve_figure(made)
+    assert [call.kwargs["label"] for call in plotted.call_args_list] == 2 * labels
 
 
 def test_command_writes_three_files(tmp_path, capsys):

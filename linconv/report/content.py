@@ -131,6 +131,7 @@ def _curve(run: RunFolder) -> dict:
     return {
         "mode": run.mode,
         "seed": run.seed,
+        "first_layer": 0 if run.recipe.get("distill", {}).get("include_embeddings") else 1,  # 0 is the embeddings
         "steps": [record["step"] for record in records],
         "layer_mse": [record["layer_mse"] for record in records],  # (records, layers)
         "layer_cosine": [record["layer_cosine"] for record in records],
@@ -145,13 +146,15 @@ def _steps(probe: dict[str, np.ndarray], side: str) -> list[tuple[int, np.ndarra
 def _trajectories(runs: list[RunFolder]) -> list[dict]:
     """Paths of the probe's mean hidden state, all layers side by side, on the two principal axes of them all.
 
-    Of the first seed's runs; a teacher that does not move is a point.
+    Of each mode's run of the lowest seed; a teacher that does not move is a point.
     """
-    first = min((run.seed for run in runs if run.probe), default=None)
+    first = {}
+    for run in sorted((run for run in runs if run.probe), key=lambda run: run.seed):
+        first.setdefault((run.is_teacher, run.mode), run.path)
     paths = []
-    for run in runs:
+    for run in (run for run in runs if run.path in first.values()):
         for side in ("student", "teacher"):
-            steps = _steps(run.probe, side) if run.seed == first else []
+            steps = _steps(run.probe, side)
             if steps:
                 points = np.stack([value.mean(0).ravel() for _, value in steps])  # (steps, layers * d)
                 name = run.mode if side == "student" else f"teacher of {run.mode}"

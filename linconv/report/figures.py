@@ -51,9 +51,11 @@ def score_figure(report: dict) -> bytes:
 
 
 def curve_figure(report: dict) -> bytes | None:
-    """Per-layer MSE and cosine against step, a row of panels for each run of the first seed."""
-    first = min((curve["seed"] for curve in report["curves"]), default=None)
-    curves = [curve for curve in report["curves"] if curve["seed"] == first]
+    """Per-layer MSE and cosine against step, panels for each mode's run of the lowest seed."""
+    first = {}
+    for curve in sorted(report["curves"], key=lambda curve: curve["seed"]):
+        first.setdefault(curve["mode"], curve["seed"])
+    curves = [curve for curve in report["curves"] if curve["seed"] == first[curve["mode"]]]
     if not curves:
         return None
     plt = _pyplot()
@@ -64,8 +66,10 @@ def curve_figure(report: dict) -> bytes | None:
         for row, name in enumerate(("layer_mse", "layer_cosine")):
             values, axis = np.asarray(curve[name]), axes[row, column]
             colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, values.shape[1]))
-            for layer in range(values.shape[1]):
-                axis.plot(curve["steps"], values[:, layer], color=colors[layer], label=f"layer {layer + 1}")
+            for i in range(values.shape[1]):
+                layer = curve["first_layer"] + i
+                label = f"layer {layer}" if layer else "embeddings"
+                axis.plot(curve["steps"], values[:, i], color=colors[i], label=label)
             axis.grid(alpha=0.3)
         axes[0, column].set_title(curve["mode"].replace(" (", "\n("), fontsize=9)
         axes[1, column].set_xlabel("step")
