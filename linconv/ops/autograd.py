@@ -13,8 +13,10 @@ from torch.autograd import forward_ad
 __all__ = ["once_differentiable", "register_autograd"]
 
 _library = torch.library.Library("linconv", "FRAGMENT")  # what it registers lives as long as it does
-# torch's own registration is made of these; a torch that has them no longer is asked to register.
-_MADE_OF = ("_AutoDispatchBelowAutograd", "_after_autograd_keyset", "_any_requires_grad")
+# torch's own registration is made of such parts; a torch that has them no longer is asked to register. Below the
+# tracking of views too: a result may be a view of memory that is nobody else's, such as one laid out in another order
+# of axes, and a view that an autograd function returns may not be changed in place.
+_MADE_OF = ("_AutoDispatchBelowADInplaceOrView", "_after_ADInplaceOrView_keyset", "_any_requires_grad")
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:

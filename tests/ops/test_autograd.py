@@ -189,6 +189,23 @@ def test_first_derivatives_of_which_a_graph_is_made(name):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
+def test_results_may_be_changed_in_place(name):
+    """As those of torch's functions, whatever order of axes a kernel writes them in."""
+    function, shapes, others = OPERATORS[name]
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    fixed = [torch.randn(shape, dtype=torch.float64) for shape in others]
+    result, copied = (function("cpu", *leaves, *fixed) for _ in range(2))
+    result *= 3
+    result.masked_fill_(result > 1, 0).relu_()
+    copied = 3 * copied
+    copied = copied.masked_fill(copied > 1, 0).relu()
+    assert torch.equal(result, copied)
+    for gradient, wanted in zip(torch.autograd.grad(result.sum(), leaves), torch.autograd.grad(copied.sum(), leaves)):
+        assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_second_derivatives_are_refused(name):
     """By each argument, named or not: a gradient without a way to what it depends on would make them zero."""
     refused = pytest.raises(RuntimeError, match='once_differentiable; wanted backend="reference"')
