@@ -288,6 +288,29 @@ def test_gradcheck_and_opcheck(form):
     torch.library.opcheck(op, (*tensors[:3], None, tensors[4], None, None, *rest, None, here(), here()))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(xBC=torch.zeros(())), r"xBC has shape \(\), wanted \(batch, L, channels\)"),
+        (dict(dt=torch.zeros(())), r"dt has shape \(\), wanted \(batch, L, heads\)"),
+        (dict(dt=torch.zeros(2, 7, 0), A=torch.zeros(0)), "ngroups is 1, wanted a divisor of the 0 heads of dt"),
+        (dict(dstate=-1), "dstate is -1, wanted 1 to 256"),
+        (dict(ngroups=0), "ngroups is 0, wanted a divisor of the 2 heads of dt"),
+        (dict(diagonal="none"), "diagonal is 'none'"),
+    ],
+)
+def test_operator_checks_what_it_computes_with(change, message):
+    arguments = dict(
+        xBC=torch.zeros(2, 7, 14), dt=torch.zeros(2, 7, 2), conv_weight=torch.zeros(14, 4), conv_bias=None,
+        A=torch.zeros(2), D=None, dt_bias=None, dstate=3, ngroups=1, diagonal="both", lookahead=0, seq_lens=None,
+        conv=here(), scan=here(),
+    )  # fmt: skip
+    torch.ops.linconv.conv_scan(**arguments)
+    change = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(torch.get_default_device()), change)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.linconv.conv_scan(**{**arguments, **change})
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_compile_and_checkpoint(form):
     tensors, options = arguments(form, dtype=torch.float32)

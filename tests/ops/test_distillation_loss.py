@@ -601,6 +601,36 @@ def test_operator_refuses_lengths_outside_the_tensor():
     check_of_operator(r"seq_lens\[0\] is 6, wanted 0 to 5", mask=torch.tensor([6, 1]))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(hidden_s=torch.zeros(())), r"hidden_s has shape \(\), wanted \(rows, d\)"),
+        (dict(hidden_s=torch.zeros(2, 2, 4)), r"hidden_s has shape \(2, 2, 4\), wanted \(rows, d\)"),
+        (dict(hidden_t=torch.zeros(3, 3)), r"hidden_t has shape \(3, 3\), wanted the rows of hidden_s"),
+        (
+            dict(weight_s=torch.zeros(0, 4), weight_t=torch.zeros(0, 3)),
+            "weight_t has shape .* wanted at least one class",
+        ),
+        (dict(mask=torch.ones(4, dtype=torch.bool)), r"mask: got bool of shape \(4,\); want \(5,\)"),
+        (dict(mask=torch.ones(5, 2, dtype=torch.bool)), r"mask: got bool of shape \(5, 2\); want \(5,\)"),
+        (dict(grad=torch.zeros(2)), r"grad has shape \(2,\), wanted \(1,\)"),
+        (dict(statistics=torch.zeros(4, 6).double()), r"statistics has shape \(4, 6\), wanted \(rows that count, 6\)"),
+    ],
+)
+def test_operator_of_hidden_states_checks_what_it_computes_with(change, message):
+    names = ("hidden_s", "weight_s", "hidden_t", "weight_t")
+    arguments = dict(zip(names, (torch.zeros(size) for size in ((5, 4), (7, 4), (5, 3), (7, 3)))))
+    arguments |= dict(mask=None, temperature=2.0)
+    _, statistics = torch.ops.linconv.linear_kd_loss(**arguments)
+    of_backward = dict(grad=torch.ones(1), statistics=statistics)
+    change = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(torch.get_default_device()), change)
+    if not change.keys() & of_backward.keys():
+        with pytest.raises(ValueError, match=message):
+            torch.ops.linconv.linear_kd_loss(**{**arguments, **change})
+    with pytest.raises(ValueError, match=message):
+        torch.ops.linconv.linear_kd_loss_backward(**{**arguments, **of_backward, **change})
+
+
 def check_of_operator(message, **change):
     arguments = dict(
         student=[torch.zeros(2, 5, 4)],

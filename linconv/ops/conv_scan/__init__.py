@@ -89,7 +89,9 @@ class _Steps:
 
     def __init__(self, xBC, dt, conv_weight, conv_bias, A, D, dt_bias, *options):
         dstate, ngroups, diagonal, lookahead, seq_lens, *self.kernels = options
-        self.layout, self.per_direction = Layout.of(xBC, dt, ngroups, dstate), xBC.dim() == 4
+        # Again for those who call the operator itself: sizes are computed with here before a kernel looks at them.
+        tensors = (xBC, dt, conv_weight, conv_bias, A, D, dt_bias)
+        self.layout, self.per_direction = checked(*tensors, dstate, ngroups, diagonal, lookahead), xBC.dim() == 4
         if not self.per_direction:  # the convolution's kernels have an axis of directions
             xBC, conv_weight = xBC[None], conv_weight[None]
             conv_bias = None if conv_bias is None else conv_bias[None]

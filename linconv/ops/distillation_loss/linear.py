@@ -52,21 +52,7 @@ def linear_kd_loss(
     Raises:
         TypeError, ValueError: an argument is not what is described here; the message names it.
     """
-    for name, value in (
-        ("hidden_s", hidden_s),
-        ("weight_s", weight_s),
-        ("hidden_t", hidden_t),
-        ("weight_t", weight_t),
-    ):
-        checks.floating_tensor(name, value)
-        checks.like(name, value, "hidden_s", hidden_s)
-    if hidden_s.dim() < 2 or hidden_s.shape[-1] == 0:
-        raise ValueError(f"hidden_s has shape {tuple(hidden_s.shape)}, wanted (..., d) with two axes or more and d > 0")
-    checks.shape("weight_s", weight_s, (None, hidden_s.shape[-1]), "(classes, d)")
-    checks.shape("hidden_t", hidden_t, (*hidden_s.shape[:-1], None), "the rows of hidden_s and a width")
-    checks.shape("weight_t", weight_t, (weight_s.shape[0], hidden_t.shape[-1]), "(classes, width of hidden_t)")
-    if weight_s.shape[0] == 0 or hidden_t.shape[-1] == 0:
-        raise ValueError(f"weight_t has shape {tuple(weight_t.shape)}, wanted at least one class and a width above 0")
+    _check(hidden_s, weight_s, hidden_t, weight_t)
     check_temperature(temperature)
     checks.flag("scale_by_t2", scale_by_t2)
     valid = valid_rows(checked_mask("mask", mask, hidden_s), hidden_s)
@@ -85,6 +71,33 @@ def linear_kd_loss(
         )
         kd = kd[0]
     return kd * float(temperature) ** 2 if scale_by_t2 else kd
+
+
+def _check(hidden_s, weight_s, hidden_t, weight_t) -> None:
+    """Hidden states and weights fit each other."""
+    for name, value in (
+        ("hidden_s", hidden_s),
+        ("weight_s", weight_s),
+        ("hidden_t", hidden_t),
+        ("weight_t", weight_t),
+    ):
+        checks.floating_tensor(name, value)
+        checks.like(name, value, "hidden_s", hidden_s)
+    if hidden_s.dim() < 2 or hidden_s.shape[-1] == 0:
+        raise ValueError(f"hidden_s has shape {tuple(hidden_s.shape)}, wanted (..., d) with two axes or more and d > 0")
+    checks.shape("weight_s", weight_s, (None, hidden_s.shape[-1]), "(classes, d)")
+    checks.shape("hidden_t", hidden_t, (*hidden_s.shape[:-1], None), "the rows of hidden_s and a width")
+    checks.shape("weight_t", weight_t, (weight_s.shape[0], hidden_t.shape[-1]), "(classes, width of hidden_t)")
+    if weight_s.shape[0] == 0 or hidden_t.shape[-1] == 0:
+        raise ValueError(f"weight_t has shape {tuple(weight_t.shape)}, wanted at least one class and a width above 0")
+
+
+def _check_operator(hidden_s, weight_s, hidden_t, weight_t, mask) -> None:
+    """What the operator itself takes: rows in one axis, and a mask of them."""
+    checks.floating_tensor("hidden_s", hidden_s)
+    checks.shape("hidden_s", hidden_s, (None, None), "(rows, d)")
+    _check(hidden_s, weight_s, hidden_t, weight_t)
+    checked_mask("mask", mask, hidden_s)
 
 
 def _tile(like: Tensor) -> tuple[int, int]:
@@ -173,6 +186,7 @@ def _operator(name: str, backend: str):
 
 
 def _forward(hidden_s, weight_s, hidden_t, weight_t, mask, temperature, backend=None):
+    _check_operator(hidden_s, weight_s, hidden_t, weight_t, mask)
     kd_statistics = _operator("kd_statistics", backend or hidden_s.device.type)
     math = torch.promote_types(hidden_s.dtype, torch.float32)
     indices = _indices(mask)
@@ -191,9 +205,13 @@ def _forward(hidden_s, weight_s, hidden_t, weight_t, mask, temperature, backend=
 
 
 def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, statistics, backend=None):
+    _check_operator(hidden_s, weight_s, hidden_t, weight_t, mask)
     kd_gradient = _operator("kd_gradient", backend or hidden_s.device.type)
     math = torch.promote_types(hidden_s.dtype, torch.float32)
     indices = _indices(mask)
+    rows = hidden_s.shape[0] if indices is None else len(indices)
+    checks.shape("grad", grad, (1,), "(1,)")
+    checks.shape("statistics", statistics, (rows, 6), "(rows that count, 6)")
     of_s, of_t = _multiplied_as(hidden_s, weight_s), _multiplied_as(hidden_t, weight_t)
     # The mean's factor comes last: times it, a tile's gradient might be too small for float16.
     scale = (grad / max(len(statistics), 1)).to(math)
