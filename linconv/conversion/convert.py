@@ -73,7 +73,7 @@ def convertible_family(teacher: PreTrainedModel) -> families.Family:
     Raises:
         TypeError: a model that cannot; the message has those that can.
     """
-    family, stock = families.of(teacher), type(teacher)
+    family, stock = families.of(teacher, "teacher"), type(teacher)
     heads = [family.stock_class(name) for name in family.heads.values()]
     if isinstance(teacher, ConvertedModel):
         if Recipe.from_config(teacher.config).layers:

@@ -279,18 +279,18 @@ FAMILIES = {
 }
 
 
-def of(model: nn.Module) -> Family:
-    """The family of a model, stock or converted.
+def of(model: nn.Module, name: str = "model") -> Family:
+    """The family of a model, stock or converted, which an error is to call ``name``.
 
     Raises:
         TypeError: not a transformers model, or of a family that is not here; the message has the nearest name.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
-        raise TypeError(f"model is a {type(model).__name__}, wanted a transformers model")
+        raise TypeError(f"{name} is a {type(model).__name__}, wanted a transformers model")
     stock_type = model_type.removeprefix("linconv-")
     if stock_type not in FAMILIES:
         near = difflib.get_close_matches(stock_type, FAMILIES, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise TypeError(f"model is of type {model_type!r}, wanted one of {', '.join(FAMILIES)}{hint}")
+        raise TypeError(f"{name} is of type {model_type!r}, wanted one of {', '.join(FAMILIES)}{hint}")
     return FAMILIES[stock_type]

@@ -566,10 +566,11 @@ def test_layers_are_indices_of_any_kind(layers):
 
 @pytest.mark.parametrize("function", [linconv.convert, linconv.inspect])
 def test_wrong_teachers_are_named(function):
-    with pytest.raises(TypeError, match="model is of type 'gpt2', wanted one of wav2vec2, hubert"):
+    with pytest.raises(TypeError, match="teacher is of type 'gpt2', wanted one of wav2vec2, hubert"):
         function(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)))
-    with pytest.raises(TypeError, match="model is a Linear"):
-        function(torch.nn.Linear(2, 2))
+    for wrong in (torch.nn.Linear(2, 2), None):
+        with pytest.raises(TypeError, match=f"teacher is a {type(wrong).__name__}, wanted a transformers model"):
+            function(wrong)
     with pytest.raises(TypeError, match="converted already"):
         function(linconv.convert(make(Wav2Vec2ForCTC), **MIXER), **MIXER)
     with pytest.raises(TypeError, match="teacher is a WhisperEncoder, wanted one of WhisperModel"):
