@@ -1,10 +1,13 @@
 """Two Mamba-2 layers over the same frames, one in each direction of time, summed (CALD, arXiv 2410.06846)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from linconv.mixers.protocol import Linear
 from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, scan_flops
+from linconv.ops import checks
 
 # Where a parameter of mamba_ssm's Mamba2 stands in the stacked one: as row block, column block or entry `direction`.
 _ROWS, _COLUMNS = ("in_proj.weight",), ("out_proj.weight",)
@@ -66,14 +69,18 @@ class BiMamba2(DualMixer):
         """Takes the weights of two `mamba_ssm` Mamba2 layers, given as state dicts.
 
         Raises:
+            TypeError: no state dict, or one that holds something else than tensors.
             ValueError: a state dict whose names or shapes are not those of a Mamba2 of these sizes.
         """
         wanted = self.mamba_ssm_state_dicts()
         for argument, given, own in zip(("forward_layer", "backward_layer"), (forward_layer, backward_layer), wanted):
+            if not isinstance(given, Mapping):
+                raise TypeError(f"{argument} is {type(given).__name__}, wanted the state dict of a Mamba2")
             if given.keys() != own.keys():
-                missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+                missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys(), key=str)
                 raise ValueError(f"{argument} lacks {missing} and has {unknown}, wanted the names {sorted(own)}")
             for name, tensor in given.items():
+                checks.tensor(f"{argument}[{name!r}]", tensor)
                 if tensor.shape != own[name].shape:
                     shapes = tuple(tensor.shape), tuple(own[name].shape)
                     raise ValueError(f"{argument}[{name!r}] has shape {shapes[0]}, wanted {shapes[1]}")

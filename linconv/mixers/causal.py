@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from linconv import ops
-from linconv.mixers.protocol import Weights
+from linconv.mixers.protocol import Weights, check_integer
 from linconv.ops import checks
 
 
@@ -59,7 +59,13 @@ class CausalMixer:
         return ops.short_conv(x, weight, bias, seq_lens=seq_lens)[:, past:]
 
     def new_state(self, batch: int) -> MambaState:
-        """The state before the first frame, on the CPU where the weights are offloaded."""
+        """The state of ``batch`` rows before the first frame, on the CPU where the weights are offloaded.
+
+        Raises:
+            TypeError, ValueError: a batch that is no integer from 0 up.
+        """
+        if not torch.compiler.is_compiling():  # where it may be a symbol
+            check_integer("batch", batch, low=0)
         weight, A = self.conv1d.weight, self.A
         device = "cpu" if weight.is_meta else weight.device
         return MambaState(

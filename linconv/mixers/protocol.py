@@ -2,7 +2,6 @@
 
 import abc
 import inspect
-import math
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ class Mixer(nn.Module, abc.ABC):
     and changes it, and ``step`` for one frame. ``no_weight_decay`` names its own parameters that are not to decay.
 
     Raises:
-        TypeError, ValueError: a d_model that is no integer from 1 up.
+        TypeError, ValueError: a d_model that is no integer, or out of range.
     """
 
     causal = False
@@ -94,10 +93,17 @@ class Mixer(nn.Module, abc.ABC):
         """What every `forward` asks of its hidden states.
 
         Raises:
-            TypeError, ValueError: something else than a floating-point tensor (batch, L, d_model).
+            TypeError, ValueError: something else than a floating-point tensor (batch, L, d_model), or float64 where the
+                weights are not, or the other way round.
         """
         checks.floating_tensor("hidden_states", hidden_states)
         checks.shape("hidden_states", hidden_states, (None, None, self.d_model), "(batch, L, d_model)")
+        weight = next(self.parameters(), None)
+        if weight is not None and (weight.dtype == torch.float64) != (hidden_states.dtype == torch.float64):
+            raise TypeError(
+                f"hidden_states has dtype {hidden_states.dtype}, wanted torch.float64 just where the weights have it: "
+                f"they have {weight.dtype}"
+            )
 
     @abc.abstractmethod
     def flops(self, length: int) -> int:
@@ -108,7 +114,10 @@ class Mixer(nn.Module, abc.ABC):
         """Initialises every parameter afresh."""
 
 
-def check_integer(name: str, value, low: int = 1, high: float = math.inf) -> None:
+MOST = 2**24  # of any size: bytes of a weight with two such axes are still counted in 64 bits
+
+
+def check_integer(name: str, value, low: int = 1, high: int = MOST) -> None:
     """``value`` of the option ``name`` is an int, ``low`` to ``high``.
 
     Raises:
@@ -117,7 +126,7 @@ def check_integer(name: str, value, low: int = 1, high: float = math.inf) -> Non
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}, wanted an int")
     if not low <= value <= high:
-        raise ValueError(f"{name} is {value}, wanted " + (f"{low} to {high}" if high < math.inf else f"at least {low}"))
+        raise ValueError(f"{name} is {value}, wanted {low} to {high}")
 
 
 def check_number(name: str, value) -> None:

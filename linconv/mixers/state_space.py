@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from linconv import ops
-from linconv.mixers.protocol import Mixer, Weights, check_integer, check_number
+from linconv.mixers.protocol import MOST, Mixer, Weights, check_integer, check_number
 from linconv.ops.short_conv import WIDTHS
 from linconv.ops.ssd.arguments import MAX_SIZE
 
@@ -57,8 +57,10 @@ class StateSpaceMixer(Mixer):
         check_integer("d_state", d_state, high=MAX_SIZE)
         check_integer("d_conv", d_conv, WIDTHS.start, WIDTHS.stop - 1)
         check_number("expand", expand)
-        if not 0 < expand < math.inf:
+        if not expand > 0:
             raise ValueError(f"expand is {expand}, wanted a number above 0")
+        if not expand * d_model <= MOST:
+            raise ValueError(f"expand is {expand}, wanted at most {MOST} for expand * d_model, d_model being {d_model}")
         self.d_state, self.d_conv = d_state, d_conv
         self.d_inner = round(expand * d_model)
 

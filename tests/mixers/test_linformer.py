@@ -189,7 +189,7 @@ def test_heads_that_do_not_fit_are_named(d_model, heads):
         (dict(sharing="layer"), "sharing is 'layer', wanted one of none, headwise, key_value, layerwise"),
         (dict(init="zeros"), "init is 'zeros', wanted one of frames, normal"),
         (dict(num_heads=3), "num_heads is 3, wanted a divisor of d_model = 16"),
-        (dict(num_heads=0), "num_heads is 0, wanted at least 1"),
+        (dict(num_heads=0), "num_heads is 0, wanted 1 to"),
         (dict(max_length=0), "max_length is 0"),
         (dict(dropout=1.0), "dropout is 1.0"),
     ],

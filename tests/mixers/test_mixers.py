@@ -200,6 +200,10 @@ def test_wrong_mamba_ssm_weights_change_nothing():
     mixer = mixers.BiMamba2(32, **SMALL)
     before = {name: tensor.clone() for name, tensor in mixer.state_dict().items()}
     forward, backward = (dict(d) for d in mixers.BiMamba2(32, **SMALL).mamba_ssm_state_dicts())
+    with pytest.raises(TypeError, match="backward_layer is list, wanted the state dict of a Mamba2"):
+        mixer.load_mamba_ssm(forward, [])
+    with pytest.raises(TypeError, match=r"backward_layer\['D'\] is list, wanted a torch.Tensor"):
+        mixer.load_mamba_ssm(forward, {**backward, "D": [1.0] * 4})
     with pytest.raises(ValueError, match=r"backward_layer\['D'\] has shape \(5,\), wanted \(4,\)"):
         mixer.load_mamba_ssm(forward, {**backward, "D": torch.ones(5)})
     backward.pop("A_log")
@@ -568,13 +572,17 @@ def test_wrong_options_are_named(options, error, match):
         (dict(d_conv=None), TypeError, "d_conv is None, wanted an int"),
         (dict(headdim=0), ValueError, "headdim is 0, wanted 1 to 256"),
         (dict(headdim=512, expand=8), ValueError, "headdim is 512, wanted 1 to 256"),
-        (dict(ngroups=0), ValueError, "ngroups is 0, wanted at least 1"),
+        (dict(ngroups=0), ValueError, "ngroups is 0, wanted 1 to 16777216"),
         (dict(expand=-1), ValueError, "expand is -1, wanted a number above 0"),
         (dict(expand=math.nan), ValueError, "expand is nan, wanted a number above 0"),
         (dict(expand="2"), TypeError, "expand is '2', wanted a number"),
         (dict(expand=0.001), ValueError, r"headdim is 64, wanted a divisor of expand \* d_model = 0"),
-        (dict(d_model=0), ValueError, "d_model is 0, wanted at least 1"),
+        (dict(d_model=0), ValueError, "d_model is 0, wanted 1 to 16777216"),
         (dict(d_model=64.0), TypeError, "d_model is 64.0, wanted an int"),
+        (dict(d_model=10**30), ValueError, "d_model is 1000.*, wanted 1 to 16777216"),
+        (dict(expand=10**30), ValueError, r"expand is 1000.*, wanted at most 16777216 for expand \* d_model"),
+        (dict(expand=1e308), ValueError, r"expand is 1e\+308, wanted at most 16777216 for expand \* d_model"),
+        (dict(expand=math.inf), ValueError, "expand is inf, wanted at most"),
     ],
 )
 def test_options_are_checked_at_construction(name, options, error, match):
@@ -587,7 +595,7 @@ def test_options_are_checked_at_construction(name, options, error, match):
     [
         (dict(d_state=257), ValueError, "d_state is 257, wanted 1 to 256"),
         (dict(d_conv=1), ValueError, "d_conv is 1, wanted 2 to 8"),
-        (dict(dt_rank=0), ValueError, "dt_rank is 0, wanted at least 1"),
+        (dict(dt_rank=0), ValueError, "dt_rank is 0, wanted 1 to 16777216"),
         (dict(dt_rank="full"), TypeError, "dt_rank is 'full', wanted an int"),
         (dict(expand=0.001), ValueError, "expand is 0.001, wanted at least one channel of d_model = 64"),
     ],
@@ -627,6 +635,24 @@ def test_wrong_hidden_states_of_a_step_are_named():
         ValueError, match=r"hidden_states has shape \(1, 3, 16\), wanted \(batch, d_model\) = \(any, 16\)"
     ):
         mixer.step(torch.randn(1, 3, 16), mixer.new_state(1))
+
+
+@pytest.mark.parametrize("name", [*STATE_SPACE, "linformer"])
+def test_hidden_states_and_weights_are_both_float64_or_neither(name):
+    single, double, u = mixers.get(name)(64), mixers.get(name)(64).double(), torch.randn(1, 3, 64)
+    for module, wrong in ((single, u.double()), (double, u)):
+        with pytest.raises(TypeError, match=f"hidden_states has dtype {wrong.dtype}, wanted torch.float64 just where"):
+            module(wrong)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize(
+    "batch, error, wanted",
+    [(-1, ValueError, "0 to"), (10**30, ValueError, "0 to"), (None, TypeError, "an int"), (1.5, TypeError, "an int")],
+)
+def test_a_batch_that_no_state_has_is_named(name, batch, error, wanted):
+    with pytest.raises(error, match=f"batch is {batch}, wanted {wanted}"):
+        mixers.get(name)(64).new_state(batch)
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
