@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import types
 from typing import ClassVar
 
 import transformers
@@ -126,6 +127,8 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
         converted = classes.get(PREFIX + type(module).__name__)
         if converted is not None and issubclass(converted, type(module)):
             module.__class__ = converted
+            if hasattr(module, "_old_forward"):  # what a hook of accelerate calls, bound when that was put there
+                module._old_forward = types.MethodType(converted.forward, module)
     blocks, mixer_class = family.blocks(model), mixers.get(recipe.mixer)
     for index in recipe.layers:
         if not 0 <= index < len(blocks):

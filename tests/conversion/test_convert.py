@@ -652,6 +652,17 @@ def test_an_offloaded_teacher_is_refused():
         linconv.convert(teacher)
 
 
+def test_a_teacher_that_is_spread_over_devices(head):
+    teacher, inputs = make(head), inputs_for(head, lengths=[400 if head in WHISPER else 1000, 250])
+    # Of such a teacher it has the hooks, which call each module's forward for themselves; here all is on the CPU.
+    spread = accelerate.dispatch_model(copy.deepcopy(teacher), {"": "cpu"}, force_hooks=True)
+    outputs = []
+    for model in (teacher, spread):
+        torch.manual_seed(0)
+        outputs.append(output_of(linconv.convert(model, layers=[1], **MIXER), inputs))
+    assert torch.equal(*outputs)
+
+
 def test_inspect_counts_and_reads():
     teacher = make(Wav2Vec2ForCTC)
     found = linconv.inspect(teacher, layers=[0, 2], lengths=(10, 1000), **MIXER)
