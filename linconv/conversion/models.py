@@ -100,7 +100,8 @@ class ConvertedModel:
         """As the stock class, from safetensors only.
 
         Raises:
-            ValueError: a checkpoint that lacks weights of its mixers, or has them in another shape.
+            ValueError: a checkpoint that lacks weights of its mixers, has them in another shape, or has some of mixers
+                that are not in its config.
         """
         kwargs.setdefault("use_safetensors", True)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
@@ -110,6 +111,13 @@ class ConvertedModel:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(lacking)} weights of its mixers, the first of them "
                 f"{lacking[0]}: it is not a complete checkpoint of a converted model"
+            )
+        # Where the config has no mixer or not this part of one, something with random weights stands in its place.
+        left_over = sorted(key for key in info["unexpected_keys"] if ".mixer." in key)
+        if left_over:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has {len(left_over)} weights of mixers that are not in its config, "
+                f"the first of them {left_over[0]}: the 'linconv' block is not that of these weights"
             )
         return (model, info) if output_loading_info else model
 

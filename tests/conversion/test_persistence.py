@@ -122,6 +122,23 @@ def test_mixer_weights_of_another_size_are_refused(checkpoint):
         transformers.AutoModelForCTC.from_pretrained(checkpoint, ignore_mismatched_sizes=True)
 
 
+@pytest.mark.parametrize("layers", [[0], []])
+def test_mixer_weights_of_a_layer_that_the_config_does_not_convert_are_refused(checkpoint, layers):
+    """Attention with random weights would stand there."""
+    change_config(checkpoint, set_block(layers=layers))
+    for auto in (transformers.AutoModelForCTC, transformers.AutoModelForAudioClassification):
+        with pytest.raises(ValueError, match="weights of mixers that are not in its config, the first of them .*mixer"):
+            auto.from_pretrained(checkpoint)
+
+
+def test_mixer_weights_that_the_options_do_not_have_are_refused(tmp_path):
+    student = linconv.convert(make(Wav2Vec2ForCTC), mixer="linformer", r=8, max_length=500)
+    student.save_pretrained(tmp_path)
+    change_config(tmp_path, lambda config: config["linconv"]["options"].update(sharing="key_value"))
+    with pytest.raises(ValueError, match="has 3 weights of mixers that are not in its config, .*proj_v"):
+        transformers.AutoModelForCTC.from_pretrained(tmp_path)
+
+
 def test_the_teachers_checkpoint_is_not_a_converted_one(tmp_path):
     make(Wav2Vec2ForCTC).save_pretrained(tmp_path)
     from linconv.auto import LinconvWav2Vec2ForCTC
