@@ -64,7 +64,10 @@ class Recipe:
         layers = block["layers"]
         if not isinstance(layers, (list, tuple)) or not all(type(i) is int for i in layers):
             raise ValueError(f"the config's 'linconv' block has layers {layers!r}, wanted a list of indices")
-        return cls(block["mixer"], tuple(layers), dict(block["options"]))
+        options = block["options"]
+        if not isinstance(options, dict):
+            raise ValueError(f"the config's 'linconv' block has options {options!r}, wanted a mapping of names")
+        return cls(block["mixer"], tuple(layers), dict(options))
 
 
 class ConvertedModel:

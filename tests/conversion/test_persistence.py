@@ -162,6 +162,8 @@ def set_block(**changes):
         (set_block(layers=1), "block has layers 1, wanted a list of indices"),
         (set_block(layers=["0"]), r"block has layers \['0'\], wanted a list of indices"),
         (set_block(options={"d_state": 300}), "d_state is 300, wanted 1 to 256"),
+        (set_block(options=None), "block has options None, wanted a mapping"),
+        (set_block(options=["d_state"]), r"block has options \['d_state'\], wanted a mapping"),
         (lambda config: config.pop("linconv"), "no 'linconv' block"),
     ],
 )
