@@ -103,10 +103,12 @@ class ConvertedModel:
         """As the stock class, from safetensors only.
 
         Raises:
-            ValueError: a checkpoint that lacks weights of its mixers, has them in another shape, or has some of mixers
-                that are not in its config.
+            ValueError: use_safetensors=False, or a checkpoint that lacks weights of its mixers, has them in another
+                shape, or has some of mixers that are not in its config.
         """
-        kwargs.setdefault("use_safetensors", True)
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors is False, wanted True: a converted model loads no pickled weights")
+        kwargs["use_safetensors"] = True
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         lacking = sorted(key for key in lacking if ".mixer." in key)

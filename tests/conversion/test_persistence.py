@@ -177,8 +177,11 @@ def test_pickled_weights_are_refused(checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     torch.save(weights, checkpoint / "pytorch_model.bin")
     os.remove(checkpoint / "model.safetensors")
-    with pytest.raises(OSError, match="model.safetensors"):
-        transformers.AutoModelForCTC.from_pretrained(checkpoint)
+    for arguments in ({}, dict(use_safetensors=None)):
+        with pytest.raises(OSError, match="model.safetensors"):
+            transformers.AutoModelForCTC.from_pretrained(checkpoint, **arguments)
+    with pytest.raises(ValueError, match="use_safetensors is False, wanted True"):
+        transformers.AutoModelForCTC.from_pretrained(checkpoint, use_safetensors=False)
 
 
 def test_another_head_on_a_converted_backbone(checkpoint):
