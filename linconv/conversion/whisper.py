@@ -127,7 +127,7 @@ class WhisperModel:
         With encoder_outputs, attention_mask may be over their frames too.
 
         Raises:
-            ValueError: a mask that does not fit.
+            ValueError: a mask that does not fit, or one of padding with flash attention.
         """
         input_features, mask = _without_mask(input_features, self.config.num_mel_bins)
         attention_mask = attention_mask if mask is None else mask
@@ -139,6 +139,12 @@ class WhisperModel:
             encoder_outputs = self.encoder(input_features, attention_mask=attention_mask, **kwargs)
         mask = _encoder_mask(attention_mask, *encoder_outputs[0].shape[:2])
         if mask is not None and (masks.traced(mask) or not mask.all()):
+            implementation = self.config._attn_implementation
+            if implementation in masks.UNCHANGED:  # it would drop the mask
+                raise ValueError(
+                    f"attention_mask has padding, of which cross-attention by {implementation} takes no mask; wanted "
+                    "attn_implementation 'sdpa' or 'eager', or no padding"
+                )
             kwargs["cross_attention_mask"] = mask
         return super().forward(
             decoder_input_ids=decoder_input_ids,

@@ -518,6 +518,14 @@ def test_attention_implementation_can_be_changed(requested):
     torch.testing.assert_close(output_of(student, inputs)[:, :60], before[:, :60], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", [WhisperModel, WhisperForConditionalGeneration])
+def test_cross_attention_that_would_drop_the_mask_is_refused(head):
+    student = linconv.convert(make(head), **MIXER)
+    student.config._attn_implementation = "flash_attention_2"  # as if it were installed
+    with pytest.raises(ValueError, match="cross-attention by flash_attention_2 takes no mask; wanted"):
+        student(**inputs_for(head, lengths=[400, 250]))
+
+
 def test_attention_implementation_without_padding_masks_is_refused():
     student = linconv.convert(make(Wav2Vec2ForCTC), layers=[0], **MIXER)
     with pytest.raises(
