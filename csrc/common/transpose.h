@@ -15,52 +15,58 @@
 namespace linconv::LINCONV_ISA {
 namespace {
 
-template <class T>
-inline Vec<T> interleave_low(Vec<T> a, Vec<T> b) {
+// The even units of a and then those of b, or the odd ones, in each block of n units of so many lanes.
+template <class T, int n, int unit, bool odd>
+inline Vec<T> unzip(Vec<T> a, Vec<T> b) {
+  constexpr auto at = [](int lane) constexpr {
+    const int k = lane / unit % n, from_b = k >= n / 2;
+    return lane / (n * unit) * (n * unit) + (k % (n / 2) * 2 + odd) * unit + lane % unit + from_b * kWidth<T>;
+  };
   if constexpr (kWidth<T> == 16)
-    return LINCONV_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return LINCONV_SHUFFLE(a, b, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), at(12),
+                           at(13), at(14), at(15));
   else if constexpr (kWidth<T> == 8)
-    return LINCONV_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    return LINCONV_SHUFFLE(a, b, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
   else if constexpr (kWidth<T> == 4)
-    return LINCONV_SHUFFLE(a, b, 0, 4, 1, 5);
+    return LINCONV_SHUFFLE(a, b, at(0), at(1), at(2), at(3));
   else
-    return LINCONV_SHUFFLE(a, b, 0, 2);
+    return LINCONV_SHUFFLE(a, b, at(0), at(1));
 }
 
-template <class T>
-inline Vec<T> interleave_high(Vec<T> a, Vec<T> b) {
-  if constexpr (kWidth<T> == 16)
-    return LINCONV_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  else if constexpr (kWidth<T> == 8)
-    return LINCONV_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-  else if constexpr (kWidth<T> == 4)
-    return LINCONV_SHUFFLE(a, b, 2, 6, 3, 7);
-  else
-    return LINCONV_SHUFFLE(a, b, 1, 3);
+// Of n vectors, `apart` from each other, each block's n x n units. Each round rotates the bits of (vector, unit) by one;
+// log2(n) of them swap the two.
+template <class T, int n, int unit>
+inline void transpose_units(Vec<T>* v, int apart) {
+  Vec<T> next[n];
+#pragma GCC unroll 2
+  for (int round = 1; round < n; round *= 2) {
+#pragma GCC unroll 2
+    for (int i = 0; i < n / 2; ++i) {
+      next[i] = unzip<T, n, unit, false>(v[2 * i * apart], v[(2 * i + 1) * apart]);
+      next[i + n / 2] = unzip<T, n, unit, true>(v[2 * i * apart], v[(2 * i + 1) * apart]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) v[i * apart] = next[i];
+  }
 }
 
 // to[j * ldt + i] = from[i * ldf + j]; rows and columns are multiples of the vector width.
 template <class T>
 inline void transpose(const T* from, int64_t ldf, int rows, int columns, T* to, int64_t ldt) {
-  constexpr int W = kWidth<T>;
+  // Squares of 128-bit blocks, and then the lanes of each block: instruction sets move lanes at little cost within these.
+  constexpr int W = kWidth<T>, S = 16 / static_cast<int>(sizeof(T)), blocks = W / S;
   for (int i = 0; i < rows; i += W)
     for (int j = 0; j < columns; j += W) {
-      Vec<T> now[W], next[W];
+      Vec<T> v[W];
 #pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) now[r] = load(from + (i + r) * ldf + j);
-      // Each perfect shuffle of rows r and r + W/2 rotates the bits of (row, column) by one; log2(W) of them swap the two.
+      for (int r = 0; r < W; ++r) v[r] = load(from + (i + r) * ldf + j);
+      if constexpr (blocks > 1)
 #pragma GCC unroll 4
-      for (int stage = 1; stage < W; stage *= 2) {
-#pragma GCC unroll 8
-        for (int r = 0; r < W / 2; ++r) {
-          next[2 * r] = interleave_low<T>(now[r], now[r + W / 2]);
-          next[2 * r + 1] = interleave_high<T>(now[r], now[r + W / 2]);
-        }
+        for (int r = 0; r < S; ++r) transpose_units<T, blocks, S>(v + r, S);
+#pragma GCC unroll 4
+      for (int b = 0; b < blocks; ++b) transpose_units<T, S, 1>(v + b * S, 1);
 #pragma GCC unroll 16
-        for (int r = 0; r < W; ++r) now[r] = next[r];
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) store(to + (j + r) * ldt + i, now[r]);
+      for (int r = 0; r < W; ++r) store(to + (j + r) * ldt + i, v[r]);
     }
 }
 

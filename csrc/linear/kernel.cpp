@@ -10,7 +10,7 @@ namespace {
 constexpr int kDepth = 256;  // factors that a tile sums in registers
 
 // A product with few columns has a layout of its own: vectors go along the rows, of which so many are summed at a time.
-constexpr int kFewColumns = 4, kFewVectors = kTileRows / 2;
+constexpr int kFewColumns = 4, kFewVectors = 4, kFewSums = kVectorBytes == 32 ? 8 : 16;  // the last is what registers hold
 template <class F>
 constexpr int kFewRows = kFewVectors * kWidth<F>;
 
@@ -109,9 +109,12 @@ void load_or_ones(const View<1>& view, int64_t first, int n, T* to) {
 template <int columns, class T, class F>
 void multiply_few(bool add, int rows, int depth, Strided<F> left, const F* panel, F* scratch, T* sums, int64_t ld, Ahead ahead) {
   constexpr int R = kFewRows<F>, W = kWidth<F>;
-  ahead.over((rows + R - 1) / R * max(depth, 1));
+  constexpr int V = columns * kFewVectors <= kFewSums ? kFewVectors : kFewVectors / 2, passes = kFewVectors / V;
+  // Factors of the depth that lie between what is read and what is asked for, and between two times of asking.
+  constexpr int kAhead = 64, kStep = 4;
+  ahead.over((rows + R - 1) / R * passes * max((depth + kStep - 1) / kStep, 1));
   for (int i = 0; i < rows; i += R) {
-    Vec<T> acc[columns][kFewVectors] = {};
+    Vec<T> all[columns][kFewVectors] = {};
     for (int k = 0; k < depth; k += R) {
       const int n = min(depth - k, R);
       const F* block = left.data + i * left.row_stride + k * left.depth_stride;
@@ -119,25 +122,36 @@ void multiply_few(bool add, int rows, int depth, Strided<F> left, const F* panel
       Ahead next;
       if (left.depth_stride == 1) {
         transpose(block, left.row_stride, R, round_up(n, W), scratch, R);
-        next = {block + R, left.row_stride * int64_t(sizeof(F)), R, R * int64_t(sizeof(F))};
-        next.over(n);
+        next = {block + kAhead, left.row_stride * int64_t(sizeof(F)), R, R * int64_t(sizeof(F))};
+        next.over((n + kStep - 1) / kStep * passes);
         block = scratch, block_ld = R;
       }
-      for (int t = 0; t < n; ++t) {
-        ahead.step(), next.step();
+      for (int first = 0; first < kFewVectors; first += V) {
+        Vec<T> acc[columns][V];
 #pragma GCC unroll 4
-        for (int v = 0; v < kFewVectors; ++v) {
-          const Vec<F> of_rows = load(block + t * block_ld + v * W);
+        for (int j = 0; j < columns; ++j)
 #pragma GCC unroll 4
-          for (int j = 0; j < columns; ++j)
-            acc[j][v] = add_product(acc[j][v], of_rows, splat(panel[(k + t) * kPanel<F> + j]));
+          for (int v = 0; v < V; ++v) acc[j][v] = all[j][first + v];
+        for (int t = 0; t < n; ++t) {
+          if (t % kStep == 0) ahead.step(), next.step();
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) {
+            const Vec<F> of_rows = load(block + t * block_ld + (first + v) * W);
+#pragma GCC unroll 4
+            for (int j = 0; j < columns; ++j)
+              acc[j][v] = add_product(acc[j][v], of_rows, splat(panel[(k + t) * kPanel<F> + j]));
+          }
         }
+#pragma GCC unroll 4
+        for (int j = 0; j < columns; ++j)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) all[j][first + v] = acc[j][v];
       }
     }
     for (int r = 0; r < min(R, rows - i); ++r)
       for (int j = 0; j < columns; ++j) {
         T& sum = sums[(i + r) * ld + j];
-        sum = (add ? sum : T(0)) + acc[j][r / W][r % W];
+        sum = (add ? sum : T(0)) + all[j][r / W][r % W];
       }
   }
 }
