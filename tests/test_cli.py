@@ -192,6 +192,13 @@ def test_training_that_diverges_is_told_in_one_line(broken, every, capfd):
     assert not (broken[0].parent / "teacher" / "results.json").exists()
 
 
+def test_a_run_without_a_batch_is_no_trained_model(data, tmp_path, capsys):
+    path = recipe(tmp_path, data)
+    linconv("finetune", path, "--batch", "64", "--set", "finetune.dataloader_drop_last=true", status=2)
+    assert "data.train: not enough for one batch, so nothing was trained; want" in capsys.readouterr().err
+    assert not (tmp_path / "teacher" / "results.json").exists()
+
+
 def test_transcripts_of_a_split_may_not_all_be_empty(broken, capsys):
     folder, path = broken
     table = folder / "metadata.csv"

@@ -159,6 +159,11 @@ class Run:
                 self.trainer.train(resume_from_checkpoint=checkpoint)
             except FloatingPointError as error:
                 raise UserError(str(error)) from error
+            if not self.trainer.state.global_step:
+                raise UserError(
+                    "data.train: not enough for one batch, so nothing was trained; want more of it, a smaller "
+                    "per_device_train_batch_size, or dataloader_drop_last=false"
+                )
         self.trainer.save_model()
         split = "test" if self.splits.test is not None else "validation"
         scores = {}
