@@ -18,6 +18,7 @@ from audio_folder import make_folder
 
 from linconv import pipeline
 from linconv.cli import _layers, main
+from linconv.distillation import DistillationTrainer
 from linconv.errors import UserError, check_output
 from linconv.recipe import load_recipe
 
@@ -190,6 +191,23 @@ def test_training_that_diverges_is_told_in_one_line(broken, every, capfd):
     said = capfd.readouterr().err
     assert "linconv: error: training has diverged: at step " in said and "Traceback" not in said
     assert not (broken[0].parent / "teacher" / "results.json").exists()
+
+
+def test_an_optimizer_that_hooks_itself_on_a_model_is_tried_on_another(data, tmp_path, monkeypatch):
+    """As layer-wise ones do, which take their steps in the backward pass."""
+    steps = []
+
+    def hooked(args, model):
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _: steps.append(args.optim_args))
+        return torch.optim.SGD, {"lr": 0.1, "momentum": 0.5 if args.optim_args else 0.0}
+
+    monkeypatch.setattr(DistillationTrainer, "get_optimizer_cls_and_kwargs", staticmethod(hooked))
+    settings = [("finetune.optim_args", "momentum=0.5"), ("finetune.gradient_checkpointing", True)]
+    compiled = [("finetune.torch_compile", True), ("finetune.torch_compile_backend", "eager")]
+    run = pipeline.finetune(load_recipe(recipe(tmp_path, data), settings + compiled))
+    sum(parameter.sum() for parameter in run.trainer.model.parameters()).backward()
+    assert not steps and run.trainer.optimizer is None
 
 
 def test_a_run_without_a_batch_is_no_trained_model(data, tmp_path, capsys):

@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate.utils import DynamoBackend
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from linconv.data import Splits, build_bpe_tokenizer, build_tokenizer, load_splits
 from linconv.distillation import (
@@ -260,8 +261,11 @@ def _try_out(trainer: DistillationTrainer) -> None:
     """
     args, optimizer = trainer.args, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     steps = args.max_steps if args.max_steps > 0 else 1000  # any number: an epoch's is known later
+    # Layer-wise optimizers hook themselves on what they are made for, and would train it beside the one to come.
+    blank = {id(p): torch.nn.Parameter(p.detach().new_zeros(1), p.requires_grad) for p in trainer.model.parameters()}
+    model = copy.deepcopy(trainer.model, blank)
     makers = {
-        "optim, optim_args": trainer.create_optimizer,
+        "optim, optim_args": lambda: trainer.create_optimizer(model),
         "lr_scheduler_type, lr_scheduler_kwargs": lambda: trainer.create_scheduler(steps, optimizer),
     }
     if args.torch_compile:
@@ -270,12 +274,12 @@ def _try_out(trainer: DistillationTrainer) -> None:
     if args.neftune_noise_alpha:
         makers["neftune_noise_alpha"] = trainer.model.get_input_embeddings
     if args.gradient_checkpointing:
-        identity, zero, options = torch.nn.Identity(), torch.zeros(1), args.gradient_checkpointing_kwargs
-        makers["gradient_checkpointing_kwargs"] = lambda: checkpoint(identity, zero, **options)
+        how = args.gradient_checkpointing_kwargs
+        makers["gradient_checkpointing_kwargs"] = lambda: checkpoint(torch.nn.Identity(), torch.zeros(1), **how)
     if args.use_liger_kernel:
         makers["use_liger_kernel"] = lambda: importlib.import_module("liger_kernel")
     if args.optim_args:
-        _check_optim_args(trainer)
+        _check_optim_args(trainer, model)
     for keys, make in makers.items():
         try:
             make()
@@ -284,13 +288,13 @@ def _try_out(trainer: DistillationTrainer) -> None:
     trainer.optimizer = trainer.lr_scheduler = None
 
 
-def _check_optim_args(trainer: DistillationTrainer) -> None:
+def _check_optim_args(trainer: DistillationTrainer, model: PreTrainedModel) -> None:
     """Raises UserError where one has no effect: transformers takes what the optimizer has and passes over the rest."""
     args = copy.copy(trainer.args)
 
     def options(optim_args):
         args.optim_args = optim_args
-        return trainer.get_optimizer_cls_and_kwargs(args, trainer.model)[1]
+        return trainer.get_optimizer_cls_and_kwargs(args, model)[1]
 
     for pair in trainer.args.optim_args.split(","):
         key, equals, _ = pair.strip().partition("=")
