@@ -105,6 +105,7 @@ class TrajectoryTeacher(FixedTeacher):
             {"params": [p for n, p in named if n in decayed], "weight_decay": trainer.args.weight_decay},
             {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
         ]
+        groups = options.pop("params", groups)  # of optimizers that share parameters out themselves
         self.optimizer = kind(groups, **options)
         updates = max((steps - 1) // self.update_every, 1)
         self.scheduler = teacher_scheduler(self.optimizer, trainer.args, steps=steps, updates=updates)

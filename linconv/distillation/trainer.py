@@ -167,6 +167,11 @@ class DistillationTrainer(Trainer):
         moving = isinstance(self.mode.guide, TrajectoryGuided)
         if moving and (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16):
             raise ValueError(f"{self.mode}: not supported with DeepSpeed, FSDP or fp16; bf16 is")
+        if moving and any(kind in self.args.optim for kind in ("layerwise", "lomo")):
+            raise ValueError(
+                f"optim: got {self.args.optim.value}, which takes its steps in the backward pass; want one that takes "
+                f"them behind it, for the mode is {self.mode}"
+            )
         if moving:
             check_trainable("teacher", teacher)
 

@@ -69,6 +69,22 @@ def test_a_schedule_that_goes_by_scores_is_refused(tmp_path):
         run.train()
 
 
+def test_an_optimizer_may_share_out_the_parameters_itself(tmp_path, monkeypatch):
+    def projected(args, model):
+        return torch.optim.SGD, {"lr": 1e-3, "params": [{"params": list(model.parameters()), "momentum": 0.5}]}
+
+    monkeypatch.setattr(DistillationTrainer, "get_optimizer_cls_and_kwargs", staticmethod(projected))
+    trainer, _ = trained(tmp_path, TrajectoryGuided(), max_steps=2)
+    (group,) = trainer.guide.optimizer.param_groups
+    assert group["momentum"] == 0.5 and [*map(id, group["params"])] == [*map(id, trainer.teacher.parameters())]
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "lomo"])
+def test_an_optimizer_that_steps_in_the_backward_pass_is_refused(tmp_path, optim):
+    with pytest.raises(ValueError, match=f"optim: got {optim}, which takes its steps in the backward pass"):
+        trained(tmp_path, TrajectoryGuided(), optim=optim)
+
+
 def test_each_student_of_model_init_has_a_teacher_that_starts_again(tmp_path):
     teacher, student = models()
     run = DistillationTrainer(
