@@ -224,8 +224,11 @@ class DistillationTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         lengths = self.lengths
         if lengths is None:
+            columns = hasattr(dataset, "column_names")  # of a datasets.Dataset, where lengths may be one
+            # Others may be readable behind their end, where transformers looks for an IndexError: a Subset raises it.
+            ending = dataset if columns else torch.utils.data.Subset(dataset, range(len(dataset)))
             try:
-                lengths = super()._get_train_sampler(dataset).lengths
+                lengths = super()._get_train_sampler(ending).lengths
             except ValueError as error:
                 raise ValueError(f"lengths: got None; want one for each example of train_dataset: {error}") from error
         if len(lengths) != len(dataset):

@@ -75,6 +75,18 @@ def test_each_epoch_is_drawn_anew_with_the_seed_of_the_data(tmp_path):
         assert order == list(LikeLengths(list(range(24)), BATCH, seed=4, epoch=lambda epoch=epoch: epoch))
 
 
+def test_lengths_of_a_data_set_are_looked_for_up_to_its_end(tmp_path):
+    class Endless(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            assert i < 9, "read on and on"
+            return {"input_ids": [0] * (i + 1)}
+
+    assert by_length(tmp_path, Endless())._get_train_sampler().lengths == [1, 2, 3]
+
+
 def test_lengths_that_the_examples_have_are_found(tmp_path):
     """As by the stock Trainer: in a column, or by what the model is given."""
     datasets = pytest.importorskip("datasets")
