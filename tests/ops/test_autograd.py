@@ -106,10 +106,10 @@ def test_derivatives_in_torch_func_are_refused():
 FRAMES, STEPS, GROUPS = (1, 5, 2, 3), (1, 5, 2), (1, 5, 1, 4)
 OPERATORS = {
     "ssd": (
-        lambda backend, x, dt, A, B, C, D, bias, states: ops.ssd(
-            x, dt, A, B, C, D=D, dt_bias=bias, dt_softplus=True, initial_states=states, backend=backend
+        lambda backend, x, dt, A, B, C, D, z, bias, states: ops.ssd(
+            x, dt, A, B, C, D=D, z=z, dt_bias=bias, dt_softplus=True, initial_states=states, backend=backend
         ),
-        (FRAMES, STEPS, (2,), GROUPS, GROUPS, (2,), (2,), (1, 2, 3, 4)),  # z's part is torch's own
+        (FRAMES, STEPS, (2,), GROUPS, GROUPS, (2,), FRAMES, (2,), (1, 2, 3, 4)),
         (),
     ),
     "bidirectional_ssd": (

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import device, here  # noqa: F401
+from judge import device, here, same_bits  # noqa: F401
 from scan_cases import NAMES, assert_close, oracle_one_direction, scan_arguments, split, to_double, with_gradients
 
 from linconv import ops
@@ -176,6 +176,44 @@ def test_a_gate_is_not_read_in_the_padding(reverse, backend):
         assert torch.equal(got, wanted)
     y, *_, of_z = results(float("nan"))
     assert not y[1, 17:].any() and not of_z[1, 17:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_gated_sequence_is_what_it_is_alone(dtype):
+    """Bit for bit, wherever a frame stands in memory: sizes that fill no vector of a CPU's."""
+    arguments = scan_arguments(2, 21, heads=3, groups=1, headdim=1, dtype=dtype)
+    arguments["z"] = 3 * torch.randn_like(arguments["x"])
+    lengths = torch.tensor([21, 13])
+    upstream = torch.randn_like(arguments["x"])
+    frames = ("x", "dt", "B", "C", "z")
+    found = []
+    for row in (None, 0, 1):
+        of_row = slice(None) if row is None else (slice(row, row + 1), slice(lengths[row]))
+        own = {n: (t[of_row] if n in frames else t).clone().requires_grad_() for n, t in arguments.items()}
+        gate = own.pop("z")
+        y, _ = ssd(here())(own, z=gate, seq_lens=lengths if row is None else None)
+        y.backward(upstream[of_row])
+        found.append((y, *(own[n].grad for n in frames[:-1]), gate.grad))
+    for row, length in enumerate(lengths):
+        for padded, alone in zip(found[0], found[1 + row]):
+            same_bits(padded[row, :length], alone[0])
+
+
+def test_the_gate_is_differentiable_twice_by_the_reference():
+    arguments = scan_arguments(1, 3, heads=2, groups=1, headdim=2)
+    z = torch.tensor([0.0, -0.0, 900.0, -900.0, *range(-4, 4)], dtype=torch.float64).view(1, 3, 2, 2).requires_grad_()
+
+    def gated(z):
+        return ssd("reference")(arguments, z=z)[0]
+
+    def product(z):
+        return ssd("reference")(arguments)[0] * F.silu(z)
+
+    found = []
+    for function in (gated, product):
+        (first,) = torch.autograd.grad(function(z).square().sum(), z, create_graph=True)
+        found.append((function(z), first, *torch.autograd.grad(first.sum(), z)))
+    torch.testing.assert_close(*found)
 
 
 def test_gate_of_packed_sequences():

@@ -1,6 +1,6 @@
 """State space dual scan of Mamba-2 in one direction."""
 
-import torch.nn.functional as F
+import torch
 
 from linconv.ops import checks, dispatch
 from linconv.ops.autograd import once_differentiable
@@ -80,7 +80,7 @@ def ssd(
             reverse,
         )
     if z is not None:
-        y = _gated(y, z, seq_lens, x.dtype)
+        y = _gated(y, z, seq_lens, x.dtype, reference.gate if backend in reference.SCANS else _Gate.apply)
     return (y, states) if return_final_states else y
 
 
@@ -90,12 +90,48 @@ def pick(device, length, backend=None):
     return dispatch.pick("ssd", device, backend, prefer=("cuda", "triton") if length == 1 else None)
 
 
-def _gated(y, z, seq_lens, dtype):
+def _gated(y, z, seq_lens, dtype, gate):
     """y silu(z), rounded to dtype."""
     if seq_lens is not None:  # before the product: 0 * NaN is NaN, in gradients too
         z = z.masked_fill(~reference.frame_mask(seq_lens, z.shape[1])[..., None, None], 0)
-    math = arguments.math_dtype(y)
-    return (y.to(math) * F.silu(z.to(math))).to(dtype)
+    return gate(y, z).to(dtype)
+
+
+class _Gate(torch.autograd.Function):
+    """y silu(z) in the math dtype. An element's bits are by that element alone: of torch's silu they are by where it
+    stands too, as those that fill a vector of a CPU's are computed otherwise than the rest."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y, z):
+        z = _math(z)
+        return _math(y) * z.div(torch.exp(-z).add_(1))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gate_gradients(ctx, grad, *ctx.saved_tensors)
+
+
+@once_differentiable
+def _gate_gradients(ctx, grad, y, z):
+    of_z = _math(z)
+    sigmoid = torch.exp(-of_z).add_(1).reciprocal_()
+    slope = (1 - sigmoid).mul_(of_z).add_(1)  # silu'(z) / sigmoid(z)
+    of_both = sigmoid * grad
+    del sigmoid
+    grad_y = (of_both * of_z).to(y.dtype)
+    del of_z
+    return grad_y, of_both.mul_(slope).mul_(y).to(z.dtype)  # batched if anything is: in place also under vmap
+
+
+def _math(x):
+    """x in the math dtype."""
+    return x.to(arguments.math_dtype(x))
 
 
 def _fake(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_states, seq_lens, cu_seqlens, reverse):

@@ -70,6 +70,12 @@ def chunked(x, dt, A, B, C, *, strict=False, initial_states=None, chunk_size=64)
 SCANS = {"reference": chunked, "mamba_ssm": mamba_ssm.scan}
 
 
+def gate(y, z):
+    """y silu(z) in fp32, or fp64 for fp64 input."""
+    math = torch.promote_types(y.dtype, torch.float32)
+    return y.to(math) * F.silu(z.to(math))
+
+
 def frame_mask(lengths, length):
     """(batch, L) bool, True at the frames each sequence has."""
     return torch.arange(length, device=lengths.device) < lengths[:, None]
