@@ -41,7 +41,8 @@ def convert(
             of another type.
         ValueError: an unknown mixer, one that looks ahead where the model attends to the past only, one that does not
             in all layers of a model whose head reads the first token alone, a layer that is not there, options that
-            are out of range or do not fit the model's width, or a teacher whose weights are offloaded.
+            are out of range or do not fit the model's width, a teacher whose weights are offloaded, or one with a
+            function in the place of a module's forward.
 
     Warns:
         UserWarning: a mixer that sees the past only in a model that attends both ways.
@@ -62,6 +63,7 @@ def convert(
 
     # Whatever in the copy refers to the teacher's config refers to the student's.
     student = copy.deepcopy(teacher, {id(teacher.config): config})
+    check_forwards(teacher, student)
     install(student, family, recipe)
     student.set_attn_implementation(teacher.config._attn_implementation)
     return student
@@ -122,6 +124,24 @@ def check_weights(teacher: PreTrainedModel) -> None:
             f"teacher has {meta[0]} on the meta device, wanted all weights in memory: load it without offloading, save "
             "what convert makes of it, and load that with a device_map"
         )
+
+
+def check_forwards(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """No module of the copy ``student`` runs one of the teacher. What accelerate put over its forward is taken off.
+
+    Raises:
+        ValueError: a function in the place of a module's forward, which a copy shares with its original.
+    """
+    for (name, original), module in zip(teacher.named_modules(), student.modules()):
+        forward = vars(original).get("forward")
+        if forward is not None and forward is vars(module).get("forward"):
+            raise ValueError(
+                f"teacher has a function of its own for {name + '.' if name else ''}forward, as "
+                "torch.compile(model.forward) gives, which would run the teacher in its copy too; wanted none: put it "
+                "there after conversion, or use model.compile()"
+            )
+        if "_original_forward" in vars(module):  # autocast of Accelerator.prepare, round the stock class's forward
+            del module.forward, module._original_forward
 
 
 def check_direction(teacher: PreTrainedModel, mixer: str, layers: tuple[int, ...], family: families.Family) -> None:

@@ -671,6 +671,48 @@ def test_a_teacher_that_is_spread_over_devices(head):
     assert torch.equal(*outputs)
 
 
+@pytest.fixture
+def autocast(monkeypatch):
+    """An accelerator with a state of its own: that of a process takes one precision only."""
+    for shared in (accelerate.state.AcceleratorState, accelerate.PartialState):
+        monkeypatch.setattr(shared, "_shared_state", {})
+    return accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+
+
+def test_a_teacher_that_was_trained_under_autocast(head, autocast):
+    teacher, inputs = make(head), inputs_for(head, lengths=[400 if head in WHISPER else 1000, 250])
+    prepared = autocast.prepare(copy.deepcopy(teacher))
+    assert "forward" in vars(prepared)  # bound to the stock class, as the Trainer leaves it
+    outputs = []
+    for model in (teacher, prepared):
+        torch.manual_seed(0)
+        outputs.append(output_of(linconv.convert(model, layers=[1], **MIXER), inputs))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("path", ["", "wav2vec2.encoder"])
+def test_a_compiled_function_for_forward_is_refused(path):
+    """In a copy it runs the teacher."""
+    teacher = make(Wav2Vec2ForCTC)
+    module = teacher.get_submodule(path)
+    module.forward = torch.compile(module.forward, backend="eager")
+    name = f"{path}.forward".lstrip(".")
+    with pytest.raises(ValueError, match=f"teacher has a function of its own for {name}, as .*wanted none"):
+        linconv.convert(teacher, **MIXER)
+
+
+def test_compiled_modules_convert():
+    teacher, inputs = make(Wav2Vec2ForCTC), inputs_for(Wav2Vec2ForCTC, lengths=[1000, 700])
+    compiled = copy.deepcopy(teacher)
+    compiled.wav2vec2.encoder = torch.compile(compiled.wav2vec2.encoder, backend="eager")
+    compiled.compile(backend="eager")
+    outputs = []
+    for model in (teacher, compiled):
+        torch.manual_seed(0)
+        outputs.append(output_of(linconv.convert(model, **MIXER), inputs))
+    torch.testing.assert_close(*outputs)
+
+
 def test_inspect_counts_and_reads():
     teacher = make(Wav2Vec2ForCTC)
     found = linconv.inspect(teacher, layers=[0, 2], lengths=(10, 1000), **MIXER)
