@@ -21,10 +21,11 @@ __all__ = ["matmul_work", "memory_bytes", "provenance", "rates"]
 _SIZE = 2048
 
 
-def matmul_work(size: int = _SIZE, dtype: torch.dtype = torch.float32):
+def matmul_work(size: int = _SIZE, dtype: torch.dtype = torch.float32, device: str = "cpu"):
     """A product of two size × size matrices, as a callable, and its floating-point operations."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    return lambda: a @ b, 2 * size**3
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    # Laid out as a layer's: on a CPU without bfloat16 instructions torch takes 20 times as long or more for a @ b.
+    return functools.partial(torch.mm, a, b.mT), 2 * size**3
 
 
 def rates(device: str = "cpu", dtypes: tuple[str, ...] = ("float32",)) -> dict:
@@ -32,11 +33,8 @@ def rates(device: str = "cpu", dtypes: tuple[str, ...] = ("float32",)) -> dict:
     clock, size, mebibytes = (cuda_events, 8192, 2048) if device == "cuda" else (wall_clock, _SIZE, 256)
     matmul = {}
     for dtype in dtypes:
-        a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        # Factors by rows, as a layer's: where a CPU has no instructions for bfloat16, torch takes 20 times as long or
-        # more for a second factor by columns.
-        taken = measure(functools.partial(torch.nn.functional.linear, a, b), min_seconds=1, clock=clock)
-        matmul[dtype] = 2 * size**3 / taken.median
+        work, operations = matmul_work(size, getattr(torch, dtype), device)
+        matmul[dtype] = operations / measure(work, warmup=3, min_seconds=1, clock=clock).median
     source = torch.ones(mebibytes << 18, device=device)
     target = torch.empty_like(source)
     copied = measure(functools.partial(target.copy_, source), min_repeats=5, clock=clock)
