@@ -1,6 +1,6 @@
 """Linear-time sequence mixers for pretrained transformers: operators, mixers, conversion and distillation.
 
-``import linconv`` loads the operators only. What needs transformers, triton or matplotlib is loaded at first use.
+``import linconv`` loads only the operators. Modules that need transformers, triton or matplotlib load on first use.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""Autograd formulas of operators, registered with as little Python between a call and its kernel as can be.
+"""Autograd formulas of operators, registered with as little Python as possible between a call and its kernel.
 
-``torch.library.register_autograd`` reads the whole schema again at each call, for defaults that linconv's operators do
-not have: some 40 us, several times the least time of a scan of 1,000 frames. This is what it does but for that.
+``torch.library.register_autograd`` reads the whole schema at each call, for defaults that linconv's operators do
+not have: about 40 us, several times the shortest time of a scan of 1,000 frames. This module does the rest of its work.
 """
 
 import functools
@@ -12,19 +12,19 @@ from torch.autograd import forward_ad
 
 __all__ = ["once_differentiable", "register_autograd"]
 
-_library = torch.library.Library("linconv", "FRAGMENT")  # what it registers lives as long as it does
-# torch's own registration is made of such parts; a torch that has them no longer is asked to register. Below the
-# tracking of views too: a result may be a view of memory that is nobody else's, such as one laid out in another order
-# of axes, and a view that an autograd function returns may not be changed in place.
+_library = torch.library.Library("linconv", "FRAGMENT")  # registrations live as long as this object
+# Parts that torch's own registration uses; if a torch lacks them, its registration is used. Operators also run below
+# the tracking of views: a result may be a view of memory that nothing else uses, such as one with another order of
+# axes, and a view that an autograd function returns must not be changed in place.
 _MADE_OF = ("_AutoDispatchBelowADInplaceOrView", "_after_ADInplaceOrView_keyset", "_any_requires_grad")
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Registers the gradients of ``linconv::<name>``, as ``torch.library.register_autograd`` does.
+    """Register the gradients of ``linconv::<name>``, as ``torch.library.register_autograd`` does.
 
     Args:
-        name: the operator's, without defaults in its schema, whose results are tensors.
-        backward: from ctx and the gradients of results those of the arguments, None where there is none, in lists where
+        name: name of an operator whose schema has no defaults and whose results are tensors.
+        backward: maps ctx and the gradients of the results to those of the arguments: None if there is none, a list if
             the argument is a list.
         setup_context: called with ctx, inputs and output, by position.
     """
@@ -36,7 +36,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     operator = getattr(torch.ops.linconv, name).default
     below, after, any_requires_grad = (getattr(torch._C, part) for part in _MADE_OF)
 
-    # Of lists an autograd function takes the elements; most operators have none, and are spared the looking.
+    # An autograd function takes the elements of lists; most operators have no lists and skip the search.
     lists = any(isinstance(argument.type, torch.ListType) for argument in operator._schema.arguments)
 
     class Gradients(torch.autograd.Function):
@@ -81,7 +81,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
 
 
 def _refuse_tangents(name: str, inputs: tuple) -> None:
-    """An autograd function without a formula for forward mode would be an error; below autograd a tangent is lost."""
+    """Raise an error for tangents: below autograd they are lost, and the autograd function has no forward mode."""
     for value in _flat(inputs, _lengths(inputs)):
         if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
             raise NotImplementedError(
@@ -91,11 +91,11 @@ def _refuse_tangents(name: str, inputs: tuple) -> None:
 
 
 class _Refused(torch.autograd.Function):
-    """Gives back the first ``count`` of its arguments, whose derivative by any argument is an error."""
+    """Returns the first ``count`` of its arguments; their derivative by any argument is an error."""
 
     @staticmethod
     def forward(ctx, count, *arguments):
-        # As torch's does: of gradients batched by vmap it is an error, where what is returned would depend on nothing.
+        # As torch's. An error for gradients batched by vmap: returned unchanged, they would depend on nothing.
         return tuple(None if x is None else x.detach() for x in arguments[:count])
 
     @staticmethod
@@ -107,14 +107,14 @@ class _Refused(torch.autograd.Function):
 
 
 def once_differentiable(gradients: Callable) -> Callable:
-    """Makes a derivative of gradients an error, by whatever they depend on.
+    """Make any derivative of gradients an error.
 
-    ``torch.autograd.function.once_differentiable`` gives results that lead to the error, but not from the arguments: a
-    second derivative by one of these passes it by, and is zero or lacks a part.
+    ``torch.autograd.function.once_differentiable`` does not connect its results, which raise the error, to the
+    arguments: a second derivative by one of these does not raise it, and is zero or incomplete.
 
     Args:
-        gradients: from ctx and all tensors that the gradients depend on, those of the results and the saved ones, to a
-            tuple of gradients, None where there is none.
+        gradients: maps ctx and all tensors that the gradients depend on (gradients of the results, saved tensors) to a
+            tuple of gradients, None if there is none.
     """
 
     @functools.wraps(gradients)
@@ -129,8 +129,8 @@ def once_differentiable(gradients: Callable) -> Callable:
     return refusing
 
 
-# An autograd function takes tensors as arguments of their own: lists are written out, their lengths beside them, -1
-# for what is no list.
+# An autograd function takes tensors only as separate arguments: lists are flattened, with their lengths passed beside
+# them, -1 for what is not a list.
 
 
 def _lengths(values: tuple) -> tuple:

@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators: each error names the argument, what it got and what it wants."""
+"""Argument checks shared by the operators: each error names the argument, what was passed and what is wanted."""
 
 import functools
 import sys
@@ -9,15 +9,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-MOST_REMEMBERED = 1024  # calls of a check
+MOST_REMEMBERED = 1024  # results kept per check
 
 
 def remembered(check):
-    """Makes a check that has passed pass for all arguments alike, with the result it had.
+    """Cache the result of a passed check for all arguments of the same kind.
 
-    A check of many arguments takes longer than a launch, and the calls of a model are few in kind. ``check`` depends on
-    its tensors' shapes, dtypes, devices and layouts alone, on other arguments by type and value, and on nothing else.
-    What it returns is returned again, so it is nothing that can be changed.
+    A check of many arguments takes longer than a launch, and a model makes few kinds of calls. ``check`` must depend
+    only on its tensors' shapes, dtypes, devices and layouts, and on the type and value of other arguments.
+    Its result is returned again, so it must be immutable.
     """
     passed = {}
 
@@ -28,7 +28,7 @@ def remembered(check):
         try:
             kind = tuple(map(_kind, arguments))
             found = passed.get(kind, passed)
-        except (TypeError, RuntimeError):  # of something that has no hash, or a nested tensor, which has no shape
+        except (TypeError, RuntimeError):  # an unhashable argument, or a nested tensor, which has no shape
             return check(*arguments)
         if found is not passed:
             return found
@@ -44,13 +44,13 @@ def remembered(check):
 def _kind(argument):
     if isinstance(argument, torch.Tensor):
         return argument.shape, argument.dtype, argument.device, argument.layout
-    if isinstance(argument, tuple | list):  # which may be equal though what they hold is of other types
+    if isinstance(argument, tuple | list):  # these may be equal although their elements differ in type
         return type(argument), *map(_kind, argument)
     return type(argument), argument
 
 
 def tensor(name: str, value) -> None:
-    """``value`` is a strided tensor."""
+    """Check that ``value`` is a strided tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {type(value).__name__}, wanted a torch.Tensor")
     if layout(value) != torch.strided:
@@ -58,19 +58,19 @@ def tensor(name: str, value) -> None:
 
 
 def layout(value: torch.Tensor):
-    """The layout of ``value``, "nested" for a nested tensor: it may call itself strided, but has no shape."""
+    """The layout of ``value``, "nested" for a nested tensor: it may report strided, but has no shape."""
     return "nested" if value.is_nested else value.layout
 
 
 def floating_tensor(name: str, value) -> None:
-    """``value`` is a strided tensor of float32, bfloat16, float16 or float64."""
+    """Check that ``value`` is a strided tensor of float32, bfloat16, float16 or float64."""
     tensor(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {value.dtype}, wanted one of {', '.join(map(str, FLOATING))}")
 
 
 def shape(name: str, value: torch.Tensor, wanted: tuple, meaning: str) -> None:
-    """``value`` has the sizes ``wanted`` (None: any), described to the user as ``meaning``, such as "(batch, L, d)"."""
+    """Check that ``value`` has the sizes ``wanted`` (None: any); errors call them ``meaning``, as "(batch, L, d)"."""
     got = tuple(value.shape)
     if len(got) != len(wanted) or any(w is not None and g != w for g, w in zip(got, wanted)):
         sizes = ", ".join("any" if w is None else str(w) for w in wanted)
@@ -78,13 +78,13 @@ def shape(name: str, value: torch.Tensor, wanted: tuple, meaning: str) -> None:
 
 
 def flag(name: str, value) -> None:
-    """``value`` is a bool: of anything else the truth may be another than what is meant, as of the text "False"."""
+    """Check that ``value`` is a bool: the truth of other values may not be what is meant, as with the text "False"."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}, wanted a bool")
 
 
 def number(name: str, value) -> None:
-    """``value`` is an int or float that is finite, also as a float."""
+    """Check that ``value`` is an int or float that is finite as a float."""
     if not isinstance(value, int | float):
         raise TypeError(f"{name} is {type(value).__name__}, wanted a float")
     if not abs(value) <= sys.float_info.max:
@@ -92,7 +92,7 @@ def number(name: str, value) -> None:
 
 
 def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """``value`` is where ``other`` is, and float64 just when ``other`` is: that decides what the maths is done in."""
+    """Check that ``value`` is on ``other``'s device, and float64 just if ``other`` is, which decides the math dtype."""
     if value.device != other.device:
         raise ValueError(f"{name} is on {value.device}, wanted {other.device} as {other_name}")
     if (value.dtype == torch.float64) != (other.dtype == torch.float64):
@@ -125,7 +125,7 @@ def sequence_bounds(seq_lens, cu_seqlens, batch: int, length: int, device: torch
             cu_seqlens[i] to cu_seqlens[i + 1] - 1 of the only row. At most one of the two is given.
         batch: number of rows.
         length: frames in a row.
-        device: where both must be. Values are read on the CPU only: elsewhere that would stall the device.
+        device: where both must be. Values are read on the CPU only: elsewhere reading them would stall the device.
     """
     if seq_lens is not None and cu_seqlens is not None:
         raise ValueError("seq_lens and cu_seqlens are both given, wanted at most one of them")

@@ -1,10 +1,10 @@
 """The one place that loads the compiled libraries, registers operators and picks an operator's backend.
 
-An operator's schema stands in csrc/library.cpp, once. ``linconv::<op>`` runs the compiled kernels of its tensors'
+Each operator's schema is in csrc/library.cpp. ``linconv::<op>`` runs the compiled kernels of its tensors'
 device; ``linconv::<op>_triton`` has the same schema and runs ``linconv/ops/<op>/triton.py``, imported at first call.
 
-The libraries are loaded when this module is imported. One that is missing, cannot be loaded, or was built for another
-version of linconv never stops the import: :func:`backends` tells why it is not used, and the first call that would
+The libraries are loaded when this module is imported. If one is missing, cannot be loaded, or was built for another
+version of linconv, the import still succeeds: :func:`backends` says why it is not used, and the first call that would
 have used it warns once (:class:`LinconvPerformanceWarning`) and runs on the reference backend.
 """
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 NAMES = ("cpu", "triton", "cuda", "mamba_ssm", "reference")
-# Where the compiled libraries are; the variable is for a build kept apart, such as one with sanitizers.
+# Folder of the compiled libraries; the variable selects a separate build, such as one with sanitizers.
 LIBRARIES = Path(os.environ.get("LINCONV_LIBRARY_PATH") or Path(__file__).parent.parent / "lib")
 REBUILD = "reinstall linconv (from a source tree: `pip install --no-build-isolation -e .`) and look at `linconv env`"
 
@@ -90,14 +90,14 @@ _cuda_problem = _load_cuda()
 _cuda_kernels = _kernels("CUDA") if _cuda_problem is None else frozenset()
 _triton_operators: dict[str, str] = {}  # the module of each operator that has Triton kernels
 _gpu_preference: dict[str, tuple[str, ...]] = {}
-_of_mamba_ssm = ("ssd", "bidirectional_ssd")  # operators that the package mamba_ssm has kernels for
+_of_mamba_ssm = ("ssd", "bidirectional_ssd")  # operators for which the package mamba_ssm has kernels
 _warned: set[str] = set()
 
 
 def build_info() -> dict:
-    """What the compiled CPU library says of itself: version, torch and compiler it was built with, instruction sets.
+    """What the compiled CPU library reports: its version, the torch and compiler of its build, instruction sets.
 
-    Empty where no library could be loaded.
+    Empty if no library could be loaded.
     """
     return dict(_build_info)
 
@@ -129,7 +129,7 @@ def _mamba_ssm_problem() -> str | None:
 
 @functools.cache
 def _gpu_problem(index: int, architectures: str | None) -> str | None:
-    """Why a GPU runs no code for these architectures, written as in CMake; None: no Triton kernel."""
+    """Why a GPU cannot run code for these architectures (as in CMake; None: Triton kernels), or None."""
     major, minor = torch.cuda.get_device_capability(index)
     have = 10 * major + minor
     if architectures is None:
@@ -143,29 +143,29 @@ def _gpu_problem(index: int, architectures: str | None) -> str | None:
 
 
 def _runs_on(have: int, architecture: str, kind: str) -> bool:
-    if not architecture.isdigit():  # such as 90a: for that GPU only
+    if not architecture.isdigit():  # such as 90a: only for that GPU
         return architecture.rstrip("af") == str(have)
     number = int(architecture)
     return number <= have and (kind == "virtual" or number // 10 == have // 10)
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, which takes CPU tensors: for checks of their numbers only."""
+    """Whether Triton kernels run in its interpreter, on CPU tensors: only for checks of their results."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def register(op, *, fake, setup_context, backward, fake_backward=None, triton=None, prefer=("cuda", "triton")) -> None:
-    """Registers ``linconv::<op>`` with torch, for every backend that has it.
+    """Register ``linconv::<op>`` with torch, for every backend that has it.
 
     Args:
-        op: the operator's name; its gradients are ``<op>_backward``'s.
-        fake, fake_backward: what the two give for tensors without data; the latter None where the gradients are made of
-            operators that have their own.
+        op: the operator's name; ``<op>_backward`` computes its gradients.
+        fake, fake_backward: shape functions of the two operators; the latter None if the gradients consist of operators
+            with their own.
         setup_context, backward: the autograd formula. ``backward`` finds ``<op>_backward``, of the backend that ran
             forward, as ``ctx.backward_operator``.
         triton: the module with functions named as the two operators, which run the Triton kernels; imported at the
-            first call. None where there are none.
-        prefer: which backend takes CUDA tensors, best first.
+            first call. None if there are none.
+        prefer: backends for CUDA tensors, best first.
     """
     if _cpu_problem is not None:  # the CPU library holds the schemas
         return
@@ -191,14 +191,14 @@ def register(op, *, fake, setup_context, backward, fake_backward=None, triton=No
 
 
 def register_composite(op, run, *, fake, setup_context, backward) -> bool:
-    """Registers ``linconv::<op>`` with torch, an operator that is made of others for every device.
+    """Register ``linconv::<op>`` with torch, an operator composed of others on every device.
 
     Args:
         op, fake, setup_context, backward: as for :func:`register`; there is no ``ctx.backward_operator``.
-        run: what it does.
+        run: its implementation.
 
     Returns:
-        Whether it is there: the CPU library holds the schemas, and one that was built before may not have this one.
+        Whether it was registered: the CPU library holds the schemas, and an older build may lack this one.
     """
     if _cpu_problem is not None or not hasattr(torch.ops.linconv, op):
         return False
@@ -209,12 +209,12 @@ def register_composite(op, run, *, fake, setup_context, backward) -> bool:
 
 
 def define_triton(name: str, module: str, run=None) -> None:
-    """Defines ``linconv::<name>_triton``, of the schema of ``linconv::<name>``.
+    """Define ``linconv::<name>_triton`` with the schema of ``linconv::<name>``.
 
     Args:
         name: the operator's name.
-        module: the module of its Triton kernels, or of those that it is made of.
-        run: what it does; the module's function of that name if None, imported at the first call.
+        module: the module of its Triton kernels, or of those that it uses.
+        run: its implementation; None for the module's function of that name, imported at the first call.
     """
     schema = str(getattr(torch.ops.linconv, name).default._schema).split("(", 1)[1]
     torch.library.define(f"linconv::{name}_triton", f"({schema}")
@@ -234,7 +234,7 @@ def _run_triton(module: str, name: str, *arguments):
         arguments = tuple(a if _is_told(a) else a.contiguous() for a in arguments)
     nested = (a if isinstance(a, list | tuple) else (a,) for a in arguments)
     device = next(x.device for values in nested for x in values if isinstance(x, torch.Tensor))
-    # Triton launches on the current device, whatever the tensors' is; to set one that is takes more time than to ask.
+    # Triton launches on the current device, whatever the tensors' device. Checking it is faster than setting it again.
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return function(*arguments)
     with torch.cuda.device(device):
@@ -242,7 +242,7 @@ def _run_triton(module: str, name: str, *arguments):
 
 
 def _is_told(x) -> bool:
-    """Whether a Triton kernel is told all of an argument, which it is not of how far lengths or bounds are apart."""
+    """Whether a Triton kernel gets all of an argument's layout: it gets no stride for lengths and bounds."""
     return (
         not isinstance(x, torch.Tensor)
         or x.dim() != 1
@@ -253,7 +253,7 @@ def _is_told(x) -> bool:
 
 
 def operator(op: str, backend: str):
-    """The torch operator with which ``backend`` ("cpu", "cuda" or "triton") runs ``op``."""
+    """The torch operator that runs ``op`` on ``backend`` ("cpu", "cuda" or "triton")."""
     if backend == "triton" or (backend == "cuda" and op not in _cuda_kernels):
         return getattr(torch.ops.linconv, f"{op}_triton")
     return getattr(torch.ops.linconv, op)
@@ -272,14 +272,14 @@ def backends() -> dict[str, str]:
 
 
 def warn_once(message: str) -> None:
-    """Issue a LinconvPerformanceWarning, the first time only for each message in this process."""
+    """Issue a LinconvPerformanceWarning once per message and process."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, LinconvPerformanceWarning, stacklevel=4)
 
 
 def _problem_of(device: torch.device, architectures: str | None) -> str | None:
-    if device.type != "cuda" or torch.compiler.is_compiling():  # what is compiled is not to look at the GPU
+    if device.type != "cuda" or torch.compiler.is_compiling():  # compiled code must not query the GPU
         return None
     return _gpu_problem(torch.cuda.current_device() if device.index is None else device.index, architectures)
 
@@ -321,17 +321,17 @@ def pick(
     Args:
         op: the operator's name in ``torch.ops.linconv``.
         device: where its tensors are.
-        backend: a name out of :func:`backends` to force it, or None for the best there is.
-        prefer: which backend takes CUDA tensors in this call, best first; None for the order the operator registered.
-        cuda_takes: whether the CUDA C++ kernel takes these arguments, where it takes only some. Else Triton's run
-            where "cuda" is asked for.
+        backend: a name from :func:`backends` to force that backend, or None for the best available.
+        prefer: backends for CUDA tensors in this call, best first; None for the operator's registered order.
+        cuda_takes: whether the CUDA C++ kernel supports these arguments. If not, Triton's runs when "cuda" is
+            requested.
 
     Returns:
-        ``"cpu"``, ``"cuda"``, ``"triton"``, ``"mamba_ssm"`` or ``"reference"``; the last warns once when it stands in
-        for a kernel.
+        ``"cpu"``, ``"cuda"``, ``"triton"``, ``"mamba_ssm"`` or ``"reference"``; the last warns once if it
+        replaces a kernel.
 
     Raises:
-        ValueError: an unknown name, a forced backend that cannot run here (says why), or a ``LINCONV_CPU_ISA`` that
+        ValueError: the name is unknown, a forced backend cannot run here (with the reason), or ``LINCONV_CPU_ISA``
             names no instruction set of this machine.
     """
     if backend is not None:

@@ -1,4 +1,4 @@
-"""Optional packages whose own import may fail while the one module that is wanted works."""
+"""Optional packages whose own import may fail although the module that is needed works."""
 
 import importlib
 import importlib.util
@@ -8,13 +8,13 @@ __all__ = ["import_singly"]
 
 
 def import_singly(module: str):
-    """A module of a package, without what the package itself imports if that fails.
+    """Import a module of a package; if the package's own import fails, without running it.
 
-    mamba_ssm imports its CUDA extension, which its Triton kernels do without.
+    mamba_ssm imports its CUDA extension, which its Triton kernels do not need.
 
     Raises:
-        Exception: what the package's import raised, where the module by itself fails too; a package built for another
-            torch fails in ways of its own.
+        Exception: what the package's import raised, if the module alone fails too; a package built for another torch
+            may raise any type.
     """
     package = module.split(".")[0]
     try:
@@ -23,7 +23,7 @@ def import_singly(module: str):
         spec = importlib.util.find_spec(package) if package != module and package not in sys.modules else None
         if spec is None:
             raise
-        sys.modules[package] = importlib.util.module_from_spec(spec)  # known, and never run
+        sys.modules[package] = importlib.util.module_from_spec(spec)  # in sys.modules, but never run
         try:
             return importlib.import_module(module)
         except Exception:

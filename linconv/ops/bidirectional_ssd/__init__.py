@@ -18,8 +18,8 @@ def bidirectional_ssd(
 ):  # fmt: skip
     """`linconv.ops.ssd` forward and backward in time over the same frames.
 
-    Any of x, dt, A, B, C, D, dt_bias may carry a leading axis of 2 (forward, backward direction), or not, and is then
-    shared. The usual regimes are *separate* (all per direction: the BiMamba2 of CALD, arXiv 2410.06846), *hydra*
+    Any of x, dt, A, B, C, D, dt_bias may have a leading axis of 2 (forward, backward); without it, the directions share
+    the argument. The usual regimes are *separate* (all per direction: the BiMamba2 of CALD, arXiv 2410.06846), *hydra*
     (x shared; dt, B, C per direction: Hydra, arXiv 2407.09941), *quasiseparable* (only dt and A per direction) and
     *tied* (all shared). With p the inclusive prefix sum of A dt^f over time and q the inclusive suffix sum of A dt^b:
 
@@ -33,16 +33,16 @@ def bidirectional_ssd(
         B, C: (batch, L, groups, dstate) or (2, batch, L, groups, dstate), dstate 1 to 256.
         dt_softplus, dt_limit, seq_lens, cu_seqlens, backend: as for `linconv.ops.ssd`. The backward direction starts
             at each sequence's own last frame.
-        diagonal: "both" counts j = i once per direction; "once" counts it in the forward direction alone; "shifted"
-            moves each direction's result one frame on, so that both triangles are strict, as Hydra does (D is not
-            moved, and is then the whole diagonal).
+        diagonal: which direction includes the frame itself, j = i. "both": both; "once": only the forward one;
+            "shifted": neither. Each direction's result then moves one frame later in its own order, as in Hydra; D does
+            not move and is the whole diagonal.
 
     Returns:
-        The two directions summed, (batch, L, heads, headdim), where x is shared; (2, batch, L, heads, headdim) where x
-        is per direction. In x's dtype, exactly zero at padded frames.
+        If x is shared, the sum of the directions, (batch, L, heads, headdim); if it is per direction,
+        (2, batch, L, heads, headdim). In x's dtype, exactly zero at padding.
 
     Raises:
-        ValueError, TypeError: an argument whose shape, dtype, device or value does not fit; the message names it.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
     checks.flag("dt_softplus", dt_softplus)
     arguments.check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, directions=2)
@@ -61,14 +61,14 @@ def bidirectional_ssd(
 
 
 def check_diagonal(diagonal):
-    """Raises ValueError unless there is such a diagonal."""
+    """Raise ValueError if there is no such diagonal."""
     if diagonal not in DIAGONALS:
         raise ValueError(f"diagonal is {diagonal!r}, wanted one of {', '.join(map(repr, DIAGONALS))}")
 
 
 def pick(device, dtype, headdim, dstate, backend=None):
-    """The backend that runs x, B and C of this dtype, None where theirs differ, and such sizes."""
-    # What csrc/bidirectional_ssd/cuda.cu takes.
+    """The backend for these sizes and this common dtype of x, B and C (None if their dtypes differ)."""
+    # What csrc/bidirectional_ssd/cuda.cu supports.
     fused = dtype in (torch.bfloat16, torch.float16) and headdim == 64 and dstate in (64, 128)
     return dispatch.pick("bidirectional_ssd", device, backend, cuda_takes=fused)
 
@@ -98,7 +98,7 @@ def _gradients(ctx, dy, *saved):
     return tuple(arguments.only_present(gradients, tensors))
 
 
-# The fused CUDA kernel is slower than Triton's, so only backend="cuda" asks for it. Gradients are Triton's.
+# The fused CUDA kernel is slower than Triton's, so it runs only if backend="cuda" is given. Triton computes gradients.
 dispatch.register(
     "bidirectional_ssd", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward,
     triton="linconv.ops.bidirectional_ssd.triton", prefer=("triton",),

@@ -40,7 +40,7 @@ def bidirectional_ssd(
     for index in (0, 1):
         part = {name: direction(t, name, index) for name, t in arguments.items()}
         skip = part.pop("D")
-        # The scan's result stays in the math dtype until the directions are summed: one rounding.
+        # The result stays in the math dtype until the directions are summed, to be rounded once.
         y, _ = one_direction.ssd(
             part["x"].to(math), part["dt"], part["A"], part["B"], part["C"], dt_bias=part["dt_bias"],
             dt_softplus=dt_softplus, dt_limit=dt_limit, seq_lens=seq_lens, cu_seqlens=cu_seqlens, reverse=index == 1,
@@ -48,7 +48,7 @@ def bidirectional_ssd(
         )  # fmt: skip
         if diagonal == "shifted":
             y = shift(y, index == 1, bounds)
-        # A skip both directions share stands once in their sum.
+        # A skip shared by both directions counts once in their sum.
         if skip is not None and not (index == 1 and not per_direction and D.dim() == SHARED_DIMS["D"]):
             y = y + skip.to(math)[:, None] * part["x"]
         if valid is not None:

@@ -1,6 +1,6 @@
-"""The short convolution of a Mamba-2 layer and the scan of what it makes, as one operator.
+"""The short convolution of a Mamba-2 layer and the scan of its result, as one operator.
 
-What the convolution makes, x, B and C, is for the scan alone, and computed again for gradients: nothing of it is kept.
+Only the scan reads the convolution's result (x, B and C). It is not kept: the backward pass recomputes it.
 """
 
 import torch
@@ -23,38 +23,38 @@ def conv_scan(
     xBC, dt, conv_weight, conv_bias, A, D=None, dt_bias=None, *, dstate, ngroups=1, diagonal="both", lookahead=0,
     seq_lens=None, backend=None,
 ):  # fmt: skip
-    """The scan of a Mamba-2 layer (arXiv 2405.21060, figure 6), x, B and C as its short convolution makes them.
+    """The scan of a Mamba-2 layer (arXiv 2405.21060, figure 6) over the x, B and C from its short convolution.
 
-    `short_conv` with its SiLU, and `ssd` or `bidirectional_ssd` with softplus of dt + dt_bias, to the bits of calls to
-    these, in forward and backward. Kept for the backward pass are the arguments.
+    The result and gradients have the same bits as `short_conv` with SiLU followed by `ssd` or `bidirectional_ssd` with
+    softplus of dt + dt_bias. Only the arguments are kept for the backward pass.
 
     Args:
-        xBC: float32, bfloat16, float16 or float64, any strides; with n = ngroups * dstate, channels of
+        xBC: float32, bfloat16, float16 or float64, any strides. With n = ngroups * dstate, its layout is one of
 
             - (batch, L, heads * headdim + 2 n): x, B and C, dt (batch, L, heads): one direction, Mamba-2.
             - (batch, L, heads * headdim + 4 n): x shared by two directions, B and C of the forward one, B and C of the
               backward one, dt (2, batch, L, heads): Hydra, arXiv 2407.09941.
             - (2, batch, L, heads * headdim + 2 n): x, B and C of each direction; the backward one's convolution is
               anti-causal: two Mamba-2 layers, arXiv 2410.06846. dt (2, batch, L, heads) or (batch, L, heads).
-        dt: as xBC says, before bias and softplus.
-        conv_weight: (channels, width), 2 <= width <= 8; (2, channels, width) where xBC is per direction.
+        dt: shape as listed under xBC; before bias and softplus.
+        conv_weight: (channels, width), 2 <= width <= 8; (2, channels, width) if xBC is per direction.
         conv_bias: (channels,) or (2, channels), or None.
-        A, D, dt_bias: (heads,), or in two directions (2, heads); D and dt_bias may be None.
+        A, D, dt_bias: (heads,), or (2, heads) for two directions; D and dt_bias may be None.
         dstate: size of the state of each channel of x, 1 to 256.
         ngroups: groups of heads that share B and C.
-        diagonal: of two directions, as for `bidirectional_ssd`.
-        lookahead: frames ahead that the convolution's window reaches, 0 <= lookahead < width; 0 where xBC is per
-            direction.
-        seq_lens: int32 or int64 (batch,): frames of each row that are not padding. Padding is not read; the result
-            there and its gradients are zero.
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is for each of the two.
+        diagonal: for two directions, as in `bidirectional_ssd`.
+        lookahead: frames ahead that the convolution's window reaches, 0 <= lookahead < width; must be 0 if xBC is
+            per direction.
+        seq_lens: int32 or int64 (batch,): the number of valid frames of each row. Padding is not read; the
+            result there and its gradients are zero.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available for each step.
 
     Returns:
-        (batch, L, heads, headdim), the directions summed, or (2, batch, L, heads, headdim) where xBC is per direction;
-        in its dtype.
+        (batch, L, heads, headdim), the sum of the directions, or (2, batch, L, heads, headdim) if xBC is per direction;
+        in the dtype of xBC.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or value; the message names it.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or value; the message names it.
     """
     tensors = (xBC, dt, conv_weight, conv_bias, A, D, dt_bias)
     layout = checked(*tensors, dstate, ngroups, diagonal, lookahead)
@@ -85,11 +85,11 @@ def _scan(layout):
 
 
 class _Steps:
-    """The two operators of a call, with what each is told: one behind the other, and their gradients."""
+    """The two operators of a call with their arguments: runs one after the other, and their gradients."""
 
     def __init__(self, xBC, dt, conv_weight, conv_bias, A, D, dt_bias, *options):
         dstate, ngroups, diagonal, lookahead, seq_lens, *self.kernels = options
-        # Again for those who call the operator itself: sizes are computed with here before a kernel looks at them.
+        # Checked again for direct calls of the operator: sizes are used here before a kernel checks them.
         tensors = (xBC, dt, conv_weight, conv_bias, A, D, dt_bias)
         self.layout, self.per_direction = checked(*tensors, dstate, ngroups, diagonal, lookahead), xBC.dim() == 4
         if not self.per_direction:  # the convolution's kernels have an axis of directions
@@ -118,7 +118,7 @@ class _Steps:
         return y[0] if self.layout.directions == 1 else y
 
     def gradients(self, dy):
-        """Of the tensors among the arguments, in their order."""
+        """Gradients of the tensor arguments, in order."""
         convolve, _ = self.operators()
         convolve_backward, scan_backward = self.operators("_backward")
         upstream = (dy, None) if self.layout.directions == 1 else (dy,)

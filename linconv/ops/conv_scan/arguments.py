@@ -1,4 +1,4 @@
-"""What `conv_scan` asks of its arguments, checked before any kernel runs."""
+"""Checks of the arguments of `conv_scan`, made before any kernel runs."""
 
 from linconv.ops import checks
 from linconv.ops.bidirectional_ssd import check_diagonal
@@ -11,7 +11,7 @@ from linconv.ops.ssd.arguments import MAX_SIZE
 def checked(
     xBC, dt, conv_weight, conv_bias, A, D, dt_bias, dstate, ngroups, diagonal, lookahead
 ) -> Layout:  # fmt: skip
-    """The layout of arguments that fit each other; raises ValueError or TypeError naming one that does not."""
+    """The layout of valid arguments; raises ValueError or TypeError naming an argument that does not fit."""
     named = dict(xBC=xBC, dt=dt, conv_weight=conv_weight, conv_bias=conv_bias, A=A, D=D, dt_bias=dt_bias)
     for name, value in named.items():
         if value is not None or name not in ("conv_bias", "D", "dt_bias"):

@@ -1,4 +1,4 @@
-"""Where x, B and C lie among the channels of a convolution that makes them."""
+"""The positions of x, B and C among the channels of the convolution's result."""
 
 import dataclasses
 
@@ -7,9 +7,9 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of `conv_scan`, views of x, B and C by them, and their gradients joined again.
+    """Sizes of `conv_scan`; splits channels into views of x, B and C, and joins their gradients.
 
-    directions: of the scan. shared: whether two directions have one x, whose convolution makes B and C of both.
+    directions: of the scan. shared: whether two directions share x, and one convolution holds B and C of both.
     """
 
     directions: int
@@ -21,7 +21,7 @@ class Layout:
 
     @classmethod
     def of(cls, xBC: torch.Tensor, dt: torch.Tensor, ngroups: int, dstate: int) -> "Layout":
-        """By sizes that fit each other."""
+        """From arguments whose sizes were checked."""
         directions, heads = 2 if 4 in (xBC.dim(), dt.dim()) else 1, dt.shape[-1]
         shared = directions == 2 and xBC.dim() == 3
         x = xBC.shape[-1] - cls.states(shared) * ngroups * dstate
@@ -29,11 +29,11 @@ class Layout:
 
     @staticmethod
     def states(shared: bool) -> int:
-        """How many of B and C, those of each group counted as one, a convolution makes."""
+        """The number of B and C among a convolution's channels, all groups counted as one."""
         return 4 if shared else 2
 
     def operands(self, convolved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (…, L, heads, headdim), B and C (…, L, groups, dstate) of (1 or 2, batch, L, channels)."""
+        """x (…, L, heads, headdim), B and C (…, L, groups, dstate) from (1 or 2, batch, L, channels)."""
         if self.directions == 1 or self.shared:
             convolved = convolved[0]
         rows, state, width = convolved.shape[:-1], (self.groups, self.dstate), self.heads * self.headdim
@@ -45,9 +45,9 @@ class Layout:
         return x.view(*rows, self.heads, self.headdim), B, C
 
     def joined(self, x: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
-        """What `operands` makes three of."""
+        """The inverse of `operands`."""
         parts = (x, B[0], C[0], B[1], C[1]) if self.shared else (x, B, C)
-        # By reshape: of flatten torch has no rule for batched gradients.
+        # reshape, since torch has no rule for batched gradients of flatten.
         columns = [part.reshape(*part.shape[:-2], part.shape[-2] * part.shape[-1]) for part in parts]
         joined = torch.cat(columns, dim=-1)
         return joined[None] if self.directions == 1 or self.shared else joined

@@ -1,4 +1,4 @@
-"""Convolution and scan of a Mamba-2 layer as one operator after another: what `conv_scan` means."""
+"""Convolution and scan of a Mamba-2 layer as separate operators: the definition of `conv_scan`."""
 
 from linconv.ops.bidirectional_ssd import bidirectional_ssd
 from linconv.ops.short_conv import bidirectional_short_conv, short_conv
@@ -8,7 +8,7 @@ from linconv.ops.ssd import ssd
 def conv_scan(
     layout, xBC, dt, conv_weight, conv_bias, A, D, dt_bias, diagonal, lookahead, seq_lens, backend
 ):  # fmt: skip
-    """The function of `linconv.ops.conv_scan`, by the public operators and their gradients."""
+    """The function of `linconv.ops.conv_scan` from the public operators and their gradients."""
     options = dict(seq_lens=seq_lens, backend=backend)
     if xBC.dim() == 4:
         convolved = bidirectional_short_conv(xBC, conv_weight, conv_bias, **options)

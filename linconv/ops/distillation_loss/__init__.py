@@ -1,8 +1,8 @@
-"""Losses that pull a student towards its teacher: hidden states layer by layer, and output distributions.
+"""Losses of a student against its teacher: hidden states layer by layer, and output distributions.
 
 Every loss is a mean over the valid rows (frames of a padded batch, or clips), so its size does not depend on the
-batch, on the padding or on how a batch is cut up. What stands in a masked row, NaN and Inf too, reaches neither the
-loss nor a gradient. The arithmetic is fp32, or fp64 for fp64 inputs; so is the result.
+batch, the padding or how a batch is split. The content of masked rows, including NaN and Inf, affects neither the loss
+nor a gradient. Arithmetic and result are fp32, or fp64 for fp64 inputs.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,11 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Terms(NamedTuple):
-    """What one reading of a student's and a teacher's hidden states and logits tells."""
+    """Results of one pass over the hidden states and logits of student and teacher."""
 
     mse: Tensor  # (layers,), differentiable
-    cosine: (
-        Tensor  # (layers,), the mean over valid rows, not differentiable; of the states as they are, never normalised
-    )
-    kd: Tensor  # scalar, differentiable; zero where no logits were given
+    cosine: Tensor  # (layers,), mean over valid rows, not differentiable; of the states before any layer_norm
+    kd: Tensor  # scalar, differentiable; zero if no logits were given
 
 
 def distillation_terms(
@@ -51,16 +49,16 @@ def distillation_terms(
     layer_norm: bool = False,
     backend: str | None = None,
 ) -> Terms:
-    """The parts of :func:`distillation_loss` before weights and sums, and each layer's cosine, in the same launch.
+    """The unweighted parts of :func:`distillation_loss` per layer, and each layer's cosine, in the same launch.
 
     Args:
         student, teacher, mask, layer_norm: as for :func:`layerwise_mse`; may be empty.
         student_logits, teacher_logits, temperature: as for :func:`kd_loss`; both or neither.
         logits_mask: the valid rows of the logits, as the ``mask`` of :func:`kd_loss`.
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available.
 
     Raises:
-        TypeError, ValueError: an argument is not what is described here; the message names it.
+        TypeError, ValueError: an argument does not match its description; the message names it.
     """
     student, teacher = checked_states("student", student), checked_states("teacher", teacher)
     if len(student) != len(teacher):
@@ -123,23 +121,23 @@ def layerwise_mse(
 ) -> Tensor:
     """Mean squared error between the hidden states of a student and a teacher, layer by layer.
 
-    Per layer it is the mean over valid rows and over the width.
+    Each layer's error is the mean over valid rows and over the width.
 
     Args:
-        student, teacher: one tensor a layer, (batch, L, d), or (..., d) where ``mask`` is not given as lengths. The
-            width may differ between layers, never between student and teacher.
+        student, teacher: one tensor per layer, (batch, L, d), or (..., d) if ``mask`` is not given as lengths. The
+            width may differ between layers, but not between student and teacher.
         mask: the valid rows: bool, the shape of a hidden state without its last axis; or int (batch,), the length of
             each sequence. None: all rows.
-        weights: (layers,) a factor for each layer. None: ones.
+        weights: (layers,), a factor for each layer. None: ones.
         layer_norm: normalise every row of both sides to mean 0 and variance 1 first (eps 1e-5, no affine part).
         reduction: over the layers, after the weights: "mean", "sum" or "none".
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available.
 
     Returns:
-        A scalar, or (layers,) with ``reduction="none"``. Zero where no row is valid.
+        A scalar, or (layers,) with ``reduction="none"``. Zero if no row is valid.
 
     Raises:
-        TypeError, ValueError: an argument is not what is described here; the message names it.
+        TypeError, ValueError: an argument does not match its description; the message names it.
 
     Source: the layer-wise loss of CALD (arXiv 2410.06846).
     """
@@ -162,28 +160,28 @@ def kd_loss(
     scale_by_t2: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """KL(teacher‖student) of the two output distributions softened by a temperature, a mean over valid rows.
+    """KL(teacher‖student) of the two output distributions at a temperature, averaged over valid rows.
 
-    A logit of −inf is a class of probability zero: it adds nothing where the teacher has it, and makes the loss
-    infinite where only the student has it.
+    A logit of −inf means probability zero for the class: it adds nothing if the teacher has it, and makes the loss
+    infinite if only the student has it.
 
     Args:
         student_logits, teacher_logits: (batch, classes) or (batch, L, classes).
-        temperature: divides both logits, finite and above 0.
+        temperature: divides both logits; finite and above 0.
         mask: the valid rows, bool (batch,) or (batch, L); or int (batch,) lengths for (batch, L, classes). None: all.
-        scale_by_t2: multiply by the temperature squared, which keeps the gradient's size (Hinton et al.,
+        scale_by_t2: multiply by the temperature squared, which keeps the size of the gradient (Hinton et al.,
             arXiv 1503.02531).
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available.
 
     Returns:
-        A scalar; zero where no row is valid.
+        A scalar; zero if no row is valid.
 
     Raises:
-        TypeError, ValueError: an argument is not what is described here; the message names it.
+        TypeError, ValueError: an argument does not match its description; the message names it.
     """
     check_pair("student_logits", student_logits, "teacher_logits", teacher_logits)
     checks.flag("scale_by_t2", scale_by_t2)
-    mask = checked_mask("mask", mask, student_logits)  # here, under the name it has here
+    mask = checked_mask("mask", mask, student_logits)  # here, so that errors use this argument's name
     kd = distillation_terms(
         student_logits=student_logits,
         teacher_logits=teacher_logits,
@@ -211,7 +209,7 @@ def distillation_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """``alpha_kd * kd_loss(...) + alpha_ld * layerwise_mse(...)``: all that a student learns from its teacher.
+    """``alpha_kd * kd_loss(...) + alpha_ld * layerwise_mse(...)``.
 
     Args:
         student, teacher, mask, weights, layer_norm: as for :func:`layerwise_mse`.
@@ -219,13 +217,13 @@ def distillation_loss(
         logits_mask: the valid rows of the logits, as the ``mask`` of :func:`kd_loss`.
         alpha_kd, alpha_ld: the weights of the two losses.
         reduction: over the layers, "mean" or "sum".
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available.
 
     Returns:
         A scalar.
 
     Raises:
-        TypeError, ValueError: an argument is not what is described here; the message names it.
+        TypeError, ValueError: an argument does not match its description; the message names it.
     """
     if reduction not in REDUCTIONS[:2]:
         raise ValueError(f"reduction: got {reduction!r}; want 'mean' or 'sum', for the result is one number")
@@ -256,14 +254,14 @@ def _over_layers(mse: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
 
 
 def _three_axes(x: Tensor | None) -> Tensor | None:
-    """(batch, L, width), of a tensor with two axes or more."""
+    """A tensor with two or more axes as (batch, L, width)."""
     if x is None or x.dim() == 3:
         return x
     return x[None] if x.dim() == 2 else x.flatten(0, -3)
 
 
 def _mask_of(mask: Tensor | None, rows) -> Tensor | None:
-    """The mask of what :func:`_three_axes` makes of a tensor with these rows."""
+    """The mask for the result of :func:`_three_axes` for a tensor with these rows."""
     if mask is None or rows is None:
         return None
     if mask.dtype != torch.bool or len(rows) == 2:
@@ -284,7 +282,7 @@ def _fake(student, teacher, mask, layer_norm, student_logits, teacher_logits, lo
     return *layers, kd, like.new_empty(rows, STATISTICS, dtype=torch.float64)
 
 
-STATISTICS = 6  # numbers that the kernels keep of a row of logits
+STATISTICS = 6  # numbers that the kernels keep per row of logits
 
 
 def _fake_backward(grad_mse, grad_kd, student, teacher, mask, layer_norm, student_logits, teacher_logits, *rest):
@@ -335,6 +333,6 @@ dispatch.register(
     setup_context=_save,
     backward=_backward,
     triton="linconv.ops.distillation_loss.triton",
-    # Bytes bind, not tensor cores, and CUDA C++ takes fewer launches. Neither has been measured.
+    # Memory bandwidth is the limit, not tensor cores, and CUDA C++ needs fewer launches. Neither has been measured.
     prefer=("cuda", "triton"),
 )

@@ -1,4 +1,4 @@
-"""Checks of what the distillation losses are given."""
+"""Checks of the arguments of the distillation losses."""
 
 import sys
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ __all__ = ["check_pair", "check_temperature", "checked_mask", "checked_states", 
 
 
 def checked_states(name: str, states) -> list:
-    """Hidden states in a list, one for each layer; what they are is not looked at."""
+    """Hidden states as a list, one per layer; the elements are not checked."""
     if not isinstance(states, Iterable) or (isinstance(states, Tensor) and states.ndim == 0):
         raise TypeError(f"{name}: got {type(states).__name__}; want a sequence of tensors, one a layer")
     return list(states)
@@ -34,7 +34,7 @@ def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def checked_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """The mask, bool of the shape of the rows of ``like``, or lengths (batch,)."""
+    """The checked mask: bool, of the row shape of ``like``, or lengths (batch,)."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -65,11 +65,11 @@ def check_temperature(temperature: float) -> None:
 
 
 def checked_weights(weights, student: list) -> Tensor | None:
-    """Factors of the layers, (layers,) of real numbers, on any device that has them."""
+    """Factors of the layers: (layers,), real numbers, on any device that holds data."""
     if weights is None:
         return None
     try:
-        # A tensor stays where it is: as_tensor would take it to a default device.
+        # A tensor stays on its device: as_tensor would move it to a default device.
         weights = weights if isinstance(weights, Tensor) else torch.as_tensor(weights)
     except (TypeError, ValueError, RuntimeError) as error:
         got = type(weights).__name__
@@ -90,7 +90,7 @@ def _check_layout(name: str, tensor: Tensor) -> None:
 
 
 def valid_rows(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A checked mask as bool with the row shape of ``like``: lengths are spread over the frames."""
+    """A checked mask as bool with the row shape of ``like``: lengths become a mask of frames."""
     if mask is None or mask.dtype == torch.bool:
         return mask
     return torch.arange(like.shape[1], device=like.device) < mask[:, None]

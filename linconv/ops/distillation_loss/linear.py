@@ -13,8 +13,8 @@ from linconv.ops.distillation_loss.arguments import check_temperature, checked_m
 
 __all__ = ["linear_kd_loss"]
 
-# Rows and classes of a tile of logits. On CPU it stays in a core's caches: 1 MiB in float32. Elsewhere it is to be
-# worth its launches, and to fill a GPU: 64 MiB.
+# Rows and classes of a tile of logits. On CPU it fits a core's caches: 1 MiB in float32. Elsewhere it must be worth
+# its launches and fill a GPU: 64 MiB.
 TILE, TILE_OF_CPU = (4096, 4096), (512, 512)
 
 
@@ -29,28 +29,28 @@ def linear_kd_loss(
     scale_by_t2: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`kd_loss` of the logits ``hidden @ weight.T``, which are never held: a tile of them at a time, in float32.
+    """:func:`kd_loss` of the logits ``hidden @ weight.T``, computed tile by tile in float32 and never held in full.
 
-    The backward pass makes each tile again: six matrix products in all, where four would do with all logits in memory.
-    Products of a side whose hidden states and weights are both bfloat16, or both float16, take these as they are and
-    are summed in float32; a tile's gradient is rounded to the student's dtype for them. Beside the gradients it holds
-    3 MiB, what the matrix products take, and, for hidden states narrower than float32, their gradient in float32:
-    32 MiB for 8,192 rows of width 1,024. On CUDA tiles are larger, some 250 MiB in all.
+    The backward pass recomputes each tile: six matrix products in total, against four with all logits in memory. If the
+    hidden states and weights of a side are both bfloat16 or both float16, products take them as they are and sum in
+    float32; a tile's gradient is rounded to the student's dtype for them. Memory besides the gradients: 3 MiB, that of
+    the matrix products and, for hidden states narrower than float32, their gradient in float32, 32 MiB for 8,192 rows
+    of width 1,024. On CUDA tiles are larger, about 250 MiB in total.
 
     Args:
-        hidden_s, hidden_t: (..., d) of the student and of the teacher, whose widths may differ.
-        weight_s, weight_t: (classes, d) each; gradients go to ``hidden_s`` and ``weight_s``, never to the teacher.
+        hidden_s, hidden_t: (..., d) of student and teacher; their widths may differ.
+        weight_s, weight_t: (classes, d) each; gradients flow to ``hidden_s`` and ``weight_s``, never to the teacher.
         temperature, scale_by_t2: as for :func:`kd_loss`.
         mask: the valid rows: bool, the shape of ``hidden_s`` without its last axis; or int (batch,) lengths of
-            (batch, L, d). None: all. Rows that do not count are left out of every product, so their number is read on
-            the host: on CUDA a mask is one wait for the device in each of forward and backward, and no CUDA graph.
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+            (batch, L, d). None: all. Every product skips invalid rows, so the host reads their number: on CUDA a mask
+            costs one wait for the device in each of forward and backward, and rules out CUDA graphs.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available.
 
     Returns:
-        A scalar, float32 (float64 for float64 input); zero where no row is valid.
+        A scalar, float32 (float64 for float64 input); zero if no row is valid.
 
     Raises:
-        TypeError, ValueError: an argument is not what is described here; the message names it.
+        TypeError, ValueError: an argument does not match its description; the message names it.
     """
     _check(hidden_s, weight_s, hidden_t, weight_t)
     check_temperature(temperature)
@@ -74,7 +74,7 @@ def linear_kd_loss(
 
 
 def _check(hidden_s, weight_s, hidden_t, weight_t) -> None:
-    """Hidden states and weights fit each other."""
+    """Check that hidden states and weights fit each other."""
     for name, value in (
         ("hidden_s", hidden_s),
         ("weight_s", weight_s),
@@ -93,7 +93,7 @@ def _check(hidden_s, weight_s, hidden_t, weight_t) -> None:
 
 
 def _check_operator(hidden_s, weight_s, hidden_t, weight_t, mask) -> None:
-    """What the operator itself takes: rows in one axis, and a mask of them."""
+    """Check the operator's own arguments: rows in one axis, and a mask of them."""
     checks.floating_tensor("hidden_s", hidden_s)
     checks.shape("hidden_s", hidden_s, (None, None), "(rows, d)")
     _check(hidden_s, weight_s, hidden_t, weight_t)
@@ -105,7 +105,7 @@ def _tile(like: Tensor) -> tuple[int, int]:
 
 
 def _tiles(like: Tensor, indices: Tensor | None):
-    """A tile's rows of ``like``, a slice or the indices of those that count, and their place in a list of them."""
+    """Per tile: its rows of ``like`` (a slice, or indices of valid rows) and their place in the list of valid rows."""
     total, step = len(like) if indices is None else len(indices), _tile(like)[0]
     for start in range(0, total, step):
         place = slice(start, min(start + step, total))
@@ -113,19 +113,19 @@ def _tiles(like: Tensor, indices: Tensor | None):
 
 
 def _classes(weight: Tensor):
-    """A tile's classes of ``weight``."""
+    """The classes of each tile of ``weight``."""
     step = _tile(weight)[1]
     return (slice(start, start + step) for start in range(0, len(weight), step))
 
 
 def _multiplied_as(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which products take a side's hidden states and weights: their sums are in the math dtype always."""
+    """The dtype of a side's hidden states and weights in products; sums are always in the math dtype."""
     math = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.dtype if hidden.dtype == weight.dtype and _sums_wider(hidden.device) else math
 
 
 def _ours(device: torch.device) -> bool:
-    """Whether products are those of `linear`, which are torch's elsewhere."""
+    """Whether `linear` computes products here; elsewhere torch does."""
     return device.type == "cpu" and dispatch.compiled("linear_out")
 
 
@@ -135,26 +135,26 @@ def _sums_wider(device: torch.device) -> bool:
 
 
 def _indices(mask: Tensor | None) -> Tensor | None:
-    # Rows that do not count are left out before any product: 0 * NaN is NaN, and a product's bits may depend on how
-    # many rows it has.
+    # Invalid rows are dropped before any product: 0 * NaN is NaN, and a product's bits may depend on its number of
+    # rows.
     return None if mask is None else mask.nonzero()[:, 0]
 
 
 class _Scratch:
-    """Memory for the tiles, taken once: what is taken and freed tile by tile, an allocator may scatter."""
+    """Memory for the tiles, allocated once: allocating and freeing per tile may fragment memory."""
 
     def __init__(self, like: Tensor, math: torch.dtype):
         self.like, self.math = like, math
         self._held: dict[str, Tensor] = {}
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """(shape), in the math dtype if not told, what was in it lost; the first use of a name is the largest."""
+        """(shape), by default in the math dtype, uninitialised; the first use of a name must be the largest."""
         if name not in self._held:
             self._held[name] = self.like.new_empty(shape, dtype=dtype or self.math).flatten()
         return self._held[name][: prod(shape)].view(shape)
 
     def cast(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x`` in a dtype: itself, if it is."""
+        """``x`` in a dtype; ``x`` itself if it already has it."""
         return x if x.dtype == dtype else self.tensor(name, *x.shape, dtype=dtype).copy_(x)
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class _Scratch:
 
 
 def _operator(name: str, backend: str):
-    # Only the tiles' operators are kernels: with a compiled backend linear_kd_loss is the device's.
+    # Only the operators on tiles are kernels: linear_kd_loss has one version for the compiled backends.
     if name.startswith("linear"):
         return getattr(torch.ops.linconv, f"{name}_triton" if backend == "triton" else name)
     return dispatch.operator(name, backend)
@@ -213,13 +213,13 @@ def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, s
     checks.shape("grad", grad, (1,), "(1,)")
     checks.shape("statistics", statistics, (rows, 6), "(rows that count, 6)")
     of_s, of_t = _multiplied_as(hidden_s, weight_s), _multiplied_as(hidden_t, weight_t)
-    # The mean's factor comes last: times it, a tile's gradient might be too small for float16.
+    # The mean's factor is applied last: with it, a tile's gradient might be too small for float16.
     scale = (grad / max(len(statistics), 1)).to(math)
     ones = scale.new_ones(1).expand(len(statistics))
     scratch = _Scratch(hidden_s, math)
-    of_hidden = torch.zeros(len(statistics), hidden_s.shape[1], dtype=math, device=hidden_s.device)  # rows that count
+    of_hidden = torch.zeros(len(statistics), hidden_s.shape[1], dtype=math, device=hidden_s.device)  # valid rows
     of_weight = torch.empty_like(weight_s, memory_format=torch.contiguous_format)
-    # Classes outside, so that the sum over all rows of a tile of weights is rounded once.
+    # Classes are the outer loop, so that a weight tile's sum over all rows is rounded once.
     for classes in _classes(weight_s):
         w_s, w_t = scratch.cast("w_s", weight_s[classes], of_s), scratch.cast("w_t", weight_t[classes], of_t)
         total = scratch.tensor("total", *w_s.shape).zero_()
@@ -230,7 +230,7 @@ def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, s
             tile = scratch.cast("tile", tile, of_s)
             scratch.add_product("of_weight", total, tile.T, s.T)
             scratch.add_product("of_hidden", of_hidden[place], tile, w_s.T)
-            del tile  # before the next one is made
+            del tile  # before the next one is computed
         of_weight[classes] = total.mul_(scale)
     of_hidden.mul_(scale)
     if indices is None:
@@ -282,7 +282,7 @@ def _register() -> None:
         "linear_kd_loss": _fake,
         "linear_kd_loss_backward": _fake_backward,
     }
-    made = {"linear_kd_loss": _forward, "linear_kd_loss_backward": _backward}  # of the tiles' operators
+    made = {"linear_kd_loss": _forward, "linear_kd_loss_backward": _backward}  # from the operators on tiles
     for name, fake in fakes.items():
         run = functools.partial(made[name], backend="triton") if name in made else None
         dispatch.define_triton(name, "linconv.ops.distillation_loss.triton", run)

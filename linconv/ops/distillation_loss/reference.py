@@ -1,4 +1,4 @@
-"""The maths of the distillation losses in plain differentiable torch. ``valid`` is bool, the shape of a row index."""
+"""The distillation losses in plain differentiable torch. ``valid`` is bool, of shape (...) for inputs (..., d)."""
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ def kd(student_logits, teacher_logits, *, valid, temperature, device) -> Tensor:
 
 
 def linear_kd(hidden_s, weight_s, hidden_t, weight_t, *, valid, temperature) -> Tensor:
-    """:func:`kd` of the logits ``hidden @ weight.T``, which are held in full."""
+    """:func:`kd` of the logits ``hidden @ weight.T``, which are held in memory in full."""
     math = torch.float64 if hidden_s.dtype == torch.float64 else torch.float32
     hidden_s, hidden_t = (_clean(h, valid) for h in (hidden_s, hidden_t))
     logits = hidden_s.to(math) @ weight_s.to(math).T, hidden_t.to(math) @ weight_t.to(math).T
@@ -39,7 +39,7 @@ def linear_kd(hidden_s, weight_s, hidden_t, weight_t, *, valid, temperature) -> 
 
 
 def _clean(x: Tensor, valid: Tensor | None) -> Tensor:
-    """x in the dtype of the arithmetic, its masked rows replaced by zeros, whatever stood there."""
+    """x in the math dtype, with masked rows replaced by zeros, whatever their content."""
     x = x if x.dtype == torch.float64 else x.float()
     return x if valid is None else torch.where(valid[..., None], x, 0)
 

@@ -10,26 +10,26 @@ __all__ = ["gated_rms_norm"]
 
 
 def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None, backend=None):
-    """``y * rsqrt(mean(y^2) + eps) * weight`` with ``y = x * silu(z)``, the mean over groups of channels.
+    """``y * rsqrt(mean(y^2) + eps) * weight`` with ``y = x * silu(z)``; the mean is over groups of channels.
 
-    Math in float32, in float64 for float64 input.
+    Arithmetic is in float32, or float64 for float64 input.
 
     Args:
-        x, z: (..., d) both, or, with a weight per direction, (2, ..., d) for at least one of them: the other may be
-            shared by the directions. float32, bfloat16, float16 or float64, any strides.
+        x, z: both (..., d). With a weight per direction, at least one is (2, ..., d); the directions may share the
+            other. float32, bfloat16, float16 or float64, any strides.
         weight: (d,), or (2, d) for one per direction.
         eps: added to the mean square.
-        group_size: channels that share a mean, a divisor of d; None for all.
-        seq_lens: int32 or int64 (batch,), for x and z of (batch, L, d) or (2, batch, L, d): frames of each row that are
-            not padding. Padding is not read; the result there and its gradients are zero.
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+        group_size: number of channels that share a mean, a divisor of d; None for all.
+        seq_lens: int32 or int64 (batch,), for x and z of (batch, L, d) or (2, batch, L, d): the number of
+            valid frames of each row. Padding is not read; the result there and its gradients are zero.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available.
 
     Returns:
         (..., d) in x's dtype, or (2, ..., d) laid out so that ``out.movedim(0, -2).flatten(-2)`` is a view (..., 2 d):
-        one projection of both directions' concatenation reads it without a copy.
+        a projection of the concatenated directions reads it without a copy.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or value.
 
     Source: Dao and Gu, arXiv 2405.21060 (the norm before the output projection; Zhang and Sennrich, arXiv 1910.07467).
     """
@@ -45,7 +45,7 @@ def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None, ba
         return reference.gated_rms_norm(x, z, weight, eps=eps, group_size=group_size, seq_lens=seq_lens)
     x, z, weight = reference.directions(x, z, weight)
     operator = dispatch.operator("gated_rms_norm", backend)
-    if len(lead) == 2:  # as the operator takes them: views cost time, and gradients twice that
+    if len(lead) == 2:  # already as the operator wants them: views cost time, twice that with gradients
         out = operator(x, z, weight, eps, group_size or d, seq_lens)
         return out if per_direction else out[0]
     rows = (math.prod(lead[:-1]), lead[-1] if lead else 1)
@@ -58,7 +58,7 @@ def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None, ba
 
 @checks.remembered
 def _checked(x, z, weight, eps, group_size):
-    """The sizes before d and after directions, and whether there are directions, of arguments that fit each other."""
+    """Check all arguments; returns the sizes between directions and d, and whether there are directions."""
     for name, value in (("x", x), ("z", z), ("weight", weight)):
         checks.floating_tensor(name, value)
         checks.like(name, value, "x", x)
@@ -73,7 +73,7 @@ def _checked(x, z, weight, eps, group_size):
 
 
 def _lead(x, z, weight):
-    """Check shapes against each other; the sizes before d and after directions, and whether there are directions."""
+    """Check shapes against each other; returns the sizes between directions and d, and whether there are directions."""
     if weight.dim() not in (1, 2) or (weight.dim() == 2 and weight.shape[0] != 2):
         raise ValueError(f"weight has shape {tuple(weight.shape)}, wanted (d,) or (2, d)")
     d = weight.shape[-1]

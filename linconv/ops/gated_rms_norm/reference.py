@@ -22,7 +22,7 @@ def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None):
         x, z = (t.masked_fill(~valid, 0) for t in (x, z))
     d = x.shape[-1]
     y = x.to(math) * F.silu(z.to(math))
-    # Directions next to last, so that the rows of both lie beside each other for one projection of their concatenation.
+    # Directions second to last: a row's two directions are adjacent in memory, for one projection of both.
     # unflatten as a function: before torch 2.15 the method does not compile under a default device.
     y = torch.unflatten(y.movedim(0, -2), -1, (-1, group_size or d))  # (..., directions, groups, group_size)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)

@@ -1,4 +1,4 @@
-"""Products with a weight whose rows do not depend on how many there are: what padded = alone needs of a projection."""
+"""Products with a weight in which a row's bits do not depend on the number of rows, as padded = alone requires."""
 
 import math
 
@@ -11,23 +11,23 @@ __all__ = ["linear"]
 
 
 def linear(x, weight, bias=None, *, factor=None, backend=None):
-    """``x weight^T + factor bias^T``; on CPU a row's bits depend on that row and the weight alone.
+    """``x weight^T + factor bias^T``; on CPU a row's bits depend only on that row and the parameters.
 
-    A library's product chooses its blocks by the number of rows, and with them the order of a row's sums. This one has
-    one order. It is torch's own on other devices. Math in float32, in float64 for float64 input.
+    A library chooses the blocks of a product, and so the order of a row's sums, by the number of rows. This one always
+    uses the same order. Other devices use torch's product. Arithmetic is in float32, or float64 for float64 input.
 
     Args:
         x: (..., d); float32, bfloat16, float16 or float64, any strides.
         weight: (columns, d), any strides.
         bias: (columns,) or None.
-        factor: (...,), what the bias is multiplied by in each row; None for 1.
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is; torch's but for "cpu".
+        factor: (...,), multiplies the bias in each row; None for 1.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available; only "cpu" is not torch's.
 
     Returns:
-        (..., columns) in x's dtype (autocast's, where it is on).
+        (..., columns) in x's dtype (autocast's if it is on).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype or shape.
+        TypeError, ValueError: an argument has a wrong type, dtype or shape.
     """
     _check(x, weight, bias, factor)
     ours = x.device.type == "cpu" and backend in (None, "cpu") and dispatch.compiled("linear")
@@ -70,12 +70,12 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    """Differentiable again."""
+    """Can be differentiated again."""
     x, weight, bias, factor = ctx.saved_tensors
     of_x, of_weight, of_bias, of_factor = ctx.needs_input_grad
     most = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     of_rows = grad.to(most) if factor is None else factor.to(most)[:, None] * grad
-    # Of one dtype, the product is rounded to it once; else to the weight's, and not to the others' on the way.
+    # If all dtypes agree, the product is rounded once to that; else only to the weight's, with no rounding before.
     common = weight.dtype if grad.dtype == x.dtype == weight.dtype else most
 
     return (

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 def linear(x, weight, bias=None, *, factor=None):
     """The function of `linconv.ops.linear.linear`, differentiable by torch."""
-    # torch multiplies numbers of one dtype: of several, in one that holds them all.
+    # torch multiplies only equal dtypes: others are promoted to a common one.
     dtypes = [t.dtype for t in (x, weight, bias) if t is not None]
     common = functools.reduce(torch.promote_types, dtypes)
     given, (weight, bias) = x.to(common), (None if t is None else t.to(common) for t in (weight, bias))
@@ -17,4 +17,4 @@ def linear(x, weight, bias=None, *, factor=None):
     else:
         out = F.linear(given, weight)
         out = torch.addcmul(out, factor[..., None].to(out.dtype), bias.to(out.dtype))
-    return out.to(x.dtype) if out.dtype == common else out  # of another dtype it is by autocast
+    return out.to(x.dtype) if out.dtype == common else out  # autocast causes any other dtype

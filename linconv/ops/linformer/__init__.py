@@ -1,8 +1,8 @@
 """Linformer attention (Wang et al., arXiv 2006.04768): every frame attends to r projections of all frames.
 
-Two operators make it up, each with its own gradients. ``linformer_project`` sums the frames into r of them;
-``linformer_attend`` is attention of the frames to those r, which stay in cache. A third one,
-``linformer_self_attention``, does on CPU all of self-attention in one call, where no gradients are wanted.
+It consists of two operators, each with its own gradients. ``linformer_project`` sums the frames into r of them;
+``linformer_attend`` is attention of the frames to those r, which stay in cache. A third operator,
+``linformer_self_attention``, computes all of self-attention in one call on CPU if no gradients are needed.
 """
 
 import math
@@ -24,27 +24,26 @@ def linformer_attention(
 ):
     """``softmax(scale q K'^T) V'`` with ``K' = E^T (m k) / sqrt(len)`` and ``V' = F^T (m v) / sqrt(len)``.
 
-    m masks the valid frames and len is their number. Math in float32, in float64 for float64 input.
+    m masks the valid frames and len is their number. Arithmetic is in float32, or float64 for float64 input.
 
     Args:
         q, k, v: (batch, heads, L, headdim), headdim 1 to 256; float32, bfloat16, float16 or float64, any strides.
         proj_k: E, (Lmax, r) or one per head (heads, Lmax, r), L <= Lmax, r 1 to 512; its first L rows are used.
-        proj_v: F, as proj_k and with the same r; None where it is E (sharing of keys and values).
-        seq_lens: int32 or int64 (batch,), the valid frames of each row. What stands behind them is not read; the
-            result there and its gradients are zero. A row gives bit for bit what it gives alone.
-        scale: of the scores; None for 1 / sqrt(headdim).
-        normalize: whether K' and V' are divided by the root of the number of valid frames, which makes their size
+        proj_v: F, as proj_k and with the same r; None to use E (shared by keys and values).
+        seq_lens: int32 or int64 (batch,), the number of valid frames of each row. Padding is not read; the result
+            there and its gradients are zero. A row gives the same bits as it gives alone.
+        scale: factor of the scores; None for 1 / sqrt(headdim).
+        normalize: whether to divide K' and V' by the root of the number of valid frames, which makes their size
             independent of it.
-        dropout_p: the share of attention weights that are dropped, 0 <= dropout_p < 1. The draw is a hash of a seed,
-            taken from torch's generator, and of where a weight stands: the same in backward, whatever the number of
-            threads.
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+        dropout_p: the share of attention weights to drop, 0 <= dropout_p < 1. The draw is a hash of a seed from
+            torch's generator and the position of a weight: the same in backward and for any number of threads.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available.
 
     Returns:
-        As q, in memory (batch, L, heads, headdim): ``out.transpose(1, 2).flatten(-2)`` is a view.
+        Shape and dtype of q, laid out as (batch, L, heads, headdim): ``out.transpose(1, 2).flatten(-2)`` is a view.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or value; L > Lmax among them.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or value, such as L > Lmax.
 
     Source: arXiv 2006.04768, section 4, eq. 7.
     """
@@ -69,8 +68,8 @@ def linformer_self_attention(
 ):  # fmt: skip
     """`linformer_attention` of the projections of hidden states, ``q = hidden wq^T + bq`` and so on.
 
-    Keys and values are needed only summed over frames, and ``E^T (X W + 1 b^T) = (E^T X) W + (E^T 1) b^T`` exactly:
-    their projections then cost r instead of L rows each. The order with fewer operations is taken, see `rewrite_pays`.
+    Only sums of keys and values over frames are needed, and ``E^T (X W + 1 b^T) = (E^T X) W + (E^T 1) b^T`` exactly:
+    their projections then cost r instead of L rows each. The order with fewer operations is used, see `rewrite_pays`.
 
     Args:
         hidden: (batch, L, d), float32, bfloat16, float16 or float64.
@@ -78,16 +77,16 @@ def linformer_self_attention(
         bq, bk, bv: (num_heads * headdim,) or None.
         proj_k, proj_v, seq_lens, scale, normalize, dropout_p, backend: as for `linformer_attention`.
         num_heads: number of heads.
-        rewrite: whether to sum before projecting; None for what costs less. Not for projections per head.
+        rewrite: whether to sum before projecting; None for the cheaper order. Not possible with projections per head.
 
     Returns:
-        (batch, L, num_heads * headdim) in hidden's dtype (autocast's, where it is on), zero in the padding.
+        (batch, L, num_heads * headdim) in hidden's dtype (autocast's if it is on), zero in the padding.
 
     Raises:
         TypeError, ValueError: as `linformer_attention`.
 
-    On CPU a padded row gives bit for bit what it gives alone, in the same order of the two. Elsewhere products with
-    weights are torch's, whose last bits depend on the number of rows.
+    On CPU, a padded row gives the same bits as it gives alone in the same order of operations. Elsewhere torch
+    computes the products with weights, whose last bits depend on the number of rows.
     """
     checks.floating_tensor("hidden", hidden)
     checks.shape("hidden", hidden, (None, None, None), "(batch, L, d)")
@@ -118,7 +117,7 @@ def linformer_self_attention(
     if rewrite and per_head:
         raise ValueError("rewrite is True with projections per head, wanted ones that all heads share")
     if rewrite is None:
-        # An exported program is one for all lengths: in the order that the longest one wants.
+        # An exported program serves all lengths: use the order that suits the longest one.
         decisive = proj_k.shape[1] if torch.compiler.is_exporting() and not _is_static(length) else length
         rewrite = not per_head and rewrite_pays(decisive, proj_k.shape[2], d, width, shared=shared)
     checks.flag("normalize", normalize)
@@ -130,7 +129,7 @@ def linformer_self_attention(
         return torch.ops.linconv.linformer_self_attention(
             hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v, num_heads, scale, normalize, seq_lens
         )
-    if seq_lens is not None:  # what stands in the padding must not get into the gradients of weights
+    if seq_lens is not None:  # the padding must not affect the gradients of weights
         hidden = hidden.masked_fill(~reference.valid_frames(seq_lens, length)[..., None], 0)
 
     def heads(x):
@@ -153,14 +152,14 @@ def linformer_self_attention(
 
 
 def _is_static(size):
-    """Whether a size in a graph that is being traced is one number; by its type a strict export does not tell."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, and there in any export
+    """Whether a size in a traced graph is a fixed number; in a strict export its type does not tell."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, but loaded in any export
 
     return has_static_value(size)
 
 
 def _at_once(hidden, parameters, backend):
-    """Whether the operator that keeps nothing for gradients does the whole."""
+    """Whether the operator that keeps nothing for gradients can run the whole call."""
     if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, *parameters)):
@@ -173,8 +172,8 @@ def rewrite_pays(length, rank, d, width, *, shared):
     """Whether summing hidden states over frames before the projections of keys and values takes fewer operations.
 
     Args:
-        length, rank, d, width: L, r, the width of hidden states and that of keys.
-        shared: whether keys and values share one projection: then the sum is made once.
+        length, rank, d, width: L, r, the widths of hidden states and of keys.
+        shared: whether keys and values share one projection, so that one sum serves both.
     """
     sums = 1 if shared else 2
     before = 2 * length * d * width + 2 * length * rank * width
@@ -183,14 +182,14 @@ def rewrite_pays(length, rank, d, width, *, shared):
 
 
 def _sum_then_project(hidden, wk, bk, wv, bv, proj_k, proj_v, summed, projected):
-    """Projected keys and values, (batch, r, width) each, from sums of hidden states; proj_v is None where shared."""
+    """Projected keys and values, (batch, r, width) each, from sums of hidden states; proj_v is None if shared."""
     d = hidden.shape[-1]
     blocks = next(n for n in range(1, d + 1) if d % n == 0 and d // n <= 64)
     columns = torch.unflatten(hidden, -1, (blocks, d // blocks)).transpose(1, 2)  # (batch, blocks, L, d / blocks)
     ones = hidden.new_ones(()).expand(hidden.shape[0], 1, hidden.shape[1], 1)
     biased = bk is not None or bv is not None
 
-    def sums(proj):  # of the frames (batch, r, d), and of as many ones (batch, r)
+    def sums(proj):  # of the frames (batch, r, d), and of a one per frame (batch, r)
         return summed(columns, proj).transpose(1, 2).flatten(-2), summed(ones, proj)[:, 0, :, 0] if biased else None
 
     of_keys = sums(proj_k)
@@ -310,8 +309,8 @@ def _attend_gradients(ctx, grad, q, k, v, seed, seq_lens):
     return ctx.backward_operator(grad, q, k, v, *ctx.options, seed, seq_lens)
 
 
-# On CUDA tensors Triton comes first: products are nearly all of the work, and its kernels take them on tensor cores;
-# those of csrc/linformer/cuda.cu take CUDA cores. Neither has been measured.
+# Triton comes first on CUDA tensors: nearly all work is matrix products, which its kernels run on tensor cores;
+# those of csrc/linformer/cuda.cu use CUDA cores. Neither has been measured.
 PREFER = ("triton", "cuda")
 dispatch.register(
     "linformer_project",

@@ -13,7 +13,7 @@ def valid_frames(seq_lens, length):
 
 
 def project(x, proj, *, normalize=True, seq_lens=None):
-    """proj^T x over the valid frames, over the root of their number: (batch, heads, r, headdim) in the math dtype.
+    """proj^T x over the valid frames, divided by the root of their number: (batch, heads, r, headdim), math dtype.
 
     x (batch, heads, L, headdim), proj (1 or heads, Lmax, r).
     """
@@ -30,7 +30,7 @@ def project(x, proj, *, normalize=True, seq_lens=None):
 
 
 def attend(q, k, v, *, scale, dropout_p=0.0, seed=None, seq_lens=None):
-    """softmax(scale q k^T) v with dropout of the weights, zero in the padding: as q, (batch, heads, L, headdim)."""
+    """softmax(scale q k^T) v with dropout of the weights, zero in the padding: shape and dtype of q."""
     dtype, length = torch.promote_types(q.dtype, torch.float32), q.shape[2]
     padding = None if seq_lens is None else ~valid_frames(seq_lens, length)[:, None, :, None]
     math_q = q.to(dtype) if padding is None else q.to(dtype).masked_fill(padding, 0)
@@ -42,7 +42,7 @@ def attend(q, k, v, *, scale, dropout_p=0.0, seed=None, seq_lens=None):
 
 
 def kept(seed, batch, heads, length, rank, dropout_p):
-    """Which attention weights dropout keeps: bool (batch, heads, L, r), the draw of csrc/linformer/dropout.h.
+    """Which attention weights dropout keeps: bool (batch, heads, L, r), as csrc/linformer/dropout.h draws.
 
     seed: int64 scalar tensor.
     """

@@ -17,13 +17,13 @@ def selective_scan(
         h_t[c, n] = exp(dt_t[c] A[c, n]) h_{t-1}[c, n] + dt_t[c] B_t[n] x_t[c],
         y_t[c] = (sum_n C_t[n] h_t[c, n] + D[c] x_t[c]) silu(z_t[c])
 
-    with dt = softplus(dt + dt_bias). The math is in fp32 (fp64 for fp64 arguments), whatever the arguments' dtypes, and
-    gradients flow to every floating argument. Unlike `ssd`, a channel's state has a rate for each of its entries.
+    with dt = softplus(dt + dt_bias). Arithmetic is in fp32 (fp64 for fp64 arguments), whatever the arguments' dtypes.
+    Gradients flow to every floating-point argument. Unlike in `ssd`, each entry of a channel's state has its own rate.
 
     Args:
         x: (batch, L, channels); fp32, bf16, fp16 or fp64, any strides, any L.
         dt: (batch, L, channels), the step of each frame before bias and softplus.
-        A: (channels, dstate), the rates of the states, negative where they decay; dstate 1 to 256.
+        A: (channels, dstate), the rates of the states; must be negative for them to decay; dstate 1 to 256.
         B, C: (batch, L, groups, dstate); channels / groups adjacent channels share one group.
         D: (channels,), the weight of x_t in y_t.
         z: (batch, L, channels), the gate; none if None.
@@ -32,17 +32,17 @@ def selective_scan(
         initial_states: (sequences, channels, dstate), the state before a sequence's first step; zero if None. With
             seq_lens or neither, a sequence is a row of the batch; with cu_seqlens, a packed part.
         return_final_states: whether the states after each sequence's last step are returned too.
-        seq_lens: (batch,) integers, the valid frames of each row. What stands behind them is never read.
-        cu_seqlens: (sequences + 1,) integers 0 … L: sequences packed into a batch of one.
-        reverse: time runs from each sequence's last valid frame to its first.
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+        seq_lens: (batch,) integers, the number of valid frames of each row. Later frames are never read.
+        cu_seqlens: (sequences + 1,) integers from 0 to L: bounds of the sequences packed into a batch of one.
+        reverse: run from each sequence's last valid frame to its first.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available.
 
     Returns:
-        y (batch, L, channels) in x's dtype, exactly zero at padded frames; with return_final_states (y, states), states
+        y (batch, L, channels) in x's dtype, exactly zero at padding; with return_final_states (y, states), states
         (sequences, channels, dstate) in fp32 (fp64).
 
     Raises:
-        ValueError, TypeError: an argument whose shape, dtype, device or value does not fit; the message names it.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
     checks.flag("dt_softplus", dt_softplus)
     checks.flag("return_final_states", return_final_states)

@@ -1,7 +1,7 @@
-"""Selective scan in plain torch: the recurrence, one time step after another, and the same by doubling.
+"""Selective scan in plain torch: the recurrence, step by step in time, and the same by doubling.
 
-Mamba (Gu and Dao, arXiv 2312.00752), Algorithm 2. `recurrence` is the definition every kernel is judged by; `doubling`
-is the same function in fewer operators, and serves as the backend where no kernel is there.
+Mamba (Gu and Dao, arXiv 2312.00752), Algorithm 2. `recurrence` is the definition that kernels are tested against;
+`doubling` is the same function in fewer operators, and serves as the backend where there is no kernel.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def recurrence(decay, added, C, state):
-    """h_t = decay_t h_{t-1} + added_t, y_t = C_t h_t, as a loop over time.
+    """h_t = decay_t h_{t-1} + added_t, y_t = C_t h_t, in a loop over time.
 
     decay, added and C (batch, L, channels, dstate), state (batch, channels, dstate). Returns y (batch, L, channels) and
     the last state.
@@ -22,13 +22,13 @@ def recurrence(decay, added, C, state):
 
 
 def doubling(decay, added, C, state, chunk_size=64):
-    """`recurrence`, the steps of a chunk at once: each takes in 1, 2, 4, ... steps before it (Hillis and Steele)."""
+    """`recurrence` for all steps of a chunk at once: each combines 1, 2, 4, ... earlier steps (Hillis and Steele)."""
     y = []
     for start in range(0, decay.shape[1], chunk_size):
         kept, gained = (t[:, start : start + chunk_size] for t in (decay, added))
         reach = 1
         while reach < kept.shape[1]:
-            before = (0, 0, 0, 0, reach, 0)  # of the first steps: none, so that they keep and gain what they have
+            before = (0, 0, 0, 0, reach, 0)  # the first steps have none before them and stay unchanged
             gained = gained + kept * F.pad(gained[:, :-reach], before)
             kept = kept * F.pad(kept[:, :-reach], before, value=1.0)
             reach *= 2
@@ -44,7 +44,7 @@ def selective_scan(
 ):  # fmt: skip
     """The scan with the arguments of `linconv.ops.selective_scan`, differentiable by torch.
 
-    By scan, or the faster one: doubling takes more operations in fewer calls, which a GPU wants and a CPU does not.
+    scan: None for the faster one. Doubling needs more operations in fewer calls, which is faster on a GPU only.
     Returns y in x's dtype and the last states (sequences, channels, dstate) in the math dtype.
     """
     scan = scan or (recurrence if x.device.type == "cpu" else doubling)
@@ -59,7 +59,7 @@ def selective_scan(
             )
             for i, (lo, hi) in enumerate(zip(bounds, bounds[1:]))
         ]  # fmt: skip
-        if not parts:  # of no frames: a row as long, without its state
+        if not parts:  # no sequences: the empty row's result, without its state
             y, h = selective_scan(x, dt, A, B, C, D, z, **options)
             return y, h[:0]
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([h for _, h in parts])

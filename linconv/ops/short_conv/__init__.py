@@ -14,7 +14,7 @@ def short_conv(
 ):  # fmt: skip
     """Depthwise convolution over time: ``y_t = act(bias + sum_k weight[:, k] * x_{t - (width - 1) + k + lookahead})``.
 
-    Frames outside the sequence are zeros. Math in float32, in float64 for float64 input.
+    Frames outside the sequence are zeros. Arithmetic is in float32, or float64 for float64 input.
 
     Args:
         x: (batch, L, channels), float32, bfloat16, float16 or float64, any strides.
@@ -23,16 +23,16 @@ def short_conv(
         activation: "silu" or None.
         reverse: mirrored in time, so that frame t sees t and later ones (anti-causal, for lookahead=0).
         lookahead: frames ahead that the window reaches, 0 <= lookahead < width; (width - 1) / 2 centres it.
-        seq_lens: int32 or int64 (batch,): frames of each row that are not padding. Padding is not read; the result
-            there and its gradient are zero.
-        cu_seqlens: int32 or int64 (sequences + 1,), where each of the sequences packed into a batch of 1 begins, and L.
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+        seq_lens: int32 or int64 (batch,): the number of valid frames of each row. Padding is not read; the
+            result there and its gradient are zero.
+        cu_seqlens: int32 or int64 (sequences + 1,), the starts of the sequences packed into a batch of 1, then L.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available.
 
     Returns:
         (batch, L, channels) in x's dtype.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or value.
 
     Source: Gu and Dao, arXiv 2312.00752 (causal); Hwang et al., arXiv 2407.09941 (centred).
     """
@@ -62,10 +62,10 @@ def short_conv(
 def bidirectional_short_conv(
     x, weight, bias=None, *, activation="silu", seq_lens=None, cu_seqlens=None, backend=None
 ):  # fmt: skip
-    """A causal and an anti-causal :func:`short_conv` of their own weights, in one pass over x where they share it.
+    """A causal and an anti-causal :func:`short_conv` with separate weights, in one pass over x if they share it.
 
     Args:
-        x: (batch, L, channels), read by both directions, or (2, batch, L, channels), one for each.
+        x: (batch, L, channels), shared by both directions, or (2, batch, L, channels), one per direction.
         weight: (2, channels, width), 2 <= width <= 8.
         bias: (2, channels) or None.
         activation, seq_lens, cu_seqlens, backend: as in :func:`short_conv`.
@@ -74,7 +74,7 @@ def bidirectional_short_conv(
         (2, batch, L, channels) in x's dtype: the causal convolution, then the anti-causal one.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or value.
     """
     checks.floating_tensor("x", x)
     if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[0] != 2):
@@ -98,7 +98,7 @@ def bidirectional_short_conv(
 
 
 def _check(x, weight, bias, activation, lookahead, seq_lens, cu_seqlens):
-    """What both functions ask of their arguments besides shapes."""
+    """Check what both functions require of their arguments besides shapes."""
     checks.like("weight", weight, "x", x)
     if bias is not None:
         checks.like("bias", bias, "x", x)
@@ -109,8 +109,8 @@ def _check(x, weight, bias, activation, lookahead, seq_lens, cu_seqlens):
 
 
 def check_window(name, width, lookahead):
-    """Raises ValueError or TypeError unless the frames that taps see, ``width`` of the weight ``name``, can be."""
-    if not WIDTHS.start <= width < WIDTHS.stop:  # not `in`: of a graph being traced the width may be a symbol
+    """Raise ValueError or TypeError unless ``width``, that of the weight ``name``, and ``lookahead`` are possible."""
+    if not WIDTHS.start <= width < WIDTHS.stop:  # not `in`: in a traced graph the width may be a symbol
         raise ValueError(f"{name} has width {width}, wanted {WIDTHS.start} to {WIDTHS.stop - 1}")
     if not isinstance(lookahead, int):
         raise TypeError(f"lookahead is {type(lookahead).__name__}, wanted an int")

@@ -5,13 +5,13 @@ import torch.nn.functional as F
 
 
 def tap_offsets(width, lookahead, reverse):
-    """Which frame, relative to its own, each tap of a frame reads: the oldest first if causal, the last if mirrored."""
+    """The frame that each tap reads, relative to the output frame: oldest first if causal, latest first if mirrored."""
     offsets = [k - (width - 1) + lookahead for k in range(width)]
     return [-offset for offset in offsets] if reverse else offsets
 
 
 def sequence_bounds(length, seq_lens, cu_seqlens, device):
-    """First frame and end of the sequence each frame belongs to, (1 or batch, L) each; end <= frame marks padding."""
+    """Start and end of each frame's sequence, (1 or batch, L) each; end <= frame marks padding."""
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64)
         own = torch.bucketize(torch.arange(length, device=device), cu_seqlens, right=True) - 1

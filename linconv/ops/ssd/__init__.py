@@ -17,33 +17,33 @@ def ssd(
 
         h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T,    y_t = C_t h_t + D x_t
 
-    with dt = clamp(softplus(dt + dt_bias), dt_limit). The math is in fp32 (fp64 for fp64 arguments), whatever the
-    arguments' dtypes, and gradients flow to every floating argument.
+    with dt = clamp(softplus(dt + dt_bias), dt_limit). Arithmetic is in fp32 (fp64 for fp64 arguments), whatever the
+    arguments' dtypes. Gradients flow to every floating-point argument.
 
     Args:
         x: (batch, L, heads, headdim), headdim 1 to 256; fp32, bf16, fp16 or fp64, any strides, any L.
         dt: (batch, L, heads), the step of each frame before bias and softplus.
-        A: (heads,), the rate of the state, negative where it decays.
+        A: (heads,), the rate of the state; must be negative for it to decay.
         B, C: (batch, L, groups, dstate), dstate 1 to 256; heads / groups heads share one group.
         D: (heads,), the weight of x_t in y_t.
-        z: as x, the gate: the result is multiplied by silu(z). A kernel's is rounded to x's dtype before that too.
+        z: as x, the gate: the result is multiplied by silu(z). Kernels also round it to x's dtype before that.
         dt_bias: (heads,), added to dt.
         dt_softplus: whether softplus is applied to dt + dt_bias.
-        dt_limit: (low, high), what dt is clamped to after that.
+        dt_limit: (low, high); dt is clamped to it after that.
         initial_states: (sequences, heads, headdim, dstate), the state before a sequence's first step; zero if None.
             With seq_lens or neither, a sequence is a row of the batch; with cu_seqlens, a packed part.
         return_final_states: whether the states after each sequence's last step are returned too.
-        seq_lens: (batch,) integers, the valid frames of each row. What stands behind them is never read.
-        cu_seqlens: (sequences + 1,) integers 0 … L: sequences packed into a batch of one.
-        reverse: time runs from each sequence's last valid frame to its first.
-        backend: a name out of :func:`linconv.ops.backends`, or None for the best there is.
+        seq_lens: (batch,) integers, the number of valid frames of each row. Later frames are never read.
+        cu_seqlens: (sequences + 1,) integers from 0 to L: bounds of the sequences packed into a batch of one.
+        reverse: run from each sequence's last valid frame to its first.
+        backend: a name from :func:`linconv.ops.backends`, or None for the best available.
 
     Returns:
-        y (batch, L, heads, headdim) in x's dtype, exactly zero at padded frames; with return_final_states
+        y (batch, L, heads, headdim) in x's dtype, exactly zero at padding; with return_final_states
         (y, states), states (sequences, heads, headdim, dstate) in fp32 (fp64).
 
     Raises:
-        ValueError, TypeError: an argument whose shape, dtype, device or value does not fit; the message names it.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
     checks.flag("dt_softplus", dt_softplus)
     checks.flag("return_final_states", return_final_states)
@@ -56,7 +56,7 @@ def ssd(
         checks.like("z", z, "x", x)
     backend = pick(x.device, sizes["L"], backend)
     if backend in reference.SCANS:
-        # Before a gate y stays in the math dtype: one rounding.
+        # With a gate, y stays in the math dtype before it, to be rounded once.
         y, states = reference.ssd(
             x if z is None else x.to(arguments.math_dtype(x)), dt, A, B, C, D, dt_bias=dt_bias,
             dt_softplus=dt_softplus, dt_limit=dt_limit, initial_states=initial_states, seq_lens=seq_lens,
@@ -85,8 +85,8 @@ def ssd(
 
 
 def pick(device, length, backend=None):
-    """The backend that runs so many frames."""
-    # The CUDA kernel takes one frame after another with the state in registers: best for a decode step only.
+    """The backend for this number of frames."""
+    # The CUDA kernel processes one frame after another with the state in registers: best only for a decoding step.
     return dispatch.pick("ssd", device, backend, prefer=("cuda", "triton") if length == 1 else None)
 
 
@@ -98,8 +98,8 @@ def _gated(y, z, seq_lens, dtype, gate):
 
 
 class _Gate(torch.autograd.Function):
-    """y silu(z) in the math dtype. An element's bits are by that element alone: of torch's silu they are by where it
-    stands too, as those that fill a vector of a CPU's are computed otherwise than the rest."""
+    """y silu(z) in the math dtype. An element's bits depend on that element alone. In torch's silu on CPU they also
+    depend on its position: elements that fill a vector register are computed differently from the rest."""
 
     generate_vmap_rule = True
 
@@ -126,7 +126,7 @@ def _gate_gradients(ctx, grad, y, z):
     del sigmoid
     grad_y = (of_both * of_z).to(y.dtype)
     del of_z
-    return grad_y, of_both.mul_(slope).mul_(y).to(z.dtype)  # batched if anything is: in place also under vmap
+    return grad_y, of_both.mul_(slope).mul_(y).to(z.dtype)  # batched if any operand is: in place works under vmap
 
 
 def _math(x):

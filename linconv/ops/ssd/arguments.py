@@ -1,4 +1,4 @@
-"""What `ssd` and `bidirectional_ssd` ask of their arguments, checked before any kernel runs."""
+"""Checks of the arguments of `ssd` and `bidirectional_ssd`, made before any kernel runs."""
 
 import math
 import types
@@ -7,7 +7,7 @@ import torch
 
 from linconv.ops import checks
 
-# What each argument's dimensions are when both directions share it; a leading axis of 2 holds (forward, backward).
+# Dimensions of each argument when both directions share it; a leading axis of 2 holds (forward, backward).
 DIMS = dict(
     x=("batch", "L", "heads", "headdim"),
     dt=("batch", "L", "heads"),
@@ -21,7 +21,7 @@ MAX_SIZE = 256  # of headdim and of dstate
 
 
 def check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, *, directions):
-    """As `sizes_of`, and of where the sequences lie."""
+    """As `sizes_of`, with a check of the bounds of the sequences."""
     sizes = sizes_of(x, dt, A, B, C, D, dt_bias, dt_limit, directions)
     checks.sequence_bounds(seq_lens, cu_seqlens, sizes["batch"], sizes["L"], x.device)
     return sizes
@@ -29,9 +29,9 @@ def check(x, dt, A, B, C, D, dt_bias, dt_limit, seq_lens, cu_seqlens, *, directi
 
 @checks.remembered
 def sizes_of(x, dt, A, B, C, D, dt_bias, dt_limit, directions):
-    """Raises ValueError or TypeError naming the argument, what it got and what it wants.
+    """The sizes by name; raises ValueError or TypeError with the argument, what was passed and what is wanted.
 
-    directions: 2 where arguments may carry a leading axis of 2, else 1. Returns the sizes by name.
+    directions: 2 if arguments may have a leading axis of 2, else 1.
     """
     sizes = {}
     for (name, dims), tensor in zip(DIMS.items(), (x, dt, A, B, C, D, dt_bias)):
@@ -65,12 +65,12 @@ def _check_limit(dt_limit):
     if not low <= high:
         raise ValueError(f"dt_limit is {tuple(dt_limit)}, wanted (low, high) with low <= high")
     for value in dt_limit:
-        if abs(value) < math.inf:  # no bound is one too
+        if abs(value) < math.inf:  # infinity is allowed: no bound
             checks.number("dt_limit", value)
 
 
 def _wanted(dims, directions, known=()):
-    """The shape that an argument is wanted in, with the sizes that are known."""
+    """The wanted shape of an argument, with the known sizes."""
     wanted = f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
     if directions == 2:
         wanted += f" or (2, {', '.join(dims)})"
@@ -79,7 +79,7 @@ def _wanted(dims, directions, known=()):
 
 
 def check_states(initial_states, sizes, cu_seqlens, x):
-    """The same for the states a scan starts from."""
+    """Check the states that a scan starts from."""
     if initial_states is None:
         return
     checks.floating_tensor("initial_states", initial_states)
@@ -94,22 +94,22 @@ def check_states(initial_states, sizes, cu_seqlens, x):
 
 
 def math_dtype(x):
-    """What kernels compute in and per-head parameters are passed as: float64 for float64, else float32."""
+    """The dtype in which kernels compute and get per-head parameters: float64 for float64, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def in_math_dtype(x, *tensors):
-    """The per-head parameters and states as the compiled operators take them."""
+    """The per-head parameters and states in the dtype that compiled operators take."""
     return [None if tensor is None else tensor.to(math_dtype(x)) for tensor in tensors]
 
 
 def new_gradients(*arguments):
-    """Empty tensors, one for each argument and shaped as it; (0,) for one that is absent, in the first one's dtype."""
+    """An empty tensor of each argument's shape; (0,) for an absent one, in the first argument's math dtype."""
     first = arguments[0]
     absent = first.new_empty(0, dtype=math_dtype(first))
     return tuple(absent.clone() if t is None else t.new_empty(t.shape) for t in arguments)
 
 
 def only_present(gradients, arguments):
-    """Gradients as autograd takes them: None for an absent argument."""
+    """Gradients as autograd expects them: None for an absent argument."""
     return [None if argument is None else gradient for gradient, argument in zip(gradients, arguments)]

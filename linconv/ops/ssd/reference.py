@@ -1,7 +1,7 @@
-"""State space dual scan in plain torch: the recurrence, one time step after another, and its chunked form.
+"""State space dual scan in plain torch: the recurrence, step by step in time, and its chunked form.
 
-Mamba-2 (Dao and Gu, arXiv 2405.21060), section 6 for the chunked form. `recurrence` is the definition every kernel is
-judged by; `chunked` is the same function as dense products, and serves as the backend where no kernel is there.
+Mamba-2 (Dao and Gu, arXiv 2405.21060), section 6 for the chunked form. `recurrence` is the definition that kernels are
+tested against; `chunked` is the same function as dense products, and serves as the backend where there is no kernel.
 """
 
 import torch
@@ -22,10 +22,10 @@ def discretize(dt, dt_bias, dt_softplus, dt_limit):
 
 
 def recurrence(x, dt, A, B, C, *, strict=False, initial_states=None):
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = C_t h_t, as a loop over time.
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = C_t h_t, in a loop over time.
 
     x (batch, L, heads, headdim), dt (batch, L, heads) discretized, A (heads,), B and C (batch, L, groups, dstate).
-    strict leaves the term j = t out of y_t. Returns y as x and the last state (batch, heads, headdim, dstate).
+    strict leaves the term j = t out of y_t. Returns y, shaped as x, and the last state (batch, heads, headdim, dstate).
     """
     batch, length, heads, headdim = x.shape
     B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))
@@ -66,7 +66,7 @@ def chunked(x, dt, A, B, C, *, strict=False, initial_states=None, chunk_size=64)
     return y.flatten(1, 2)[:, :length], h
 
 
-# By backend: what is plain torch around another's causal scan, or around plain torch's.
+# The causal scan inside this module's plain torch code, by backend.
 SCANS = {"reference": chunked, "mamba_ssm": mamba_ssm.scan}
 
 
@@ -77,7 +77,7 @@ def gate(y, z):
 
 
 def frame_mask(lengths, length):
-    """(batch, L) bool, True at the frames each sequence has."""
+    """bool (batch, L), True at the valid frames of each sequence."""
     return torch.arange(length, device=lengths.device) < lengths[:, None]
 
 
@@ -101,7 +101,7 @@ def ssd(
             )
             for i, (lo, hi) in enumerate(zip(bounds, bounds[1:]))
         ]  # fmt: skip
-        if not parts:  # of no frames: a row as long, without its state
+        if not parts:  # no sequences: the empty row's result, without its state
             y, h = ssd(x, dt, A, B, C, D, **options)
             return y, h[:0]
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([h for _, h in parts])
