@@ -1,4 +1,4 @@
-"""Modules that take attention's place, by name: ``linconv.mixers.get("bimamba2")``."""
+"""Modules that replace attention, by name: ``linconv.mixers.get("bimamba2")``."""
 
 import difflib
 
@@ -33,10 +33,10 @@ _REGISTRY: dict[str, type[Mixer]] = {
 
 
 def get(name: str) -> type[Mixer]:
-    """The mixer class of that name.
+    """The mixer class with this name.
 
     Raises:
-        ValueError: no such mixer; the message has the nearest name.
+        ValueError: there is no such mixer; the message suggests the nearest name.
     """
     if not isinstance(name, str) or name not in _REGISTRY:
         near = difflib.get_close_matches(str(name), _REGISTRY, n=1)
@@ -46,16 +46,16 @@ def get(name: str) -> type[Mixer]:
 
 
 def names() -> list[str]:
-    """The names `get` knows."""
+    """The names that `get` accepts."""
     return sorted(_REGISTRY)
 
 
 def register(name: str, mixer: type[Mixer]) -> None:
-    """Makes ``mixer`` known as ``name``, to `linconv.convert` and to checkpoints that name it.
+    """Register ``mixer`` as ``name`` for `linconv.convert` and for checkpoints that name it.
 
     Raises:
-        TypeError: a name that is no str, or not a subclass of `Mixer`.
-        ValueError: a name already taken by another class; a new definition of the same class takes its place.
+        TypeError: ``name`` is not a str, or ``mixer`` not a subclass of `Mixer`.
+        ValueError: another class has the name; a new definition of the same class replaces it.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}, wanted a str")

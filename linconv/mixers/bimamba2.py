@@ -9,15 +9,15 @@ from linconv.mixers.protocol import Linear
 from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, scan_flops
 from linconv.ops import checks
 
-# Where a parameter of mamba_ssm's Mamba2 stands in the stacked one: as row block, column block or entry `direction`.
+# How a parameter of mamba_ssm's Mamba2 lies in the stacked one: as row block, column block or entry `direction`.
 _ROWS, _COLUMNS = ("in_proj.weight",), ("out_proj.weight",)
 
 
 class BiMamba2(DualMixer):
-    """Forward and backward Mamba-2 as one computation: each of its five steps does both directions at once.
+    """Forward and backward Mamba-2 as one computation: each of its five steps handles both directions at once.
 
-    Neither the input nor a state is flipped or copied. Parameters are those of two `mamba_ssm` Mamba2 layers without
-    linear bias, with convolution bias and gated RMS norm (eps 1e-5, after the gate), stacked:
+    Neither the input nor a state is flipped or copied. The parameters are those of two `mamba_ssm` Mamba2 layers
+    without linear bias, with convolution bias and gated RMS norm (eps 1e-5, after the gate), stacked:
     in_proj.weight (2 d_in_proj, d_model), forward rows (z, x, B, C, dt) first; conv1d.weight (2, conv_dim, d_conv) and
     conv1d.bias (2, conv_dim); A_log, D, dt_bias (2, heads); norm.weight (2, d_inner); out_proj.weight
     (d_model, 2 d_inner), forward columns first.
@@ -27,12 +27,12 @@ class BiMamba2(DualMixer):
         d_state: size of each head's state per channel, 1 to 256.
         d_conv: width of the short convolution, 2 to 8.
         expand: d_inner / d_model, above 0.
-        headdim: channels of a head, 1 to 256, a divisor of d_inner.
+        headdim: channels per head, 1 to 256, a divisor of d_inner.
         ngroups: groups of heads that share B and C.
-        chunk_size: taken for mamba_ssm's sake and not used: the kernels choose their chunk, the result is the same.
+        chunk_size: accepted for compatibility with mamba_ssm, but not used: kernels choose their chunks.
 
     Raises:
-        TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
+        TypeError, ValueError: an option has a wrong type or value, or does not fit the others; the message names it.
     """
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=1, headdim=64, ngroups=1, chunk_size=None):
@@ -47,13 +47,13 @@ class BiMamba2(DualMixer):
 
     def reset_parameters(self):
         super().reset_parameters()
-        # Each direction's output projection starts as that of a layer of its own, as its fan-in says.
+        # Each direction's output projection is initialised as in a separate layer, by its own fan-in.
         bound = self.d_inner**-0.5
         nn.init.uniform_(self.out_proj.weight, -bound, bound)
 
     def forward(self, hidden_states, seq_lens=None):
         self.check_hidden_states(hidden_states)
-        # Cut before directions come first: gradients are joined as the projection lies, by one copy.
+        # Split before moving directions first: gradients are then joined in the projection's layout, with one copy.
         columns = torch.unflatten(self.in_proj(hidden_states), -1, (2, self.d_in_proj))  # (b, L, 2, d_in_proj)
         parts = columns.split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
         y = self.conv_scan_norm(*(part.movedim(-2, 0) for part in parts), seq_lens)  # (2, b, L, d_inner)
@@ -66,11 +66,11 @@ class BiMamba2(DualMixer):
 
     @torch.no_grad()
     def load_mamba_ssm(self, forward_layer: dict, backward_layer: dict) -> None:
-        """Takes the weights of two `mamba_ssm` Mamba2 layers, given as state dicts.
+        """Load the weights of two `mamba_ssm` Mamba2 layers from their state dicts.
 
         Raises:
-            TypeError: no state dict, or one that holds something else than tensors.
-            ValueError: a state dict whose names or shapes are not those of a Mamba2 of these sizes.
+            TypeError: an argument is not a state dict, or holds something other than tensors.
+            ValueError: names or shapes are not those of a Mamba2 of these sizes.
         """
         wanted = self.mamba_ssm_state_dicts()
         for argument, given, own in zip(("forward_layer", "backward_layer"), (forward_layer, backward_layer), wanted):

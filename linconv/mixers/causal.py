@@ -1,4 +1,4 @@
-"""What causal mixers share: a state that goes on from call to call, and a short convolution that goes on with it."""
+"""Shared parts of causal mixers: a state that continues across calls, and a short convolution that uses it."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from linconv.ops import checks
 
 @dataclasses.dataclass
 class MambaState:
-    """What a causal layer remembers of the frames it has seen.
+    """The memory of a causal layer of past frames.
 
     conv (batch, d_conv - 1, channels): the last inputs of the short convolution.
-    ssm (batch, ..., d_state): the state of the scan, in fp32 at least.
+    ssm (batch, ..., d_state): the state of the scan, at least fp32.
     """
 
     conv: torch.Tensor
@@ -23,7 +23,7 @@ class MambaState:
 
 
 class CausalConv(Weights, nn.Conv1d):
-    """Holds the weights of a short convolution as mamba_ssm does, in a torch.nn.Conv1d with a channel a group."""
+    """Holds the weights of a short convolution as mamba_ssm does, in a torch.nn.Conv1d with one channel per group."""
 
     def __init__(self, channels: int, width: int):
         super().__init__(channels, channels, width, groups=channels)
@@ -33,16 +33,16 @@ class CausalConv(Weights, nn.Conv1d):
 
 
 class CausalMixer:
-    """The causal side of a `StateSpaceMixer`; a subclass sets ``conv1d``, and ``state_shape`` of its scan.
+    """The causal side of a `StateSpaceMixer`; a subclass sets ``conv1d`` and the ``state_shape`` of its scan.
 
-    conv1d is a `CausalConv`; it holds the weights, the convolution is that of `linconv.ops`.
+    conv1d is a `CausalConv`, which only holds the weights; `linconv.ops` computes the convolution.
     """
 
     causal = True
     state_shape: tuple[int, ...]
 
     def convolve(self, x, seq_lens, state: MambaState | None):
-        """The short convolution and SiLU of (batch, L, channels); ``state`` goes on to each row's last valid frame."""
+        """The short convolution and SiLU of (batch, L, channels); updates ``state`` to each row's last valid frame."""
         weight, bias = self.conv1d()
         if state is None:
             return ops.short_conv(x, weight, bias, seq_lens=seq_lens)
@@ -59,12 +59,12 @@ class CausalMixer:
         return ops.short_conv(x, weight, bias, seq_lens=seq_lens)[:, past:]
 
     def new_state(self, batch: int) -> MambaState:
-        """The state of ``batch`` rows before the first frame, on the CPU where the weights are offloaded.
+        """The state of ``batch`` rows before the first frame, on the CPU if the weights are offloaded.
 
         Raises:
-            TypeError, ValueError: a batch that is no integer from 0 up.
+            TypeError, ValueError: batch is not an integer of at least 0.
         """
-        if not torch.compiler.is_compiling():  # where it may be a symbol
+        if not torch.compiler.is_compiling():  # then it may be a symbol
             check_integer("batch", batch, low=0)
         weight, A = self.conv1d.weight, self.A
         device = "cpu" if weight.is_meta else weight.device
@@ -74,10 +74,10 @@ class CausalMixer:
         )
 
     def step(self, hidden_states: torch.Tensor, state: MambaState) -> torch.Tensor:
-        """One more frame, (batch, d_model) to (batch, d_model); ``state`` is moved on by it.
+        """Process one more frame, (batch, d_model) to (batch, d_model), and update ``state``.
 
         Raises:
-            TypeError, ValueError: hidden_states of another type or shape.
+            TypeError, ValueError: hidden_states has a wrong type or shape.
         """
         checks.floating_tensor("hidden_states", hidden_states)
         checks.shape("hidden_states", hidden_states, (None, self.d_model), "(batch, d_model)")

@@ -9,8 +9,8 @@ from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, s
 class Hydra(DualMixer):
     """Bidirectional state space mixer whose directions share x, z, A and the norm, and have their own dt, B and C.
 
-    Each direction's scan is moved one frame on, so that both are strictly triangular, and D alone is the diagonal.
-    The short convolution is centred. Against the paper's code D does not depend on the frame.
+    Each direction's scan moves one frame later, so that both are strictly triangular and D alone is the diagonal.
+    The short convolution is centred. Unlike in the paper's code, D does not depend on the frame.
 
     in_proj.weight has the rows (z, x, B_f, C_f, B_b, C_b, dt_f, dt_b), conv1d.weight (conv_dim, d_conv), A_log, D and
     dt_bias (heads,), norm.weight (d_inner,), out_proj.weight (d_model, d_inner).
@@ -22,7 +22,7 @@ class Hydra(DualMixer):
         expand, headdim, ngroups, chunk_size: as for `BiMamba2`.
 
     Raises:
-        TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
+        TypeError, ValueError: an option has a wrong type or value, or does not fit the others; the message names it.
     """
 
     def __init__(self, d_model, d_state=64, d_conv=7, expand=1, headdim=64, ngroups=1, chunk_size=None):

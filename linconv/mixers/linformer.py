@@ -12,29 +12,29 @@ SHARING = ("none", "headwise", "key_value", "layerwise")
 
 
 class LinformerAttention(Mixer):
-    """Multi-head attention whose keys and values are projected along time onto ``r`` rows; both ways, not causal.
+    """Multi-head attention whose keys and values are projected along time onto ``r`` rows; not causal.
 
-    Parameters: q_proj, k_proj, v_proj, out_proj, torch.nn.Linear (d_model, d_model) each, which `from_attention` takes
-    over from the attention that it replaces; proj_k and proj_v (max_length, r), or (num_heads, max_length, r). It is
-    linear in L, has fewer operations than exact attention from L = 1.1 to 1.5 r on, by the width, and takes no more
-    than max_length frames.
+    Parameters: q_proj, k_proj, v_proj, out_proj, torch.nn.Linear (d_model, d_model) each, which `from_attention` copies
+    from the attention that it replaces; proj_k and proj_v (max_length, r), or (num_heads, max_length, r). The cost
+    is linear in L, with fewer operations than exact attention from L = 1.1 r to 1.5 r on, depending on the width. At
+    most max_length frames.
 
     Args:
         d_model: width of the hidden states.
-        r: rows that keys and values are projected onto, 1 to 512.
-        sharing: what shares one projection, as in section 4 of the paper. "none": each head has its own for keys and
+        r: number of rows that keys and values are projected onto, 1 to 512.
+        sharing: what uses the same projection, as in section 4 of the paper. "none": each head has its own for keys and
             for values; "headwise": all heads of a layer; "key_value": keys and values too; "layerwise": all converted
             layers of a model too, of which the first one holds the only ``proj_k``.
-        max_length: the most frames of a sequence; None for 512, in conversion for what the model has positions for.
-        num_heads: None for heads of 64, in conversion for the model's own; heads of at most 256.
-        dropout: share of the attention weights dropped in training; None for none, in conversion for the model's own.
-        init: how projections start. "frames": frame t is the only part of row t mod r, times the root of r, so that a
+        max_length: most frames per sequence; None for 512, in conversion the number of the model's positions.
+        num_heads: None for heads of 64, in conversion the model's number; heads have at most 256.
+        dropout: share of the attention weights dropped in training; None for 0, in conversion the model's value.
+        init: initial projections. "frames": frame t is the only part of row t mod r, times the root of r, so that a
             sequence of r frames starts with exact attention; "normal": drawn from N(0, 1), so that a row is a random
             mixture of all frames.
-        normalize: whether projected keys and values are divided by the root of the number of valid frames.
+        normalize: whether to divide projected keys and values by the root of the number of valid frames.
 
     Raises:
-        TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
+        TypeError, ValueError: an option has a wrong type or value, or does not fit the others; the message names it.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class LinformerAttention(Mixer):
         heads = (self.num_heads,) if sharing == "none" else ()
         self.proj_k = nn.Parameter(torch.empty(*heads, self.max_length, r))
         self.proj_v = None if sharing in ("key_value", "layerwise") else nn.Parameter(torch.empty_like(self.proj_k))
-        self._holder = []  # the layer whose proj_k this one shares; in a list, lest it becomes a submodule
+        self._holder = []  # the layer whose proj_k this one shares; in a list, so that it does not become a submodule
         self._draw_projections()
 
     @classmethod
@@ -83,13 +83,13 @@ class LinformerAttention(Mixer):
 
         Args:
             attention: has ``query``, ``key``, ``value`` and ``output``, torch.nn.Linear.
-            config: of the model; sizes that ``options`` leave out are taken from it.
-            options: the mixer's own keywords.
+            config: the model's config; supplies sizes that ``options`` omits.
+            options: keyword arguments of the mixer.
 
         Raises:
-            TypeError: an option the mixer does not have, or a projection that is no torch.nn.Linear.
-            TypeError, ValueError: options that the constructor does not take.
-            ValueError: no max_length, where the model has no limit to its positions.
+            TypeError: the mixer has no such option, or a projection is not a torch.nn.Linear.
+            TypeError, ValueError: the constructor rejects an option.
+            ValueError: no max_length is given for a model without a limit to its positions.
         """
         own = {
             "num_heads": getattr(config, "num_attention_heads", None),
@@ -112,7 +112,7 @@ class LinformerAttention(Mixer):
             if source.bias is None:
                 to.register_parameter("bias", None)
             for name, parameter in to.named_parameters():
-                taken = getattr(source, name)  # which a parametrization, such as weight norm, makes of its parameters
+                taken = getattr(source, name)  # a parametrization, such as weight norm, computes it
                 parameter.requires_grad_(taken.requires_grad)
                 if not taken.is_meta:
                     parameter.data.copy_(taken.detach())
@@ -120,7 +120,7 @@ class LinformerAttention(Mixer):
 
     @classmethod
     def join(cls, layers):
-        """Has the layers of one model share what they are to share."""
+        """Set up the sharing between the layers of one model."""
         for layer in layers[1:]:
             if layer.sharing == "layerwise":
                 layer.proj_k = None
@@ -157,7 +157,7 @@ class LinformerAttention(Mixer):
             y = ops.linformer_self_attention(
                 hidden_states, *q, *k, *v, proj_k, self.proj_v, num_heads=self.num_heads, **options
             )
-        else:  # an adapter in the place of one is not its weights alone, and FSDP2 takes them away behind a call
+        else:  # an adapter is more than its weights, and FSDP2 frees weights after a call
             q, k, v = (
                 torch.unflatten(projection(hidden_states), -1, (self.num_heads, -1)).transpose(1, 2)
                 for projection in projections
@@ -185,7 +185,7 @@ class LinformerAttention(Mixer):
 
     @torch.no_grad()
     def _draw_projections(self):
-        # Either way a row of K' is about as large as one of K, by the division by the root of the length.
+        # Either way a row of K' is about as large as one of K, due to the division by the root of the length.
         for proj in (self.proj_k, self.proj_v):
             if proj is None:
                 continue

@@ -20,10 +20,10 @@ class Mamba(CausalMixer, StateSpaceMixer):
         d_state: size of each channel's state, 1 to 256.
         d_conv: width of the short convolution, 2 to 8.
         expand: d_inner / d_model, above 0.
-        dt_rank: width that steps are made of, at least 1; "auto" for d_model / 16, rounded up.
+        dt_rank: width that steps are projected from, at least 1; "auto" for d_model / 16, rounded up.
 
     Raises:
-        TypeError, ValueError: options of another type or out of range; the message names the option.
+        TypeError, ValueError: an option has a wrong type or value; the message names it.
     """
 
     def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank="auto"):
@@ -46,7 +46,7 @@ class Mamba(CausalMixer, StateSpaceMixer):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """As mamba_ssm's Mamba: A is 1 to d_state in each channel, steps log-uniform in 0.001 to 0.1, D one."""
+        """As mamba_ssm's Mamba: -A is 1 to d_state in each channel, steps log-uniform in 0.001 to 0.1, D is 1."""
         super().reset_parameters()
         rates = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device)
         self.A_log.copy_(rates.log().expand(self.state_shape))
@@ -56,15 +56,15 @@ class Mamba(CausalMixer, StateSpaceMixer):
         draw_steps(self.dt_proj.bias)
 
     def forward(self, hidden_states, seq_lens=None, state: MambaState | None = None):
-        """As `Mixer.forward`; with ``state``, goes on from it and leaves it at each row's last valid frame."""
+        """As `Mixer.forward`; ``state``, if given, is continued and updated to each row's last valid frame."""
         self.check_hidden_states(hidden_states)
         x, z = self.in_proj(hidden_states).split(self.d_inner, dim=-1)
         x = self.convolve(x, seq_lens, state)
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         if type(self.dt_proj) is Linear:
             weight, dt_bias = self.dt_proj()
-            dt = linear(dt, weight, None)  # its bias is the scan's to add, in fp32
-        else:  # an adapter in its place, or FSDP2's, which takes the weights away behind a call
+            dt = linear(dt, weight, None)  # the scan adds its bias, in fp32
+        else:  # an adapter, or FSDP2's, which frees the weights after a call
             dt, dt_bias = self.dt_proj(dt), None
         y, last = ops.selective_scan(
             x,
@@ -85,7 +85,7 @@ class Mamba(CausalMixer, StateSpaceMixer):
         return self.out_proj(y)
 
     def flops(self, length):
-        """Of each entry of the state and frame the scan takes seven: dt A, its exponential, what is added, two for the
+        """The scan needs seven per frame and state entry: dt A, its exponential, the added term, two to update the
         state and two to read it."""
         layers = (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
         return length * (2 * sum(layer.weight.numel() for layer in layers) + 7 * self.d_inner * self.d_state)

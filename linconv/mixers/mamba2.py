@@ -15,7 +15,7 @@ class Mamba2(CausalMixer, DualMixer):
         d_model, d_state, d_conv, expand, headdim, ngroups, chunk_size: as for `BiMamba2`.
 
     Raises:
-        TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
+        TypeError, ValueError: an option has a wrong type or value, or does not fit the others; the message names it.
     """
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, chunk_size=None):
@@ -29,7 +29,7 @@ class Mamba2(CausalMixer, DualMixer):
         self.reset_parameters()
 
     def forward(self, hidden_states, seq_lens=None, state: MambaState | None = None):
-        """As `Mixer.forward`; with ``state``, goes on from it and leaves it at each row's last valid frame."""
+        """As `Mixer.forward`; ``state``, if given, is continued and updated to each row's last valid frame."""
         self.check_hidden_states(hidden_states)
         z, xBC, dt = self.in_proj(hidden_states).split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
         if state is None:

@@ -1,4 +1,4 @@
-"""What every mixer is: a module that takes the place of self-attention, at a cost linear in the number of frames."""
+"""The interface of mixers: modules that replace self-attention, at a cost linear in the number of frames."""
 
 import abc
 import inspect
@@ -13,13 +13,13 @@ from linconv.ops.linear import linear
 class Mixer(nn.Module, abc.ABC):
     """Mixes a sequence of hidden states along time, like self-attention with its projections.
 
-    A subclass takes ``d_model`` first and everything else as keywords with defaults: those keywords are its options.
+    A subclass takes ``d_model`` first and everything else as keywords with defaults, which are its options.
     It sets ``causal`` and implements `forward`, `flops` and `reset_parameters`; a causal one also has
-    ``new_state(batch)``, a dataclass of tensors with the batch first, a `forward` that goes on from such a ``state``
-    and changes it, and ``step`` for one frame. ``no_weight_decay`` names its own parameters that are not to decay.
+    ``new_state(batch)``, a dataclass of tensors with the batch first, a `forward` that continues from such a ``state``
+    and updates it, and ``step`` for one frame. ``no_weight_decay`` names its own parameters without weight decay.
 
     Raises:
-        TypeError, ValueError: a d_model that is no integer, or out of range.
+        TypeError, ValueError: d_model is not an integer, or out of range.
     """
 
     causal = False
@@ -31,7 +31,7 @@ class Mixer(nn.Module, abc.ABC):
         self.d_model = d_model
 
     def register_parameter(self, name, param):
-        """As torch.nn.Module; marks what is not to decay, as mamba_ssm does, for optimizers that look for the mark."""
+        """As torch.nn.Module; marks parameters without weight decay as mamba_ssm does, for optimizers that check it."""
         super().register_parameter(name, param)
         if name in self.no_weight_decay and param is not None:
             param._no_weight_decay = True
@@ -40,17 +40,17 @@ class Mixer(nn.Module, abc.ABC):
     def from_attention(cls, attention: nn.Module, config, **options) -> "Mixer":
         """A new mixer as wide as ``attention``, on its device and in its dtype.
 
-        It is drawn on the CPU, so that a seed gives the same mixer on every device.
+        It is initialised on the CPU, so that a seed gives the same mixer on every device.
 
         Args:
-            attention: the self-attention whose place it takes, with the modules ``query``, ``key``, ``value`` and
-                ``output`` where the mixer takes over weights; it is not changed.
-            config: the model's config, of which ``hidden_size`` is read.
-            options: the mixer's own keywords.
+            attention: the self-attention to replace, with the modules ``query``, ``key``, ``value`` and ``output``
+                if the mixer copies weights; it is not changed.
+            config: the model's config; ``hidden_size`` is read.
+            options: keyword arguments of the mixer.
 
         Raises:
-            TypeError: an option the mixer does not have, or attention without weights in floating point.
-            TypeError, ValueError: options that the constructor does not take.
+            TypeError: the mixer has no such option, or attention has no floating-point weights.
+            TypeError, ValueError: the constructor rejects an option.
         """
         known = cls.options()
         for name in options:
@@ -65,7 +65,7 @@ class Mixer(nn.Module, abc.ABC):
 
     @classmethod
     def join(cls, layers: list["Mixer"]) -> None:  # noqa: B027  most mixers share nothing
-        """Called once with all new mixers of a model, first to last, for what they are to share."""
+        """Called once with all new mixers of a model, first to last, to set up sharing between them."""
 
     @classmethod
     def options(cls) -> dict[str, object]:
@@ -78,23 +78,23 @@ class Mixer(nn.Module, abc.ABC):
         """(batch, L, d_model) to (batch, L, d_model).
 
         Args:
-            hidden_states: (batch, L, d_model), any L. What stands in the padding must be finite; it is not read
-                otherwise.
-            seq_lens: (batch,) integers, the valid frames of each row; None where all are.
+            hidden_states: (batch, L, d_model), any L. Values in the padding must be finite; they do not affect
+                the result.
+            seq_lens: (batch,) integers, the number of valid frames of each row; None if all are valid.
 
         Returns:
-            The mixed frames: each row as it would be alone at its own length, exactly zero in the padding.
+            The mixed frames: each row as it is alone at its own length, exactly zero in the padding.
 
         Raises:
-            TypeError, ValueError: hidden_states or seq_lens of another type or shape.
+            TypeError, ValueError: hidden_states or seq_lens has a wrong type or shape.
         """
 
     def check_hidden_states(self, hidden_states: torch.Tensor) -> None:
-        """What every `forward` asks of its hidden states.
+        """Check the hidden states, for every `forward`.
 
         Raises:
-            TypeError, ValueError: something else than a floating-point tensor (batch, L, d_model), or float64 where the
-                weights are not, or the other way round.
+            TypeError, ValueError: not a floating-point tensor (batch, L, d_model), or only one of the hidden states and
+                the weights is float64.
         """
         checks.floating_tensor("hidden_states", hidden_states)
         checks.shape("hidden_states", hidden_states, (None, None, self.d_model), "(batch, L, d_model)")
@@ -111,17 +111,17 @@ class Mixer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def reset_parameters(self) -> None:
-        """Initialises every parameter afresh."""
+        """Initialise every parameter again."""
 
 
-MOST = 2**24  # of any size: bytes of a weight with two such axes are still counted in 64 bits
+MOST = 2**24  # for any size: the bytes of a weight with two such axes still fit 64 bits
 
 
 def check_integer(name: str, value, low: int = 1, high: int = MOST) -> None:
-    """``value`` of the option ``name`` is an int, ``low`` to ``high``.
+    """Check that ``value`` of the option ``name`` is an int from ``low`` to ``high``.
 
     Raises:
-        TypeError, ValueError: another type, or out of range.
+        TypeError, ValueError: it has another type, or is out of range.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}, wanted an int")
@@ -130,20 +130,20 @@ def check_integer(name: str, value, low: int = 1, high: int = MOST) -> None:
 
 
 def check_number(name: str, value) -> None:
-    """``value`` of the option ``name`` is an int or a float.
+    """Check that ``value`` of the option ``name`` is an int or a float.
 
     Raises:
-        TypeError: another type.
+        TypeError: it has another type.
     """
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}, wanted a number")
 
 
 class Weights:
-    """A module that gives its weights when it is called without an input, for a mixer that computes with them itself.
+    """A module that returns its weights when called without an input, for a mixer that computes with them itself.
 
-    A mixer calls it, where it could read ``weight`` and ``bias``: hooks run before a call only, and those of accelerate
-    fetch weights that are offloaded.
+    Mixers call it instead of reading ``weight`` and ``bias``, because hooks run only before a call, and accelerate's
+    hooks fetch offloaded weights.
     """
 
     def forward(self):
@@ -151,7 +151,7 @@ class Weights:
 
 
 class Linear(nn.Linear, Weights):
-    """torch.nn.Linear whose frames do not depend on how many there are: see `linconv.ops.linear.linear`."""
+    """torch.nn.Linear whose bits per frame do not depend on the number of frames: see `linconv.ops.linear.linear`."""
 
     def forward(self, input=None):
         return Weights.forward(self) if input is None else linear(input, self.weight, self.bias)

@@ -1,4 +1,4 @@
-"""What the mixers with a state share: sizes and parameters, how these start, and the modules that hold weights."""
+"""Shared parts of the mixers with a state: sizes, parameters, initialisation, and modules that hold weights."""
 
 import math
 
@@ -24,7 +24,7 @@ class DepthwiseConv(Weights, nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        bound = self.weight.shape[-1] ** -0.5  # as torch.nn.Conv1d with one channel a group
+        bound = self.weight.shape[-1] ** -0.5  # as torch.nn.Conv1d with one channel per group
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
@@ -43,13 +43,13 @@ class GatedRMSNorm(Weights, nn.Module):
 
 
 class StateSpaceMixer(Mixer):
-    """What Mamba and the Mamba-2 type mixers share: their widths, and the rates A, which they have as A_log.
+    """Shared parts of Mamba and the Mamba-2 type mixers: widths, and the rates A, stored as A_log.
 
     Raises:
-        TypeError, ValueError: options of another type or out of range; the message names the option.
+        TypeError, ValueError: an option has a wrong type or value; the message names it.
     """
 
-    # Decay would pull the rates to -1 and the steps to softplus(0), both long and short memories towards one.
+    # Decay would pull the rates to -1 and the steps to softplus(0): long and short memories would become alike.
     no_weight_decay = ("A_log", "D", "dt_bias")
 
     def __init__(self, d_model, d_state, d_conv, expand):
@@ -66,7 +66,7 @@ class StateSpaceMixer(Mixer):
 
     @property
     def A(self) -> torch.Tensor:
-        """As A_log: the rates of the state, in fp32 at least."""
+        """The rates of the state, shaped as A_log, at least fp32."""
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
     def reset_parameters(self):
@@ -75,14 +75,14 @@ class StateSpaceMixer(Mixer):
 
 
 class DualMixer(StateSpaceMixer):
-    """What the Mamba-2 type mixers share: heads with the parameters A_log, D and dt_bias.
+    """Shared parts of the Mamba-2 type mixers: heads with the parameters A_log, D and dt_bias.
 
     Args:
-        chunk_size: an int, or None; not used.
-        directions: 2 where these are stacked (forward, backward), else 1.
+        chunk_size: an int or None; not used.
+        directions: 2 if these parameters are stacked (forward, backward), else 1.
 
     Raises:
-        TypeError, ValueError: options of another type, out of range or that do not fit; the message names the option.
+        TypeError, ValueError: an option has a wrong type or value, or does not fit the others; the message names it.
     """
 
     def __init__(self, d_model, d_state, d_conv, expand, headdim, ngroups, chunk_size, *, directions):
@@ -102,16 +102,16 @@ class DualMixer(StateSpaceMixer):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """As mamba_ssm's Mamba2: A uniform in 1 to 16, steps log-uniform in 0.001 to 0.1, D one."""
+        """As mamba_ssm's Mamba2: -A uniform in 1 to 16, steps log-uniform in 0.001 to 0.1, D is 1."""
         super().reset_parameters()
         self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log_())
         self.D.fill_(1)
         draw_steps(self.dt_bias)
 
     def conv_scan_norm(self, z, xBC, dt, seq_lens, **options):
-        """What stands between the projections: ([2,] b, L, d_inner) of z ([2,] b, L, d_inner), xBC and dt.
+        """The steps between the projections: z ([2,] b, L, d_inner), xBC and dt to ([2,] b, L, d_inner).
 
-        options: of `linconv.ops.conv_scan`, which says what xBC and dt are.
+        options: for `linconv.ops.conv_scan`, which documents xBC and dt.
         """
         y = ops.conv_scan(
             xBC, dt, *self.conv1d(), self.A, self.D, self.dt_bias, dstate=self.d_state, ngroups=self.ngroups,
@@ -120,7 +120,7 @@ class DualMixer(StateSpaceMixer):
         return self.gated_norm(y, z, seq_lens)
 
     def gated_norm(self, y, z, seq_lens):
-        """y ([2,] b, L, heads, headdim) behind the gate z and the norm, ([2,] b, L, d_inner)."""
+        """y ([2,] b, L, heads, headdim) after the gate z and the norm, ([2,] b, L, d_inner)."""
         group_size = self.d_inner // self.ngroups
         return ops.gated_rms_norm(y.flatten(-2), z, self.norm()[0], group_size=group_size, seq_lens=seq_lens)
 
@@ -130,16 +130,16 @@ class DualMixer(StateSpaceMixer):
 
 @torch.no_grad()
 def draw_steps(bias: torch.Tensor) -> None:
-    """Sets ``bias`` so that softplus of it, the step of a frame, is log-uniform in 0.001 to 0.1."""
+    """Set ``bias`` so that its softplus, the step of a frame, is log-uniform in 0.001 to 0.1."""
     dt = torch.empty_like(bias).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
     bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 def scan_flops(length: int, heads: int, headdim: int, d_state: int, groups: int, *, directions: int) -> int:
-    """Operations of the chunked scan, chunks of 64 frames, whatever chunk a kernel takes.
+    """Operations of the scan in chunks of 64 frames, whatever chunk a kernel uses.
 
-    Per frame and direction: the state is updated and read (2 heads * headdim * d_state multiply-adds), and half of
-    the products within the chunk count, one triangle of two.
+    Per frame and direction: updating and reading the state (2 heads * headdim * d_state multiply-adds), and half of
+    the products within the chunk, one triangle of two.
     """
     chunk = 64
     per_direction = 2 * heads * headdim * d_state + (chunk * heads * headdim + chunk * groups * d_state) // 2
