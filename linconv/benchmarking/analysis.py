@@ -1,4 +1,4 @@
-"""What results say: where curves cross, how they grow, where linconv loses. Nothing here is written by hand."""
+"""Analysis of results: where curves cross, how they grow, where linconv loses. All of it is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from linconv.benchmarking.scaling import crossover, crossover_interval, exponent
 
 __all__ = ["Crossover", "Loss", "crossovers", "growth", "losses", "over_floor", "speedup"]
 
-# How far above its floor an implementation may be before it is said so, by work.
+# How far above its floor an implementation may be before it is reported, by work.
 FLOOR_LIMITS = {"forward": 1.3, "training": 1.5, "step": 1.5}
 
 
@@ -48,7 +48,7 @@ class Loss:
 
 
 def speedup(series: Series, baseline: Series) -> dict[int, float]:
-    """Baseline's seconds over the series' own, by length."""
+    """The baseline's seconds divided by the series' own, by length."""
     theirs = dict(zip(baseline.lengths, baseline.seconds))
     pairs = ((n, s, theirs.get(n)) for n, s in zip(series.lengths, series.seconds))
     return {n: base / own for n, own, base in pairs if own and base}
@@ -66,7 +66,7 @@ def growth(series: Series) -> float | None:
 
 
 def crossovers(results: Results, only: str | None = None) -> Iterator[Crossover]:
-    """Of every implementation of linconv with the case's baseline, where that grows with the square; or of one."""
+    """Crossovers of linconv's implementations with the case's baseline if it grows with the square; or of one case."""
     for case, description in results.cases.items():
         if only not in (None, case):
             continue
@@ -113,7 +113,7 @@ def losses(results: Results) -> list[Loss]:
 
 
 def _ratios(ours: Series, other: Series, what: str, why: str) -> dict[int, tuple[float, bool]]:
-    """Ours over the other's, and whether either is predicted, by length."""
+    """Our value divided by the other's, and whether either is predicted, by length."""
     sides = [dict(zip(s.lengths, zip(getattr(s, what), getattr(s, why)))) for s in (ours, other)]
     ratios = {}
     for length in sides[0].keys() & sides[1].keys():

@@ -72,14 +72,14 @@ def _batch(text: str) -> int:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Does what the arguments say; returns the exit status.
+    """Run the command; returns the exit status.
 
     Raises:
-        UserError: a name, a path or a value that will not do.
+        UserError: a name, path or value is invalid.
     """
     if arguments.check is not None and not arguments.compare:
         raise UserError("--check: wants --compare BEFORE AFTER beside it")
-    if arguments.out == "":  # of a variable that is not set, say: the default is no place for what was to go elsewhere
+    if arguments.out == "":  # from an unset variable, for example: do not write to the default folder instead
         raise UserError("--out: got ''; want a path")
     of_results = next((key for key in ("report", "plot", "fits", "compare") if getattr(arguments, key)), None)
     if arguments.suites and of_results:

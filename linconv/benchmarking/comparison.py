@@ -1,4 +1,4 @@
-"""Two results of one suite side by side: what became slower, what faster, by more than the spread of the repeats."""
+"""Two results of one suite side by side: what became slower or faster by more than the spread of the repeats."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _MACHINE = ("cpu", "gpu", "threads", "device", "isa")
 def compare_files(before: str, after: str, *, limit: float | None = None) -> tuple[str, bool]:
     """The comparison as text, and whether anything of linconv became slower by more than ``limit`` (default 1.1).
 
-    On one machine seconds are compared. Between machines they say nothing, so each implementation is compared by its
+    On one machine, seconds are compared. Between machines they mean nothing, so each implementation is compared by its
     ratio to the case's baseline, measured in turn with it; cases without one are left out. A ratio counts if its
     interval, the middle 95 % of bootstrap draws of the repeats, lies beyond the limit as a whole.
 
     Raises:
-        UserError: no such file, another format, other suites, or nothing in common.
+        UserError: a file is missing or of another format, or the results have different suites or nothing in common.
     """
     limit = 1.1 if limit is None else limit
     if limit < 1:
@@ -57,7 +57,7 @@ def compare_files(before: str, after: str, *, limit: float | None = None) -> tup
 
 
 def _samples(results: Results, key: tuple[str, str, int], alike: bool) -> list[float]:
-    """Repeats of a row; where machines differ, over the median of the baseline at that length."""
+    """Repeats of a row; if machines differ, divided by the median of the baseline at that length."""
     samples = results.rows[key].get("samples") or []
     if alike:
         return list(samples)

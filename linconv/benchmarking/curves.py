@@ -33,7 +33,7 @@ def audio_forward(checkpoint: str, audio: str, samples: int, padding: int = 0) -
 
     import linconv.auto  # noqa: F401
 
-    logging.disable_progress_bar()  # of loading, in each of many processes: the caller shows its own
+    logging.disable_progress_bar()  # bars of loading, in many processes: the caller shows its own
     model = AutoModelForAudioClassification.from_pretrained(checkpoint).eval()
     waveform = torch.from_numpy(np.load(audio, mmap_mode="r")[:samples].copy())[None]  # (1, samples)
     if waveform.shape[1] < samples:
@@ -60,8 +60,8 @@ def latency_curves(
 ) -> dict[str, Curve]:
     """Median seconds of a forward pass of each model at each length; calls of the models alternate.
 
-    From the first length on that would take more than what is left of ``budget`` seconds for a model, that model's
-    values are predicted from its measured ones.
+    From the first length that would exceed the rest of ``budget`` seconds for a model, that model's values are
+    predicted from its measured ones.
     """
     values: dict[str, list[float]] = {name: [] for name in checkpoints}
     measured: dict[str, int] = {name: 0 for name in checkpoints}
@@ -95,9 +95,9 @@ def memory_curve(
     sampling_rate: int = 16_000,
     report: Callable[[str], object] = lambda text: None,
 ) -> Curve:
-    """Bytes by which memory rose during a forward pass at each length, each in a process of its own.
+    """Bytes by which memory rose during a forward pass at each length, each in a separate process.
 
-    Lengths that would take more than what is left of ``budget`` seconds, by ``latency``, are predicted.
+    Lengths that would exceed the rest of ``budget`` seconds, according to ``latency``, are predicted.
     """
     values: list[float] = []
     measured = 0
@@ -122,7 +122,7 @@ def _curve(lengths: Sequence[float], values: Sequence[float], measured: int) -> 
 
 
 def _extrapolate(lengths: Sequence[float], values: Sequence[float], length: float) -> float:
-    """The value at ``length``: by the fit, or, of fewer than three, as if all of the last grew with the square."""
+    """The value at ``length``: from the fit, or, with fewer than three values, the last one grown with the square."""
     if len(values) < 3:
         return values[-1] * (length / lengths[-1]) ** 2 if values else 0.0
     return predict(fit_quadratic(lengths, values), length)

@@ -1,4 +1,4 @@
-"""Fits to the layer suite, which `linconv inspect` predicts by: made from results, packaged with linconv."""
+"""Fits to the layer suite, from which `linconv inspect` predicts: computed from results, packaged with linconv."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["write"]
 
 
 def write(all_results: Sequence[Results], path: Path) -> Path:
-    """Writes, for each width and dtype of the layers, seconds = a + b·length + c·length² of attention and of mixers.
+    """Write, for each width and dtype of the layers, seconds = a + b·length + c·length² of attention and of mixers.
 
-    Forward passes of batch 1 only. Each fit carries the shortest and the longest length that was measured, a mixer's
-    also its operations for one frame.
+    Only forward passes of batch 1. Each fit includes the shortest and longest measured length, a mixer's also its
+    operations for one frame.
 
     Raises:
-        UserError: no layer among the results.
+        UserError: there is no layer among the results.
     """
     layers = []
     for results in all_results:

@@ -43,9 +43,9 @@ def cuda_events(work: Callable[[], object]) -> float:
 
 
 def graphed(work: Callable[[], object]) -> Callable[[], object]:
-    """The same work as a CUDA graph, whose replay takes no time of the host; it gives the results that are overwritten.
+    """The same work as a CUDA graph, whose replay takes no host time; each replay overwrites the results.
 
-    Called a few times before it is captured, for what is compiled, loaded or chosen at first.
+    The work is called a few times before capture, since first calls compile, load or choose things.
     """
     import torch
 
@@ -81,16 +81,16 @@ def compare(
     synchronize: Callable[[], object] = lambda: None,
     clock: Callable[[Callable[[], object]], float] = wall_clock,
 ) -> dict[str, Latency]:
-    """Times several pieces of work in turn, one call of each per round, so that drift of the machine meets all alike.
+    """Time several pieces of work in turn, one call of each per round, so that machine drift affects all alike.
 
-    Rounds go on until every work has been called ``min_repeats`` times and for ``min_seconds`` in sum, or
+    Rounds continue until each work has been called ``min_repeats`` times and for ``min_seconds`` in total, or
     ``max_repeats`` times.
 
     Args:
-        works: name to a callable without arguments.
+        works: callables without arguments, by name.
         warmup: calls of each before the first timed one.
         synchronize: waits for the device, e.g. ``torch.cuda.synchronize``; called before each call and within its time.
-        clock: gives the seconds of one call: :func:`wall_clock`, or :func:`cuda_events` for work on a CUDA device.
+        clock: returns the seconds of one call: :func:`wall_clock`, or :func:`cuda_events` for work on a CUDA device.
     """
     if min_repeats < 1 or max_repeats < min_repeats:
         raise ValueError(f"1 <= min_repeats <= max_repeats is wanted, got {min_repeats} and {max_repeats}")

@@ -1,4 +1,4 @@
-"""What the machine at hand can do, and what a result was measured on."""
+"""The speed of this machine, and the provenance of results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def matmul_work(size: int = _SIZE, dtype: torch.dtype = torch.float32, device: s
 
 
 def rates(device: str = "cpu", dtypes: tuple[str, ...] = ("float32",)) -> dict:
-    """What floors are made of, measured now: ``matmul``, operations a second by dtype, and ``copy``, bytes a second."""
+    """The rates for floors, measured now: ``matmul``, operations a second by dtype, and ``copy``, bytes a second."""
     clock, size, mebibytes = (cuda_events, 8192, 2048) if device == "cuda" else (wall_clock, _SIZE, 256)
     matmul = {}
     for dtype in dtypes:
@@ -42,8 +42,8 @@ def rates(device: str = "cpu", dtypes: tuple[str, ...] = ("float32",)) -> dict:
 
 
 def memory_bytes(device: str = "cpu") -> int:
-    """What is free to be used now."""
-    if device == "cuda":  # what torch keeps for itself, and uses for nothing, is free
+    """The memory that is free now."""
+    if device == "cuda":  # memory that torch reserves but does not use is free
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -53,8 +53,8 @@ def memory_bytes(device: str = "cpu") -> int:
 
 
 def provenance() -> dict:
-    """Everything needed to tell whether two results may be compared."""
-    # Results being written beside the code do not make the code another.
+    """Everything needed to decide whether two results are comparable."""
+    # Results written next to the code do not change the code.
     commit = _git("rev-parse", "HEAD")
     dirty = _git("status", "--porcelain", ":(top)", ":(top,exclude)benchmarks/results")
     return {

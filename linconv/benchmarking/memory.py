@@ -1,4 +1,4 @@
-"""Peak resident memory of a piece of work, each in a process of its own.
+"""Peak resident memory of a piece of work, each in a separate process.
 
 A process that has already worked keeps freed memory for itself and would hide what the next piece of work needs. So
 every measurement runs in a fresh child of a fork server, which has imported the heavy modules once but has computed
@@ -24,16 +24,16 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def peak_extra_bytes(make: Callable[..., Callable[[], object]], *args, preload: Sequence[str] = ("torch",)) -> int:
-    """Bytes by which resident memory rose at its highest while ``make(*args)()`` ran, above where it stood before.
+    """Peak increase of resident memory in bytes while ``make(*args)()`` ran.
 
-    ``make`` builds everything that is not to be counted (the model, the input) and returns the work. It runs in the
+    ``make`` builds everything that should not be counted (the model, the input) and returns the work. It runs in the
     child, so it and its arguments are pickled: a function at the top level of an importable module.
 
     Args:
         preload: modules that the fork server imports once for all measurements with the same list.
 
     Raises:
-        Whatever ``make`` or the work raises; ``BrokenProcessPool`` if the child is killed, say for want of memory.
+        Whatever ``make`` or the work raises; ``BrokenProcessPool`` if the child is killed, e.g. for lack of memory.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*preload])
@@ -45,17 +45,17 @@ def peak_extra_bytes(make: Callable[..., Callable[[], object]], *args, preload: 
             return future.result()
         except KeyboardInterrupt:
             for child in set(multiprocessing.active_children()) - others:
-                child.kill()  # whose work may take minutes
+                child.kill()  # its work may take minutes
             raise
 
 
 @contextlib.contextmanager
 def _interrupts_held_back():
-    """Processes that are started within are not interrupted with this one: what happens to them is its business.
+    """Processes started within are not interrupted with this one, which handles them itself.
 
-    A terminal interrupts all of them, and each would print where it was. They inherit what is held back.
+    A terminal interrupts all of them, and each would print a traceback. They inherit the signal mask.
     """
-    resource_tracker.ensure_running()  # lets interrupts through again where it has to be started
+    resource_tracker.ensure_running()  # starting it would unblock interrupts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -68,14 +68,14 @@ def _measure(make: Callable[..., Callable[[], object]], args: tuple) -> int:
     gc.collect()
     _give_back_freed_memory()
     if _CLEAR_REFS.exists():
-        _CLEAR_REFS.write_text("5")  # the peak starts anew from what is resident now
+        _CLEAR_REFS.write_text("5")  # resets the peak to the current resident size
     before = peak_resident_bytes()
     work()
     return peak_resident_bytes() - before
 
 
 def peak_extra_cuda_bytes(work: Callable[[], object]) -> int:
-    """Bytes that torch allocated on the current CUDA device at its highest while ``work()`` ran, above what it held."""
+    """Peak increase of the bytes that torch allocated on the current CUDA device while ``work()`` ran."""
     import torch
 
     gc.collect()
@@ -98,10 +98,10 @@ def peak_resident_bytes() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Has this process keep what it frees for its next allocation, as allocators for machine learning do.
+    """Make this process keep freed memory for its next allocation, as allocators for machine learning do.
 
-    glibc by default returns large blocks at once, and the system clears every page of the next one anew: that would be
-    timed with each call of anything that has a large result, and on a virtual machine it can take longer than the work.
+    By default, glibc returns large blocks at once, and the system clears every page of the next one: this would be
+    timed with each call that has a large result, and on a virtual machine it can take longer than the work.
     Returns whether the C library knows the setting.
     """
     try:
@@ -113,6 +113,6 @@ def keep_freed_memory() -> bool:
 
 
 def _give_back_freed_memory() -> None:
-    """Returns what building left behind to the system; only glibc needs to be asked."""
+    """Return memory freed after building to the system; only glibc needs this."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

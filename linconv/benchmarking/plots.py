@@ -20,14 +20,14 @@ _README_LAYER = "layer of width 1024, forward, float32, batch 1"
 
 
 def duration(seconds: float) -> str:
-    """5 s, 30 s, 10 min, 1 h: to two digits, for a reader and not for arithmetic."""
+    """5 s, 30 s, 10 min, 1 h: two digits, for reading, not for arithmetic."""
     for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
         if float(f"{seconds:.2g}") < 60 * size or unit == "h":
             return f"{float(f'{seconds / size:.2g}'):g} {unit}"
 
 
 def case_svg(results: Results, case: str) -> str:
-    """The four panels of a case as an ``<svg>`` element, text as text."""
+    """The four panels of a case as an ``<svg>`` element, with text kept as text."""
     pyplot = _pyplot()
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": case}):
         figure = _case_figure(pyplot, results, case)
@@ -50,9 +50,9 @@ def overview(all_results: Sequence[Results], path: Path) -> Path:
     """The README's plot: latency of a layer, and speed-up of layers and models over exact attention, with length.
 
     Raises:
-        UserError: the results have no layer of width 1024, or none with attention, or the path is of no PNG.
+        UserError: the results have no layer of width 1024, or none with attention, or the path is not that of a PNG.
     """
-    if path.suffix.lower() != ".png":  # a name without a suffix would get one on the way
+    if path.suffix.lower() != ".png":  # matplotlib would add a suffix to a name without one
         raise UserError(f"--out: got {path}; want a name that ends in .png")
     pyplot = _pyplot()
     found = {case: results for results in all_results for case in results.cases}

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: printed as they come, kept as JSON with what they were measured on."""
+"""Rows of a benchmark: printed as they arrive, saved as JSON with their provenance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Record", "run"]
 
 
 class Record:
-    """Collects rows, prints each, and keeps the file at ``path`` up to date: a run that is killed leaves what it has.
+    """Collects rows, prints each, and keeps the file at ``path`` up to date: a killed run leaves its rows.
 
     A row is a dict of names and numbers; times are seconds, sizes bytes.
     """
@@ -45,7 +45,7 @@ def _short(name: str, value) -> str:
 def run(benchmark: str, description: str, lengths: list[int], body, widths: list[int] | None = None) -> None:
     """The command line of a benchmark: ``body(record, lengths)`` between arguments and result file.
 
-    With ``widths`` there is an option to have some of them only, and ``body(record, lengths, widths)``.
+    With ``widths`` there is an option to choose some of them, and ``body(record, lengths, widths)``.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--lengths", type=int, nargs="*", default=lengths, help="numbers of frames")

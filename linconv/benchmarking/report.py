@@ -1,4 +1,4 @@
-"""A report on results: Markdown with PNG files, and one HTML page that needs nothing beside it."""
+"""A report on results: Markdown with PNG files, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _METHOD = (
 
 
 def write(all_results: Sequence[Results], folder: Path) -> list[Path]:
-    """Writes report.md, report.html and a PNG a case into ``folder``; returns their paths."""
+    """Write report.md, report.html and a PNG per case into ``folder``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     blocks = list(_blocks(all_results))
     written = [folder / "report.md", folder / "report.html"]
@@ -54,7 +54,7 @@ def write(all_results: Sequence[Results], folder: Path) -> list[Path]:
     return written
 
 
-# ---- What it says, as blocks: (kind, content...)
+# ---- Content, as blocks: (kind, content...)
 
 
 def _blocks(all_results: Sequence[Results]):
@@ -193,7 +193,7 @@ def _memory_table(results: Results, case: str, series):
 
 
 def _reasons(results: Results, case: str, series):
-    """Why what is predicted was not measured."""
+    """The reasons why predicted values were not measured."""
     found: dict[str, list[str]] = {}
     for s in series:
         for length, why in zip(s.lengths, s.predicted):
@@ -214,7 +214,7 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-# ---- How it is written
+# ---- Output
 
 
 def _markdown(blocks) -> str:
@@ -264,7 +264,7 @@ def _html(blocks) -> str:
 
 
 def _unique_ids(svg: str, prefix: str) -> str:
-    """matplotlib numbers the elements of each figure from one; a page has many figures."""
+    """Make ids unique on a page of many figures: matplotlib numbers the elements of each from one."""
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
     svg = re.sub(r'(xlink:href|href)="#([^"]+)"', rf'\1="#{prefix}-\2"', svg)
     return re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)

@@ -1,4 +1,4 @@
-"""Results of suites: a JSON file with what was measured, on what, and what was not and why."""
+"""Results of suites: a JSON file of what was measured, on which machine, and what was not measured and why."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FORMAT = 1
 class Series:
     """An implementation of a case over all its lengths, shortest first.
 
-    seconds, extra_bytes: medians of a call, and the peak of memory above model and input; None where unknown.
-    samples: the repeats, none where predicted. predicted, bytes_predicted: why a value is predicted, or None.
+    seconds, extra_bytes: median of a call, and peak memory above model and input; None if unknown.
+    samples: the repeats, empty if predicted. predicted, bytes_predicted: why a value is predicted, or None.
     composed: whether seconds are those of one block times the number of blocks.
-    batch: sequences at once where the case leaves that open, and seconds and bytes are of one of them; else None.
+    batch: sequences at once if the case leaves that open (seconds and bytes are then per sequence), else None.
     """
 
     case: str
@@ -46,7 +46,7 @@ class Series:
 
 
 class Results:
-    """What the runs of one suite found.
+    """Results of the runs of one suite.
 
     runs: provenance of each run that added rows. cases: their descriptions by key. rows: one for each case,
     implementation and length. absent: reasons by implementation, failed: by case and implementation.
@@ -63,7 +63,7 @@ class Results:
     # ---- Rows
 
     def row(self, case: str, implementation: str, length: int) -> dict:
-        """The row of that key, made if there is none."""
+        """The row for this key, created if there is none."""
         names = {"case": case, "implementation": implementation, "length": length}
         return self.rows.setdefault((case, implementation, length), names)
 
@@ -75,18 +75,18 @@ class Results:
         return [r["length"] for r in rows], [r[what] for r in rows]
 
     def expected(self, case: str, implementation: str, what: str, length: int, degree: int) -> float | None:
-        """What the measured values say of ``length``; None where there are none."""
+        """The value at ``length`` predicted from the measured ones; None if there are none."""
         lengths, values = self.values(case, implementation, what)
         if length in lengths:
             return values[lengths.index(length)]
         return predict(fit(lengths, [max(v, 1e-9) for v in values], degree), length) if lengths else None
 
     def forget(self, case: str, implementation: str) -> None:
-        """Removes all that is known of an implementation of a case."""
+        """Remove all results of an implementation of a case."""
         self.rows = {key: row for key, row in self.rows.items() if key[:2] != (case, implementation)}
 
     def forget_predictions(self, cases: Iterable[str]) -> None:
-        """Removes what is predicted of these cases, for a run that goes on to measure them."""
+        """Remove predictions of these cases, for a run that will measure them."""
         for row in (row for row in self.rows.values() if row["case"] in cases):
             for what in ("seconds", "extra_bytes"):
                 if row.pop(f"{what}_predicted", None):
@@ -124,14 +124,14 @@ class Results:
             "failed": self.failed,
         }  # fmt: skip
         text = json.dumps(head, indent=1).removesuffix("\n}")
-        part = path.with_suffix(".part")  # whoever is killed while writing leaves what was there
+        part = path.with_suffix(".part")  # a process killed while writing leaves the old file
         part.write_text(f'{text},\n "rows": [\n  {rows}\n ]\n}}\n')
         part.replace(path)
 
     @classmethod
     def read(cls, path: str | Path) -> Results:
         """Raises:
-        UserError: no such file, or not a result of `linconv bench`.
+        UserError: the file does not exist, or is not a result of `linconv bench`.
         """
         try:
             data = json.loads(Path(path).read_text())
@@ -156,7 +156,7 @@ class Results:
 
 
 def measured_on(run: dict) -> str:
-    """What decides how fast anything is, of a run's provenance."""
+    """The parts of a run's provenance that affect speed."""
     return run["gpu"] if run["device"] == "cuda" else f"{run['cpu']}, {run['threads']} threads"
 
 

@@ -21,16 +21,16 @@ from linconv.benchmarking.suite import LARGEST, Absent, Case, CheckFailed, Imple
 __all__ = ["Limits", "run"]
 
 USED_UP = "the time of the runs was used up"
-_TRIED = 16, 64  # frames that an implementation is tried with
-_CHECKED = 8  # sequences that it is tried and checked with at most: a larger batch is more of the same
+_TRIED = 16, 64  # numbers of frames for trying an implementation
+_CHECKED = 8  # most sequences for trying and checking: a larger batch tells no more
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take.
+    """Limits of a run.
 
-    seconds: of the whole run. call_seconds: of one call that is timed, memory_bytes: that it may need; what is expected
-    to take more, by the lengths before it, is predicted instead.
+    seconds: for the whole run. call_seconds, memory_bytes: for one timed call; if shorter lengths suggest that a call
+    needs more, it is predicted instead.
     """
 
     seconds: float = 600.0
@@ -47,10 +47,10 @@ def run(
     lengths: Sequence[int] | None = None,
     report: Callable[[str], object] = print,
 ) -> None:
-    """Adds to ``results`` what it does not have yet of ``cases``; what stays unmeasured is predicted and says so.
+    """Add the missing measurements of ``cases`` to ``results``; unmeasured values are predicted and marked.
 
     Args:
-        lengths: measure at these only; the cases' own others are predicted.
+        lengths: measure only at these; the cases' other lengths are predicted.
     """
     if not cases:
         return
@@ -92,7 +92,7 @@ class _Runner:
             for length in lengths:
                 for implementation in usable:
                     self._memory(case, implementation, length)
-        for implementation in case.implementations:  # where all is predicted, there is nothing to predict it from
+        for implementation in case.implementations:  # without any measurement there is nothing to predict from
             why = self.why.get((case.key, implementation.name, lengths[0], "seconds"))
             if why and not self.results.values(case.key, implementation.name, "seconds")[0]:
                 self.report(f"  {implementation.name} is not timed at any length: {why}")
@@ -102,7 +102,7 @@ class _Runner:
         return ("samples" if measure == "latency" else "extra_bytes") in row
 
     def _usable(self, case: Case, implementation: Implementation, lengths: Sequence[int]) -> bool:
-        """Runs its check, and it, short; files it under absent or failed if it will not do."""
+        """Run its check and short calls of it; record it as absent or failed if one fails."""
         name, setting = implementation.name, _short(case.setting)
         if time.monotonic() > self.end:
             for length in lengths:
@@ -124,13 +124,13 @@ class _Runner:
             return False
         except CheckFailed as failed:
             self.results.failed[f"{case.key}: {name}"] = str(failed)
-            self.results.forget(case.key, name)  # of earlier runs, in which it passed
+            self.results.forget(case.key, name)  # results of earlier runs, in which it passed
             self.report(f"  {name} FAILED its check, no speed is reported: {failed}")
             return False
         except Exception as error:
             if implementation.ours:
                 raise
-            # A peer that cannot run this: its own words are the reason.
+            # A peer that cannot run this: its error message is the reason.
             self.results.absent[f"{name} ({case.key})"] = _in_short(error)
             return False
         self.results.failed.pop(f"{case.key}: {name}", None)
@@ -141,7 +141,7 @@ class _Runner:
     # ---- Batches
 
     def _setting(self, case: Case, implementation: Implementation, length: int) -> Setting:
-        """The case's, its batch a number."""
+        """The case's setting, with the batch as a number."""
         if case.setting.batch != LARGEST:
             return case.setting
         row = self._row(case, implementation, length)
@@ -150,11 +150,11 @@ class _Runner:
         return case.setting.with_batch(row["batch"])
 
     def _sequences(self, case: Case, implementation: Implementation, length: int) -> int:
-        """How many times one sequence's a call's time and memory are."""
+        """The factor from one sequence's time and memory to those of a call."""
         return self._setting(case, implementation, length).batch if case.setting.batch == LARGEST else 1
 
     def _largest(self, one: Setting, implementation: Implementation, length: int) -> int:
-        """The largest power of two of sequences that take no more memory and time than the limits of one call."""
+        """The largest power of two of sequences within the memory and time limits of one call."""
         arguments = _arguments(implementation, length)
         call = work(implementation.make, arguments, one, length)
         _, leaves = implementation.make(one, length, *arguments)
@@ -174,7 +174,7 @@ class _Runner:
             for implementation in group:
                 self.why[case.key, implementation.name, length, "seconds"] = why
 
-        if time.monotonic() > self.end:  # before anything of this length is tried
+        if time.monotonic() > self.end:  # before trying anything of this length
             return give_up(usable, USED_UP)
         group, expected = [], {}
         for implementation in usable:
@@ -210,7 +210,7 @@ class _Runner:
         self.report(f"  {length:>7,} {case.unit}: " + "; ".join(said))
 
     def _fails(self, case: Case, implementation: Implementation, length: int) -> str:
-        """Why a call does not run on the GPU, by trying it; "" where it does, and on CPU, where limits alone say."""
+        """Why a trial call does not run on the GPU; "" if it does, and on CPU, where only limits decide."""
         if case.setting.device != "cuda":
             return ""
         try:
@@ -226,7 +226,7 @@ class _Runner:
         return reason
 
     def _compare(self, case, group, length, repeats) -> dict[str, tuple[tuple[float, ...], bool]]:
-        """Samples by implementation, and whether they are composed of one block's, all timed in turn."""
+        """Samples by implementation, all timed in turn, and whether they are composed from one block."""
         works, composed = {}, {}
         for i in group:
             shortcut, setting = i.shortcut, self._setting(case, i, length)
@@ -234,7 +234,7 @@ class _Runner:
             if shortcut is not None and length > shortcut.up_to:
                 works[i.name, "block"] = work(shortcut.block, shortcut.block_arguments, setting, length)
                 composed[i.name] = shortcut.times
-        if composed:  # alike in number: round by round they make up one call
+        if composed:  # equal numbers: each round makes up one call
             repeats = {**repeats, "min_repeats": repeats["max_repeats"] if length < 1000 else repeats["min_repeats"]}
             repeats["max_repeats"] = repeats["min_repeats"]
         taken = compare(works, clock=_clock(case.setting), **repeats)
@@ -276,9 +276,9 @@ class _Runner:
     @staticmethod
     def _extra_bytes(setting: Setting, implementation: Implementation, length: int) -> int:
         arguments = implementation.arguments
-        if implementation.shortcut is not None:  # blocks work one after another: one needs what all need
+        if implementation.shortcut is not None:  # blocks run one after another: one needs as much as all
             arguments = implementation.shortcut.arguments
-        setting = replace(setting, graph=False)  # whose memory is its own before it is replayed
+        setting = replace(setting, graph=False)  # a graph has its memory before it is replayed
         build = functools.partial(warmed, implementation.make, arguments, setting, length)
         if setting.device == "cuda":
             return peak_extra_cuda_bytes(build())
@@ -288,7 +288,7 @@ class _Runner:
         return self.limits.memory_bytes or 0.8 * memory_bytes(setting.device)
 
     def _call_seconds(self, case, implementation, length) -> float:
-        """What one call that is timed may take, going by shorter lengths."""
+        """Expected time of one timed call, from shorter lengths."""
         seconds, shortcut = self._expected(case, implementation, "seconds", length), implementation.shortcut
         blocks = shortcut is not None and length > shortcut.up_to  # a model of one layer and a block are timed
         if seconds is not None:
@@ -306,10 +306,10 @@ class _Runner:
             return f"a call would take about {seconds:,.0f} s, the limit is {most:g} s"
         limit = self._memory_limit(case.setting)
         extra = self._expected(case, implementation, "extra_bytes", length) or 0
-        if implementation.memory is not None:  # known, and more than a fit of short lengths may say
+        if implementation.memory is not None:  # known, and possibly more than a fit of short lengths
             extra = max(extra, implementation.memory(_of_one(case.setting), length))
         if tried := self.tried.get((case.key, implementation.name)):
-            extra = max(extra, tried.input_bytes * _of_one(case.setting).batch * length)  # no less than the inputs
+            extra = max(extra, tried.input_bytes * _of_one(case.setting).batch * length)  # at least the inputs
         if extra > limit:
             return f"it would need about {extra / 2**30:,.0f} GiB, the limit is {limit / 2**30:,.0f} GiB"
         return None
@@ -325,7 +325,7 @@ class _Runner:
         return row
 
     def predict(self, cases: Sequence[Case]) -> None:
-        """Fills what was not measured from the lengths that were, and says why it was not."""
+        """Predict missing values from the measured lengths, with the reason."""
         for case in cases:
             for implementation in case.implementations:
                 for what in ("seconds", "extra_bytes"):
@@ -339,12 +339,12 @@ class _Runner:
                         why = why or self._beyond(case, implementation, length) or "not measured in these runs"
                         row = self._row(case, implementation, length)
                         row[f"{what}_predicted"] = why
-                        # Below the shortest length, or from fewer values than terms, a fit says nothing.
+                        # A fit is no use below the shortest length or with fewer values than terms.
                         row[what] = predict(terms, length) if enough and length > min(lengths) else None
 
 
 def _excused(implementation: Implementation, error: Exception) -> bool:
-    """Whether it is a reason not to be measured: too little memory, or whatever keeps a peer from running."""
+    """Whether the error excuses a missing measurement: too little memory, or any failure of a peer."""
     return isinstance(error, torch.OutOfMemoryError) or not implementation.ours
 
 
@@ -353,19 +353,19 @@ def _in_short(error: Exception) -> str:
 
 
 def _of_one(setting: Setting) -> Setting:
-    """The setting itself; of a largest batch, that of one sequence."""
+    """The setting itself; for a largest batch, that of one sequence."""
     return setting.with_batch(1) if setting.batch == LARGEST else setting
 
 
 def _short(setting: Setting) -> Setting:
-    """That of trying and checking: no more sequences than tell what a batch of them does."""
+    """The setting for trying and checking, with few sequences."""
     one = _of_one(setting)
     return one.with_batch(min(one.batch, _CHECKED))
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """What two short calls say of the first length: the seconds that each took, and bytes of inputs for each frame of a
+    """Results of two short calls, to judge the first length: the seconds of each, and input bytes per frame of a
     sequence."""
 
     taken: tuple[float, float]
@@ -373,7 +373,7 @@ class _Tried:
 
     @classmethod
     def of(cls, make: Callable, arguments: tuple, setting: Setting) -> _Tried:
-        """Each is called twice: whatever is loaded or compiled at first use takes no time again."""
+        """Call each twice, so that loading and compiling at first use are not timed."""
         sizes = []
 
         def noting(*given):
@@ -383,11 +383,11 @@ class _Tried:
 
         works = {length: work(noting, arguments, setting, length) for length in _TRIED}
         taken = compare(works, clock=_clock(setting), min_repeats=1, max_repeats=1)
-        grown = (sizes[1] - sizes[0]) / (_TRIED[1] - _TRIED[0])  # weights are of a size, whatever the length
+        grown = (sizes[1] - sizes[0]) / (_TRIED[1] - _TRIED[0])  # the size of weights does not depend on the length
         return cls(tuple(taken[length].median for length in _TRIED), grown / setting.batch)
 
     def seconds(self, length: int) -> float:
-        """On the line through both; at least what the shorter one took."""
+        """Linear extrapolation; at least the time of the shorter call."""
         (short, long), (few, more) = self.taken, _TRIED
         return short + max(0.0, long - short) * max(0, length - few) / (more - few)
 
@@ -402,13 +402,13 @@ def _clock(setting: Setting) -> Callable:
 
 
 def warmed(make, arguments, setting, length):
-    """The work at ``length``, after what is loaded or compiled at first use was, by a short one."""
+    """The work at ``length``, after a short one has loaded and compiled what first use needs."""
     work(make, arguments, setting, min(64, length))()
     return work(make, arguments, setting, length)
 
 
 def _repeats(seconds: float) -> dict:
-    """Warm-up and repeats for calls of about so long."""
+    """Warm-up and repeats for calls of about this duration."""
     if seconds < 1:
         return {"warmup": 1, "min_repeats": 5, "max_repeats": 15, "min_seconds": 0.3}
     if seconds < 4:

@@ -1,4 +1,4 @@
-"""What measurements at several lengths say between and beyond them."""
+"""Interpolation and extrapolation of measurements at several lengths."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def fit(lengths: Sequence[float], values: Sequence[float], degree: int = 2) -> t
     """``(a, b, c) >= 0`` with value = a + b·length + c·length² closest in relative error; c = 0 for degree 1.
 
     The terms are a call's fixed cost, the work per frame, and attention between all pairs of frames; none can be
-    negative, which keeps the fit honest beyond the last measurement. With fewer values than terms, those of the lowest
-    degree are left out: that predicts more than a fit of all would.
+    negative, which keeps the fit honest beyond the last measurement. With fewer values than terms, the terms of lowest
+    degree are left out, which predicts more than a fit of all would.
     """
     from scipy.optimize import nnls
 
@@ -23,7 +23,7 @@ def fit(lengths: Sequence[float], values: Sequence[float], degree: int = 2) -> t
     if not len(lengths) == len(values) > 0:
         raise ValueError(f"lengths, values: as many of each are wanted, got {len(lengths)}, {len(values)}")
     powers = np.arange(degree + 1)[-len(lengths) :]
-    scale = lengths.max()  # keeps the columns alike in size
+    scale = lengths.max()  # keeps the columns similar in size
     columns = (lengths[:, None] / scale) ** powers
     solution, _ = nnls(columns / values[:, None], np.ones_like(values))
     terms = [0.0, 0.0, 0.0]
@@ -33,7 +33,7 @@ def fit(lengths: Sequence[float], values: Sequence[float], degree: int = 2) -> t
 
 
 def fit_quadratic(lengths: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
-    """:func:`fit` of degree 2, to as many values as it has terms at least."""
+    """:func:`fit` of degree 2, to at least as many values as it has terms."""
     if len(lengths) < 3:
         raise ValueError(f"lengths: at least 3 are needed to fit 3 terms, got {len(lengths)}")
     return fit(lengths, values)

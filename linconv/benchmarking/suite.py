@@ -1,4 +1,4 @@
-"""What a suite is made of: cases, and the implementations that each of them sets side by side."""
+"""The parts of a suite: cases, and the implementations that each compares."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
     "work",
 ]
 
-LARGEST = 0  # as a batch: what fits
+LARGEST = 0  # as a batch: as many as fit
 AUDIO_LENGTHS = (249, 499, 1_499, 2_999, 5_999, 14_999, 29_999, 89_999, 179_999)  # 5 s to 1 h at 50 frames a second
 TOKEN_LENGTHS = (512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536)
 
@@ -38,12 +38,12 @@ class CheckFailed(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What all implementations of a case are run with.
+    """The setting in which all implementations of a case run.
 
     work: "forward" (no gradients), "training" (forward and the gradients of every input and parameter) or "step"
         (forward, backward and an AdamW step on every parameter).
     dtype: name of a torch dtype.
-    graph: whether the work is captured as a CUDA graph and replayed, which leaves the host's time out.
+    graph: whether the work is captured as a CUDA graph and replayed, which excludes host time.
     batch: sequences at once; if ``mixed``, their lengths fall evenly from the longest to its batch-th part. LARGEST:
         for each implementation and length the largest power of two within the limits of the run; times, floors and
         memory are then of one sequence.
@@ -66,16 +66,16 @@ class Setting:
 
     @property
     def arithmetic(self) -> str:
-        """The dtype whose rate of matrix products bounds an operator: on CPU the math is float32's."""
+        """The dtype whose rate of matrix products bounds an operator: on CPU the math is in float32."""
         return "float32" if self.device == "cpu" else self.dtype
 
     def tensor(self, *shape: int, scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Fresh normal numbers on the device; they want gradients where the work has any."""
+        """New normal numbers on the device; they require gradients if the work has any."""
         drawn = torch.randn(*shape, device=self.device) * scale + shift
         return drawn.to(dtype or self.torch_dtype).requires_grad_(self.work != "forward")
 
     def seq_lens(self, length: int) -> Tensor | None:
-        """(batch,) valid frames of each sequence, or None where all are valid."""
+        """(batch,) valid frames of each sequence, or None if all are valid."""
         if not self.mixed:
             return None
         return torch.tensor([max(1, length * k // self.batch) for k in range(self.batch, 0, -1)], device=self.device)
@@ -113,13 +113,13 @@ class Shortcut:
 class Implementation:
     """One way to do the work of a case.
 
-    make: ``make(setting, length, *arguments)`` draws inputs and gives (function without arguments, tensors whose
-        gradients training wants). At the top level of a module: memory is measured in a process of its own.
+    make: ``make(setting, length, *arguments)`` draws inputs and returns (function without arguments, tensors whose
+        gradients training wants). Must be at the top level of a module: memory is measured in a separate process.
     ours: whether it is linconv's.
-    degree: of its growth with length, 1 or 2; decides how it is predicted where it is not measured.
-    check: ``check(setting)`` raises CheckFailed for wrong numbers; None where there is nothing to compare with.
-    cost: ``cost(setting, length)``, the floor of the work; None where it has none.
-    memory: ``memory(setting, length)``, bytes it needs at least, where that is known before it is measured.
+    degree: of its growth with length, 1 or 2; used for predictions.
+    check: ``check(setting)`` raises CheckFailed for wrong numbers; None if there is nothing to compare with.
+    cost: ``cost(setting, length)``, the floor of the work; None if it has none.
+    memory: ``memory(setting, length)``, the least bytes it needs, if known before measuring.
     reason: why it cannot run here, or None.
     """
 
@@ -140,8 +140,8 @@ class Case:
     """Implementations of one piece of work at one shape.
 
     baseline: the name of the implementation that the others are compared with.
-    unit: what lengths count. units_per_second: how many of them a second of audio makes, or None.
-    facts: what else a reader of the result must know of the shape, such as the width.
+    unit: what lengths count. units_per_second: how many of them one second of audio has, or None.
+    facts: what else a reader must know about the shape, such as the width.
     """
 
     name: str
@@ -207,10 +207,10 @@ def work(make: Callable, arguments: tuple, setting: Setting, length: int) -> Cal
 
 
 def judge(ours: Callable, plain: Callable, exact: Callable, tensors: list[Tensor]) -> None:
-    """Compares ``ours`` with ``plain`` torch at the tensors' own precision, both judged by ``exact`` in float64.
+    """Compare the errors of ``ours`` and ``plain`` torch at the tensors' precision, both against ``exact`` in float64.
 
-    What is compared is the root mean square of the error: of a single draw, the largest error is mostly chance. The
-    largest one may be twice as far off as that, which a single wrong element is not.
+    Root mean squares are compared, since the largest error of a single draw is mostly chance. For the largest error,
+    twice as much is allowed, which still detects a single wrong element.
 
     Raises:
         CheckFailed: an error above twice plain torch's, or above three times for the gradient of a tensor; or not a

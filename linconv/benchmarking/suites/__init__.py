@@ -16,7 +16,7 @@ def get(name: str, device: str = "cpu") -> list[Case]:
     """The cases of a suite.
 
     Raises:
-        UserError: no such suite.
+        UserError: there is no such suite.
     """
     return list(_module(name).cases(device))
 

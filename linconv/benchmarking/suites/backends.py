@@ -11,7 +11,7 @@ ON_CUDA = ("cuda", "triton")
 
 
 def by_backend(function, device):
-    """Names and functions of linconv's own: one on CPU, on CUDA devices one of each backend it has there.
+    """Names and functions of linconv: one on CPU; on CUDA devices one per available backend.
 
     Args:
         function: takes ``backend``.

@@ -48,7 +48,7 @@ def check(function, setting):
 
 
 def cost(setting, length):
-    """x read and the result written; backward reads x and the upstream gradient and writes one gradient."""
+    """Forward reads x and writes the result; backward reads x and the upstream gradient and writes one gradient."""
     tensors = 2 if setting.work == "forward" else 5
     size = torch.finfo(setting.torch_dtype).bits // 8
     return Cost(bytes=tensors * 2 * setting.batch * length * CHANNELS * size)

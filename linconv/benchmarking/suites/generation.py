@@ -21,7 +21,7 @@ MIXERS = {  # about as many parameters as attention has
 
 
 def build(name, mixer, layers):
-    """The model with so many layers, converted unless ``mixer`` is None."""
+    """The model with this number of layers, converted unless ``mixer`` is None."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     _, sizes = MODELS[name]
@@ -42,13 +42,13 @@ def _tokens(setting, length):
 
 
 def prompt(setting, length, name, mixer, layers):
-    """What generation does first: the whole prompt, and the logits behind its last token."""
+    """The first step of generation: the whole prompt, and the logits after its last token."""
     model, ids = _on(setting, build(name, mixer, layers)), _tokens(setting, length)
     return (lambda: model(ids, use_cache=False, logits_to_keep=1).logits), list(model.parameters())
 
 
 def block(setting, length, name, mixer):
-    """One block of the model, over hidden states."""
+    """One block of the model, on hidden states."""
     model = _on(setting, build(name, mixer, 1)).base_model
     (layer,) = families.of(model).blocks(model)
     hidden = setting.tensor(setting.batch, length, model.config.hidden_size)
@@ -62,15 +62,15 @@ def block(setting, length, name, mixer):
 
 
 def _cached(model, ids_or_embeddings, cache):
-    """Logits, with a cache that is gone on from; its argument has another name in later versions of transformers."""
+    """Logits, continuing from a cache; later versions of transformers name its argument differently."""
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     return model(**ids_or_embeddings, **{name: cache}, use_cache=True).logits
 
 
 def cache_of(setting, model, length):
-    """A cache of so many tokens.
+    """A cache of ``length`` tokens.
 
-    A prompt of them takes long: keys and values are random numbers, and a state is a short prompt's, as large.
+    A prompt of that length is slow: keys and values are random, and a state is that of a short prompt, equally large.
     """
     from transformers import DynamicCache
 
@@ -94,14 +94,14 @@ def next_token(setting, length, name, mixer, layers):
     def function():
         logits = _cached(model, {"input_ids": ids}, cache)
         if mixer is None:
-            cache.crop(-1)  # so that the next call finds as many
+            cache.crop(-1)  # so that the next call finds the same number
         return logits
 
     return function, list(model.parameters())
 
 
 def check(name, mixer, setting):
-    """The blocks' mixer in its place: logits of a model of one layer over 100 tokens, the last one on from a cache."""
+    """Check the mixer inside a model: logits of one layer over 100 tokens, the last one from a cache."""
     from transformers import DynamicCache
 
     model = _on(setting, build(name, mixer, 1))

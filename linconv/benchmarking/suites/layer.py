@@ -32,7 +32,7 @@ def attention_layer(width, implementation, causal=False):
 
 
 def build(name, width, length):
-    """A mixer in place of such a layer, for sequences of up to ``length``."""
+    """A mixer that replaces such a layer, for sequences of up to ``length``."""
     mixer, (attention, config) = mixers.get(name), attention_layer(width, "sdpa", causal=name in CAUSAL_MIXERS)
     longest = {"max_length": length} if "max_length" in mixer.options() else {}
     return mixer.from_attention(attention, config, **longest).eval()
@@ -73,7 +73,7 @@ def causal_attention(setting, length, width):
 
 
 class TwoMamba2(torch.nn.Module):
-    """transformers' mixer, once for each direction, with the weights of a BiMamba2."""
+    """transformers' Mamba2 mixer, once per direction, with the weights of a BiMamba2."""
 
     def __init__(self, layer):
         super().__init__()
@@ -119,7 +119,7 @@ def cost(width, name, setting, length):
 
 
 def attention_flops(width, length, causal):
-    """To the past only it is half between frames."""
+    """Causal attention needs half of the products between frames."""
     return 2 * length * 4 * width**2 + (2 if causal else 4) * length**2 * width
 
 
@@ -166,7 +166,7 @@ def cases(device):
             baseline="attention layer (SDPA)", facts={"width": width},
         )  # fmt: skip
 
-    if device == "cuda":  # first, before time is up, what is run on a GPU most
+    if device == "cuda":  # the most common use of a GPU comes first, before time is up
         yield case(WIDTHS[0], "forward", "bfloat16", batch=8)
         yield case(WIDTHS[0], "forward", "bfloat16", batch=8, graph=True)
         yield case(WIDTHS[0], "training", "bfloat16", batch=8)

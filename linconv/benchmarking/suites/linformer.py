@@ -40,7 +40,7 @@ def check(function, setting):
 def cost(setting, length):
     """Two projections and two products with r keys; backward twice as many and the scores again.
 
-    Read are q, k and v, and in backward dy too; written the result, and in backward a gradient of each of the three.
+    Forward reads q, k and v and writes the result; backward also reads dy, and writes a gradient of each of the three.
     """
     products = 4 if setting.work == "forward" else 13
     flops = products * 2 * setting.batch * HEADS * HEADDIM * RANK * length

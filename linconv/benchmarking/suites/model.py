@@ -64,7 +64,7 @@ MODELS = {  # name: (builder, layers, sizes, mixers)
 
 
 def build(name, mixer, layers, length):
-    """The model with so many layers, converted unless ``mixer`` is None."""
+    """The model with this number of layers, converted unless ``mixer`` is None."""
     builder, _, sizes, _ = MODELS[name]
     original = builder(length, layers, **sizes).eval()
     if mixer is None:
@@ -74,11 +74,11 @@ def build(name, mixer, layers, length):
 
 
 def inputs(setting, length, model):
-    """What the model's forward takes for so many frames or tokens of its blocks."""
+    """Arguments of the model's forward for this number of frames or tokens in its blocks."""
     batch, kind = setting.batch, model.config.model_type.removeprefix("linconv-")
     lengths = setting.seq_lens(length)
     if kind == "wav2vec2":
-        samples = 320 * (length - 1) + 400  # the fewest that make so many frames
+        samples = 320 * (length - 1) + 400  # the fewest that give this number of frames
         given = {"input_values": setting.tensor(batch, samples).detach()}
         if lengths is not None:
             lengths = 320 * (lengths - 1) + 400
@@ -108,7 +108,7 @@ def whole(setting, length, name, mixer, layers):
 
 
 def block(setting, length, name, mixer):
-    """One block of the model, over hidden states."""
+    """One block of the model, on hidden states."""
     model = _on(setting, build(name, mixer, 1, length))
     layers = model.base_model.encoder.layer if "roberta" in name else families.of(model).blocks(model)
     hidden = setting.tensor(setting.batch, length, model.config.hidden_size)
@@ -121,9 +121,9 @@ def block(setting, length, name, mixer):
 
 
 def check(name, mixer, setting):
-    """The blocks' mixer in its place: logits of a model of one layer over 2 s."""
+    """Check the mixer inside a model: logits of one layer over 2 s."""
     model = _on(setting, build(name, mixer, 1, 100))
-    rest = inputs(setting, 100, model)  # a mask too, of batches of mixed lengths
+    rest = inputs(setting, 100, model)  # includes a mask for batches of mixed lengths
     key = model.main_input_name
     given = rest.pop(key)
     if not given.is_floating_point():  # tokens have no gradient: their embeddings are the input

@@ -1,4 +1,4 @@
-"""What the suites of layers and of models share: checks of modules, and masks of batches of mixed lengths."""
+"""Shared parts of the layer and model suites: checks of modules, and masks of batches of mixed lengths."""
 
 import contextlib
 import copy
@@ -12,13 +12,13 @@ from linconv.ops import dispatch
 
 @contextlib.contextmanager
 def reference_kernels():
-    """Within, every operator of linconv runs on its reference in plain torch."""
+    """Context in which every operator of linconv runs on its plain torch reference."""
     with mock.patch.object(dispatch, "pick", lambda *args, **kwargs: "reference"):
         yield
 
 
 def check_module(module, call, tensors):
-    """The module on compiled kernels, judged by itself on plain torch in float64; ``call(module, *tensors)``.
+    """Check the module on compiled kernels against itself on plain torch in float64; ``call(module, *tensors)``.
 
     Raises:
         CheckFailed: see `judge`.
@@ -41,7 +41,7 @@ def check_module(module, call, tensors):
 
 
 def key_mask(seq_lens, length, implementation, dtype):
-    """The mask over keys that attention layers of transformers take, broadcast over heads and queries; or None."""
+    """The mask over keys for attention layers of transformers, broadcast over heads and queries, or None."""
     if seq_lens is None:
         return None
     keep = (torch.arange(length, device=seq_lens.device) < seq_lens[:, None])[:, None, None]  # (batch, 1, 1, length)

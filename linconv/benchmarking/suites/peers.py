@@ -27,10 +27,10 @@ _SDPA = {
 
 
 def need(module: str, device: str):
-    """Imports a module of an optional package that runs on CUDA only.
+    """Import a module of an optional package that runs only on CUDA.
 
     Raises:
-        Absent: it is not installed or does not import, or the device is another.
+        Absent: it is not installed or does not import, or the device is not CUDA.
     """
     package = _PACKAGES[module.split(".")[0]]
     if importlib.util.find_spec(module.split(".")[0]) is None:
@@ -39,17 +39,17 @@ def need(module: str, device: str):
         raise Absent(f"{package} runs on CUDA devices only, the device here is {device}")
     try:
         return import_singly(module)
-    except Exception as error:  # a package built for another torch fails in ways of its own
+    except Exception as error:  # a package built for another torch may raise any type
         raise Absent(f"{package} does not import: {error}") from error
 
 
 def sdpa_kinds(device: str) -> tuple[str, ...]:
-    """Names of the kernels torch's scaled_dot_product_attention may have on a device."""
+    """Names of the kernels that torch's scaled_dot_product_attention may use on a device."""
     return ("flash", "math") if device == "cpu" else tuple(_SDPA)
 
 
 def eager(q, k, v):
-    """Attention as the formula says, with the whole matrix of weights."""
+    """Attention by its formula, with the whole matrix of weights."""
     weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
     return weights @ v
 
@@ -60,19 +60,19 @@ def sdpa(kind, q, k, v):
 
 
 def attention(setting, length, heads, headdim, kind):
-    """Exact attention between all frames, q, k and v given; ``kind`` is a name of `sdpa_kinds`, or "eager"."""
+    """Exact attention between all frames from q, k and v; ``kind`` is a name of `sdpa_kinds`, or "eager"."""
     q, k, v = (setting.tensor(setting.batch, heads, length, headdim) for _ in range(3))
     function = eager if kind == "eager" else functools.partial(sdpa, kind)
     return functools.partial(function, q, k, v), [q, k, v]
 
 
 def weights_bytes(heads, setting, length):
-    """Attention weights, scores and their gradients in memory: what attention needs that keeps the matrix."""
+    """Memory of attention weights, scores and their gradients, for attention that keeps the matrix."""
     return _matrices(setting) * setting.batch * heads * length**2 * torch.finfo(setting.torch_dtype).bits // 8
 
 
 def weights_bytes_in_float32(heads, setting, length):
-    """The same of torch's own formula, which takes half precision to float32."""
+    """The same for torch's own formula, which converts half precision to float32."""
     return max(4 * _matrices(setting) * setting.batch * heads * length**2, weights_bytes(heads, setting, length))
 
 
@@ -81,7 +81,7 @@ def _matrices(setting):
 
 
 def attention_implementations(device, heads, headdim):
-    """Exact attention by each of torch's kernels, and as the formula says."""
+    """Exact attention by each of torch's kernels, and by the formula."""
     matrices = {"math": weights_bytes_in_float32, "eager": weights_bytes}
     for kind in (*sdpa_kinds(device), "eager"):
         yield Implementation(
@@ -92,6 +92,6 @@ def attention_implementations(device, heads, headdim):
 
 
 def attention_cost(heads, headdim, setting, length):
-    """Two products forward; backward four more and the scores again."""
+    """Two products in forward; in backward four more and the scores again."""
     products = 2 if setting.work == "forward" else 7
     return Cost(flops=products * 2 * setting.batch * heads * headdim * length**2, dtype=setting.dtype)

@@ -23,7 +23,7 @@ REGIMES = ("separate", "hydra")  # those that the suite measures
 
 
 def inputs(setting, length, regime):
-    """x, dt, A, B, C, D; those that the regime has per direction with a leading axis of 2."""
+    """x, dt, A, B, C, D; those that are per direction in the regime have a leading axis of 2."""
 
     def tensor(name, *shape, **spread):
         return setting.tensor(*((2, *shape) if name in PER_DIRECTION[regime] else shape), **spread)
@@ -66,7 +66,7 @@ def mamba_ssm_two_passes(x, dt, A, B, C, D):
 
 
 def fla_two_passes(x, dt, A, B, C, D):
-    """flash-linear-attention's gated linear recurrence with one decay a head and frame, once per direction."""
+    """flash-linear-attention's gated linear recurrence with one decay per head and frame, once per direction."""
     gated = peers.need("fla.ops.simple_gla", x.device.type).chunk_simple_gla
 
     def one(direction, flip):
@@ -121,7 +121,7 @@ def _implementations(device):
             cost=functools.partial(cost, regime),
         )  # fmt: skip
     for name, function in others:
-        # Plain torch is what the checks compare with.
+        # The checks compare with plain torch.
         checked = None if "plain" in name else functools.partial(check, function, "separate")
         yield Implementation(name, run, (function, "separate"), check=checked)
     yield from peers.attention_implementations(device, HEADS, HEADDIM)

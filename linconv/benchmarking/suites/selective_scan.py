@@ -11,14 +11,14 @@ from linconv.benchmarking.suites import peers
 from linconv.benchmarking.suites.backends import by_backend
 from linconv.ops.selective_scan import reference
 
-CHANNELS, STATES = 1536, 16  # of a Mamba of width 768
-# Of an entry of the state and frame, where a multiply-add is two and an exponential is 16 (a multiply-add for each of
+CHANNELS, STATES = 1536, 16  # those of a Mamba of width 768
+# Per state entry and frame, where a multiply-add is two and an exponential is 16 (a multiply-add for each of
 # six coefficients, and four to bring it into range and back): see docs/kernels/selective_scan.md.
 OPERATIONS = {"forward": 22, "training": 22 + 59}
 
 
 def inputs(setting, length):
-    """x, dt, A, B, C, D, z, dt_bias: steps and rates as a layer has them at its start."""
+    """x, dt, A, B, C, D, z, dt_bias: steps and rates as in a newly initialised layer."""
     batch = setting.batch
     return [
         setting.tensor(batch, length, CHANNELS), setting.tensor(batch, length, CHANNELS, scale=0.1),
@@ -47,8 +47,8 @@ def transformers_fallback(x, dt, A_log, B, C, D, z, dt_bias):
     if not hasattr(modeling_mamba, "mamba_selective_scan"):
         raise Absent("this version of transformers has no function for it")
     function = modeling_mamba.mamba_selective_scan
-    function = getattr(function, "__wrapped__", function)  # its fallback itself
-    # Without z, which it multiplies in the arguments' dtype.
+    function = getattr(function, "__wrapped__", function)  # the undecorated fallback
+    # Without z, since the fallback multiplies it in the arguments' dtype.
     y = function(
         x.mT, dt.mT, -A_log.exp(), B.squeeze(2).mT, C.squeeze(2).mT, D, delta_bias=dt_bias, delta_softplus=True
     )
@@ -72,12 +72,12 @@ def check(function, setting):
 
 
 def states_bytes(setting, length):
-    """Decays, what is added, C and products, for every frame, channel and entry: what plain torch has in memory."""
+    """Memory of plain torch: decays, added terms, C and products, for every frame, channel and entry."""
     return (5 if setting.work == "forward" else 12) * setting.batch * length * CHANNELS * STATES * 4
 
 
 def cost(setting, length):
-    """x, dt, z and B, C read and the result written; backward reads them and dy and writes a gradient of each."""
+    """Forward reads x, dt, z, B, C and writes the result; backward reads them and dy and writes a gradient of each."""
     frames, size = setting.batch * length, torch.finfo(setting.torch_dtype).bits // 8
     tensors = 4 if setting.work == "forward" else 4 + 7
     return Cost(
