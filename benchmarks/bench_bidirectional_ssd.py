@@ -46,14 +46,14 @@ def plain_torch(length):
 
 
 PARTS = {"forward": (forward, FORWARD_FLOPS), "backward": (backward, BACKWARD_FLOPS)}
-PEERS = {  # name: (peer, the length it is timed up to: minutes behind it)
+PEERS = {  # name: (peer, longest length timed: beyond it, minutes)
     "scaled_dot_product_attention": (attention, 16_384),
     "chunk formula in plain torch": (plain_torch, 4_096),
 }
 
 
 def over_floor(record, part, length):
-    """Times a pass in every regime, fp32 and bf16, against its floor. Returns seconds by (regime, dtype)."""
+    """Time a pass in every regime, fp32 and bf16, against its floor. Returns seconds by (regime, dtype)."""
     make, flops = PARTS[part]
     matmul, matmul_flops = matmul_work()
     keys = list(itertools.product(scan.PER_DIRECTION, DTYPES))
@@ -85,7 +85,7 @@ def against_peers(record, length):
 
 
 def growth(record, lengths):
-    """Time and memory a frame of the separate regime, at every length in turn: what is linear is constant here."""
+    """Time and memory per frame of the separate regime, at every length: constant if the cost is linear."""
     taken = compare({length: forward("separate", length) for length in lengths}, min_repeats=9, min_seconds=0.0)
     extra = {length: peak_extra_bytes(forward, "separate", length) for length in lengths}
     first = min(lengths)

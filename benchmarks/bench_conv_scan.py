@@ -2,9 +2,9 @@
 
     python benchmarks/bench_conv_scan.py --out benchmarks/results/cpu/conv_scan.json
 
-Batch 1, 12 heads of 64, dstate 128; 64 where two directions share x. Kernels are the same and so are the bits, which is
-looked at first: what differs is Python, autograd, copies of gradients, the convolution that is computed twice, and
-what is kept for the backward pass. Two frames are next to no work: what they take is the time until kernels start.
+Batch 1, 12 heads of 64, dstate 128; 64 if two directions share x. Kernels are the same and so are the bits, which is
+checked first. The differences are Python, autograd, copies of gradients, the convolution computed twice, and what is
+kept for the backward pass. Two frames are almost no work: their time is the time until kernels start.
 """
 
 import functools
@@ -57,7 +57,7 @@ def kept(function, leaves):
 
     def note(tensor):
         storage = tensor.untyped_storage()
-        memory[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, lest its memory be taken again
+        memory[storage.data_ptr()] = (storage.nbytes(), tensor)  # keep the tensor, so that its memory is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):

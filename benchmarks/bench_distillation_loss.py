@@ -5,7 +5,7 @@
 Shape: 24 layers of (1, L, 1024), as a large speech encoder has; logits of 32 classes (CTC) and 50,257. The floor is
 bytes (forward reads both sides, backward reads both and writes one gradient: 5 sizes of one side) over the rate at
 which torch copies one side to another place, layer by layer, timed in turn with the kernel. Gradients are new tensors
-at every call. That of linear_kd_loss is the operations of four products over the rate of a large torch.mm.
+at every call. The floor of linear_kd_loss is the operations of four products over the rate of a large torch.mm.
 """
 
 import functools
@@ -39,7 +39,7 @@ def training(loss, student, *rest):
 def check(dtype):
     """The kernels' errors are at most twice plain torch's, three times for gradients: root mean squares over draws.
 
-    Of one draw torch's error of a loss, which is one number, may be next to none.
+    In a single draw, torch's error of a loss, which is one number, may be almost zero.
     """
     mask = torch.arange(50) < torch.tensor([50, 31])[:, None]
     cases = {
@@ -123,7 +123,7 @@ def logits(record, rows, classes):
 
 
 def from_hidden(record, rows, d, classes, dtype):
-    """The losses that make logits, theirs by torch's products and all of them at once."""
+    """The losses that compute logits; the peer uses torch's products for all of them at once."""
     inputs = [torch.randn(n, d).to(dtype) / d**0.5 for n in 2 * (rows, classes)]
     mm, flops = matmul_work(dtype=dtype)
     works = {"mm": mm}
@@ -133,12 +133,12 @@ def from_hidden(record, rows, d, classes, dtype):
     taken = compare(works, min_repeats=5, min_seconds=2.0)
     seconds = {name: latency.median for name, latency in taken.items()}
     common = dict(op="linear_kd_loss", length=rows, d=d, classes=classes, dtype=str(dtype)[6:])
-    floor = 4 * 2 * rows * d * classes * seconds["mm"] / flops  # a product a side, and one a gradient
+    floor = 4 * 2 * rows * d * classes * seconds["mm"] / flops  # one product per side and one per gradient
     add(record, common, seconds, "linear_kd_loss", "all logits", floor)
 
 
 def linear(rows, d, classes, dtype):
-    """Everything made, and the loss with both gradients as the work: for the measurement of memory."""
+    """Builds the inputs and returns the loss with both gradients as the work, for measuring memory."""
     hidden, weight, *teacher = (torch.randn(n, d).to(dtype) for n in 2 * (rows, classes))
     hidden.requires_grad_(), weight.requires_grad_()
 
@@ -146,12 +146,12 @@ def linear(rows, d, classes, dtype):
         students, teachers = (hidden[:rows], weight[:classes]), (teacher[0][:rows], teacher[1][:classes])
         return torch.autograd.grad(ops.linear_kd_loss(*students, *teachers), students)
 
-    work(*TILE_OF_CPU)  # brings in the code of the matrix products, which is no memory of ours
+    work(*TILE_OF_CPU)  # loads the code of the matrix products, which is not counted
     return work
 
 
 def memory(record, rows, d, classes, dtype):
-    """What the loss and its two gradients need at most; logits in full would be 2 * 4 * rows * classes bytes alone."""
+    """Peak memory of the loss and its two gradients; logits in full would be 2 * 4 * rows * classes bytes alone."""
     gradients = dtype.itemsize * d * (rows + classes)
     peak = peak_extra_bytes(linear, rows, d, classes, dtype, preload=("torch", "linconv.ops"))
     common = dict(op="linear_kd_loss", length=rows, d=d, classes=classes, dtype=str(dtype)[6:], peak_bytes=peak)

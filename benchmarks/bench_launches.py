@@ -3,8 +3,8 @@
     python benchmarks/bench_launches.py --out benchmarks/results/cpu/launches.json
 
 No GPU is needed, and none is timed: kernels are compiled for sm_90 and given to a driver that launches nothing, so that
-what is left is Python, Triton's and ours. First calls are those of a new process, with Triton's cache on disk empty and
-then filled. What the driver and the operator's registration with torch take comes on top.
+only Python is left, Triton's and ours. First calls are those of a new process, with Triton's cache on disk empty and
+then filled. The driver and the operator's registration with torch add to this.
 The peer is Triton's own launch of the same kernels, which looks up sizes, types and alignment at each call. Batch 8 of
 `--lengths` frames, width 1024, heads of 64, bfloat16; Linformer has r = 256.
 """
@@ -32,7 +32,7 @@ FIRST_CALLS = "first-calls"  # this script as its own process, where Triton has 
 
 
 class Utilities:
-    """What Triton's runtime asks of a GPU before it launches."""
+    """What Triton's runtime queries from a GPU before it launches."""
 
     @staticmethod
     def load_binary(*_):

@@ -3,8 +3,8 @@
     python benchmarks/bench_linformer.py --out benchmarks/results/cpu/linformer.json
 
 Batch 1, 12 heads of 64, r = 256, fp32. The floor is the operations over the rate of a 2048 x 2048 fp32 torch.mm timed
-in turn with the kernel: forward 8 L r d, backward 18 L r d (docs/kernels/linformer.md). The self-attention rows hold
-the projections of queries, keys and values of width 768 too, ours by the rewrite where it costs less.
+in turn with the kernel: forward 8 L r d, backward 18 L r d (docs/kernels/linformer.md). The self-attention rows include
+the projections of queries, keys and values of width 768, ours with the rewrite if it costs less.
 """
 
 import math

@@ -3,10 +3,10 @@
     python benchmarks/count_instructions.py cuda bidirectional_ssd --only 'BFloat16, 128'
     python benchmarks/count_instructions.py triton bidirectional_ssd --only 'chunk_outputs.*dstate 128: hydra'
 
-A multiprocessor of sm_80 to sm_120 issues at most four instructions a cycle, each for a warp. So what a warp issues for
-some work, times the warps that do so, over 4, is a floor in cycles beside those of bytes and products; where warps wait
-it takes longer. A loop's count has its inner loops once. Needs a disassembler, nvdisasm, which Triton has, and nvcc for
-csrc/*/cuda.cu.
+A multiprocessor of sm_80 to sm_120 issues at most four instructions a cycle, each for a warp. So the instructions of a
+warp for some work, times the number of warps, over 4, are a floor in cycles besides those of bytes and products;
+waiting warps take longer. A loop's count includes its inner loops once. Needs a disassembler, nvdisasm,
+which Triton has, and nvcc for csrc/*/cuda.cu.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def counts(lines: list[str]) -> list[tuple[str, Counter]]:
             condition, name, operands = found.groups()
             if name == "BRA" and (to := re.search(r"`\((\.L_\S+)\)", operands)):
                 first = labels.get(to[1], len(names))
-                # What jumps back over the kernel's end has been moved behind it: no loop.
+                # A jump back over the kernel's end comes from code moved behind it and is no loop.
                 if first < len(names) and "END" not in names[first:]:
                     loops.append((first, len(names) + 1))
             names.append("END" if name == "EXIT" and not condition else name)

@@ -17,7 +17,7 @@ POOL_BYTES = 96 << 20
 
 
 def rotation(make):
-    """A function that gives one of several tensors, none of which was used a short while ago."""
+    """A function that returns one of several tensors, none of them recently used."""
     first = make()
     pool = itertools.cycle([first, *(make() for _ in range(POOL_BYTES // first.nbytes))])
     return lambda: next(pool)
@@ -34,13 +34,13 @@ def check(function, plain, *tensors):
 
 
 def trained(plain, tensors, upstream):
-    """Gradients by plain torch, forward included."""
+    """Gradients with plain torch, including forward."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     return torch.autograd.grad(plain(*leaves), leaves, upstream)
 
 
 def add(record, common, works, plain, tensors, size):
-    """Times a kernel against its floor and against plain torch, and adds a row of each.
+    """Time a kernel against its floor and against plain torch, and add a row for each.
 
     works: "copy", of a tensor of ``size`` bytes, "forward" and "backward". plain: "forward" and "training". tensors: of
     that size that each pass reads or writes.
