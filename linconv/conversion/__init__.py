@@ -1,4 +1,4 @@
-"""Where attention sits in each transformers family, how it is swapped, saved and loaded."""
+"""Where each transformers family has its attention, and how it is replaced, saved and loaded."""
 
 from linconv.conversion.convert import convert, encoder_layers, frame_lengths
 from linconv.conversion.inspection import Inspection, inspect

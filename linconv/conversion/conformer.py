@@ -1,8 +1,8 @@
 """The convolutions in Wav2Vec2-Conformer's blocks without padding: what conversion changes in its classes.
 
-The stock blocks hand their mask to attention only. The depthwise convolution behind it mixes what stands in the padding
-into the last frames of a clip, in each block half a kernel further in, and batch norm in training counts the padding.
-Here both get the mask. Without one every operation is the stock one.
+The stock blocks pass their mask only to attention. The depthwise convolution after it mixes padding into the last
+frames of a clip, half a kernel further in with each block, and batch norm counts the padding in training. Here both get
+the mask. Without a mask every operation is the stock one.
 """
 
 from torch import Tensor
@@ -32,7 +32,7 @@ class Wav2Vec2ConformerConvolutionModule:
         return self.dropout(self.pointwise_conv2(hidden_states)).transpose(1, 2)
 
     def _batch_norm(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-        """hidden_states (batch, d, L); statistics taken in training are those of valid frames."""
+        """hidden_states (batch, d, L); in training the statistics are over the valid frames."""
         if mask is None or not self.batch_norm.training:
             return self.batch_norm(hidden_states)
         frames = hidden_states.transpose(1, 2)

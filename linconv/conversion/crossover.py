@@ -1,6 +1,6 @@
-"""From which length on a converted layer is faster, by layers that were measured: what `linconv inspect` predicts by.
+"""The length from which a converted layer is faster, from measured layers: what `linconv inspect` predicts by.
 
-``layer_fits.json`` beside this file is written by `linconv bench --fits` from committed results.
+`linconv bench --fits` writes ``layer_fits.json``, beside this file, from committed results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["MeasuredCrossover", "measured_crossover"]
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredCrossover:
-    """frames: from which length on the mixer is faster; None where it never is, by the fits.
+    """frames: the length from which the mixer is faster; None if it never is, by the fits.
 
     shortest, longest: of the sequences that both sides were measured at. extrapolated: whether the width is of none
     between those that were measured, or frames beyond the longest. basis: what the fits are based on, for people to
@@ -40,7 +40,7 @@ def measured_crossover(mixer: str, width: int, operations: float) -> MeasuredCro
         mixer: its name. width: of the hidden states. operations: of the mixer for one frame.
 
     Returns:
-        None where no layer with this mixer was measured.
+        None if no layer with this mixer was measured.
     """
     layers = [layer for layer in _layers() if mixer in layer["fits"]]
     if not layers:

@@ -105,7 +105,7 @@ def seq_lens(attention_mask: Tensor | None, batch: int, length: int) -> Tensor |
 
     Args:
         attention_mask: (batch, L), True, or 1, at the valid frames; or (batch, 1, any, L), the same for every query,
-            True at them or, in floating point, 0 at them and below elsewhere. None: all frames are valid.
+            True at the valid frames or, in floating point, 0 there and negative elsewhere. None: all frames are valid.
         batch, length: of the hidden states.
 
     Raises:
@@ -157,7 +157,7 @@ def _check_padding_is_right(attention_mask: Tensor) -> None:
 def zero_padding(features: Tensor, mask: Tensor | None) -> Tensor:
     """features (batch, channels, L), zero where mask, (batch, L) bool or None, is False.
 
-    Before a convolution that is what a clip alone has beyond its end.
+    Before a convolution, this is what a clip on its own has beyond its end.
     """
     return features if mask is None else features.masked_fill(~mask[:, None], 0)
 
@@ -177,6 +177,6 @@ class AttentionSlot(nn.Module):
         self.outputs = outputs
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **arguments):
-        """hidden_states (batch, L, d), attention_mask (batch, L) or None. Attention weights there are none."""
+        """hidden_states (batch, L, d), attention_mask (batch, L) or None. There are no attention weights."""
         lengths = seq_lens(attention_mask, *hidden_states.shape[:2])
         return self.mixer(hidden_states, lengths), *[arguments.get(name) for name in self.outputs]
