@@ -1,4 +1,4 @@
-"""What the command line does, as functions: fine-tune a teacher, distil a student, score a checkpoint."""
+"""The commands as functions: fine-tune a teacher, distil a student, score a checkpoint."""
 
 from linconv.pipeline.checkpoints import empty_model, load_config, load_model, positions, save_preprocessing
 from linconv.pipeline.commands import WAYPOINTS_FOLDER, distill, evaluate, finetune

@@ -1,4 +1,4 @@
-"""Checkpoints as they are found: their config, their head, their tokenizer, their weights."""
+"""Loading of checkpoints: config, head, tokenizer and weights."""
 
 import contextlib
 from pathlib import Path
@@ -13,7 +13,7 @@ import linconv.auto  # noqa: F401  converted checkpoints load by name from here 
 from linconv.conversion.families import FAMILIES, Family
 from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
 
-# Weights of half precision would lose small steps, and features are float32: `bf16` in a recipe is autocast.
+# Half-precision weights would lose small updates, and features are float32. `bf16` in a recipe means autocast.
 TRAINED_IN = torch.float32
 AUTO_CLASS = {
     "classification": "AutoModelForAudioClassification",
@@ -24,13 +24,13 @@ AUTO_CLASS = {
 OF_TEXT = ("text_classification", "language_modeling")
 
 
-# What transformers raises where entries of a config, or weights, will not do: it looks at few of them itself.
+# What transformers raises for invalid config entries or weights; it validates few of them itself.
 _MISTAKES = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @contextlib.contextmanager
 def mistakes_in(what: str):
-    """What transformers says of entries of a config, or of files, that will not do is said of ``what``."""
+    """Turns errors of transformers about invalid config entries or files into a UserError about ``what``."""
     try:
         yield
     except (*_MISTAKES, StrictDataclassError, SafetensorError) as error:
@@ -38,7 +38,7 @@ def mistakes_in(what: str):
 
 
 def load_config(path: str, what: str):
-    """The config of a checkpoint folder or of a model on the hub, of a family that linconv knows."""
+    """Loads the config of a checkpoint folder or hub model, which must be of a family that linconv supports."""
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{what}: no config.json in {path}")
@@ -56,11 +56,11 @@ def load_config(path: str, what: str):
 
 
 def load_model(path: str, what: str, auto_class: str | None = None, **kwargs) -> PreTrainedModel:
-    """A model of a checkpoint, with the head it was saved with or that of ``auto_class``.
+    """Loads a checkpoint's model, with the head it was saved with or that of ``auto_class``.
 
     Raises:
-        UserError: files that will not do, or without weights of the model's blocks. Others may be missing, as those of
-            a new head are.
+        UserError: the files are invalid, or lack weights of the model's blocks. Other weights may be missing, such as
+            those of a new head.
     """
     config = kwargs.pop("config", None) or load_config(path, what)
     auto = getattr(transformers, auto_class or auto_class_of(config))
@@ -77,25 +77,25 @@ def load_model(path: str, what: str, auto_class: str | None = None, **kwargs) ->
 
 
 def empty_model(path: str, what: str) -> PreTrainedModel:
-    """The model of a checkpoint without its weights, which are not read."""
+    """Builds a checkpoint's model on the meta device, without reading weights."""
     config = load_config(path, what)
     with torch.device("meta"), mistakes_in(f"{what}: {path}"):
         return getattr(transformers, auto_class_of(config)).from_config(config)
 
 
 def positions(config) -> int | None:
-    """How many frames or tokens a model has positions for; None where it is not bound to any."""
+    """Returns how many frames or tokens a model has positions for, or None if it has no limit."""
     if "whisper" in config.model_type:
         return config.max_source_positions
     if config.model_type == "linconv-gpt_neox" and len(config.linconv["layers"]) == config.num_hidden_layers:
-        return None  # only attention turned by its positions
+        return None  # only attention uses the (rotary) positions
     limit = getattr(config, "max_position_embeddings", None)
-    # RoBERTa's start behind the index of padding.
+    # RoBERTa's positions start after the padding index.
     return limit - config.pad_token_id - 1 if limit and "roberta" in config.model_type else limit
 
 
 def family_of(model_type: str, what: str) -> Family:
-    """The family of a model type, stock or converted."""
+    """Returns the family of a model type, stock or converted."""
     stock = model_type.removeprefix("linconv-")
     if stock not in FAMILIES:
         raise unknown(what, model_type, FAMILIES)
@@ -103,7 +103,7 @@ def family_of(model_type: str, what: str) -> Family:
 
 
 def auto_class_of(config) -> str:
-    """The Auto class of the head that a config names."""
+    """Returns the Auto class of the head that a config names."""
     heads = FAMILIES[config.model_type.removeprefix("linconv-")].heads
     saved = (config.architectures or [next(iter(heads.values()))])[0].removeprefix("Linconv")
     for auto, stock in heads.items():
@@ -113,7 +113,7 @@ def auto_class_of(config) -> str:
 
 
 def check_head(config, what: str, path: str, task: str) -> None:
-    """Raises UserError where a checkpoint is of another task."""
+    """Raises UserError if a checkpoint has the head of another task."""
     found = auto_class_of(config)
     if found != AUTO_CLASS[task]:
         fit = [other for other, auto_class in AUTO_CLASS.items() if auto_class == found]
@@ -123,10 +123,10 @@ def check_head(config, what: str, path: str, task: str) -> None:
 
 
 def load_trained(path: str, what: str, task: str) -> tuple:
-    """The config and the tokenizer of a checkpoint that was trained on the task; classes of clips need no tokenizer.
+    """Loads config and tokenizer of a checkpoint trained on the task; the tokenizer is None for audio classification.
 
     Raises:
-        UserError: it was trained on another task, or has no tokenizer.
+        UserError: the checkpoint was trained on another task, or has no tokenizer.
     """
     config = load_config(path, what)
     check_head(config, what, path, task)
@@ -141,17 +141,17 @@ def load_trained(path: str, what: str, task: str) -> tuple:
 
 
 def load_tokenizer(path: str | None):
-    """The tokenizer of a checkpoint, or None where it has none."""
+    """Loads the tokenizer of a checkpoint; None if it has none."""
     try:
         tokenizer = None if path is None else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-    # Of some model types transformers makes one of special tokens alone where there are no files.
+    # For some model types without files, transformers builds a tokenizer of special tokens only.
     return None if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids) else tokenizer
 
 
 def fill_in_padding(config, tokenizer) -> None:
-    """Where a decoder comes without a token that pads, the end of text does; masks and labels tell it from the text."""
+    """Pads with the end of text if a decoder has no padding token; masks and labels tell padding from text."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError("model: its tokenizer has no token that pads, and no end of text; want one with either")
@@ -161,9 +161,9 @@ def fill_in_padding(config, tokenizer) -> None:
 
 
 def check_vocabulary(config, tokenizer, task: str) -> None:
-    """Raises UserError where text may become an id that the model has no output for."""
+    """Raises UserError if the tokenizer can produce an id that the model has no output for."""
     ids = set(tokenizer.get_vocab().values())
-    if task == "ctc":  # a transcript has no markers, which transformers adds to a vocabulary that comes without them
+    if task == "ctc":  # transcripts have no sentence markers; transformers adds them to vocabularies without
         ids -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
     if (largest := max(ids)) >= config.vocab_size:
         raise UserError(
@@ -172,7 +172,7 @@ def check_vocabulary(config, tokenizer, task: str) -> None:
 
 
 def save_preprocessing(source: str, folder: str) -> None:
-    """Copies the feature extractor and the tokenizer of a checkpoint, as far as it has them, to ``folder``."""
+    """Copies the feature extractor and the tokenizer of a checkpoint, if it has them, to ``folder``."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # it has none
         AutoFeatureExtractor.from_pretrained(source).save_pretrained(folder)
     if (tokenizer := load_tokenizer(source)) is not None:

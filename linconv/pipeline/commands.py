@@ -1,4 +1,4 @@
-"""Fine-tune a teacher, distil a student, score a checkpoint."""
+"""Fine-tuning of a teacher, distillation of a student, scoring of a checkpoint."""
 
 import contextlib
 import copy
@@ -35,8 +35,8 @@ from linconv.pipeline.run import KeepRecipe, Run, is_score, size_of, streamed
 from linconv.progress import Progress
 from linconv.recipe import Recipe
 
-WAYPOINTS_FOLDER = "waypoints"  # in the teacher's
-RANGES = {  # of arguments that transformers takes as they come: the least value, and from where on it is too much
+WAYPOINTS_FOLDER = "waypoints"  # in the teacher's folder
+RANGES = {  # of arguments that transformers does not check: minimum, exclusive maximum, description
     "per_device_train_batch_size": (1, math.inf, "a whole number above 0"),
     "per_device_eval_batch_size": (1, math.inf, "a whole number above 0"),
     "gradient_accumulation_steps": (1, math.inf, "a whole number above 0"),
@@ -49,20 +49,20 @@ RANGES = {  # of arguments that transformers takes as they come: the least value
     "adam_beta1": (0, 1, "a number from 0 up, below 1"),
     "adam_beta2": (0, 1, "a number from 0 up, below 1"),
 }
-SCORES = {  # of each task, beside its loss, and whether more of it is better
+SCORES = {  # of each task, besides its loss, and whether higher is better
     "classification": {"accuracy": True},
     "text_classification": {"accuracy": True},
     "ctc": {"wer": False, "cer": False},
     "language_modeling": {"perplexity": False, "nats_per_token": False},
 }
-MISTAKES = (ImportError, OSError, TypeError, ValueError)  # in arguments: some want a package, or name a file
-SAMPLING = ("random", "sequential", "group_by_length")  # what transformers calls the orders of examples
+MISTAKES = (ImportError, OSError, TypeError, ValueError)  # in arguments: some need a package or name a file
+SAMPLING = ("random", "sequential", "group_by_length")  # transformers' names for the orders of examples
 
 
 def finetune(recipe: Recipe, folder: str | None = None) -> Run:
-    """The fine-tuning of ``model.source`` (or of a new model) on the task; the result goes to ``model.teacher``.
+    """Prepares fine-tuning ``model.source`` (or a new model) on the task; the result goes to ``model.teacher``.
 
-    ``folder``, if given, is where the trainer writes in place of that, for a dry run.
+    If ``folder`` is given, the trainer writes there instead, for a dry run.
     """
     output = _required(recipe.model.teacher, "model.teacher", "a folder for the fine-tuned model")
     check_output(output, "model.teacher", model__source=recipe.model.source)
@@ -95,9 +95,9 @@ def finetune(recipe: Recipe, folder: str | None = None) -> Run:
 
 
 def distill(recipe: Recipe, folder: str | None = None) -> Run:
-    """The conversion of the teacher, or of the pretrained model, and its training under the teacher's guidance.
+    """Converts the teacher, or the pretrained model, and prepares its distillation from the teacher.
 
-    ``folder``, if given, is where the trainer writes in place of ``output``, for a dry run.
+    If ``folder`` is given, the trainer writes there instead of to ``output``, for a dry run.
     """
     path = _required(recipe.model.teacher, "model.teacher", "the checkpoint of a fine-tuned model")
     output = _required(recipe.output, "output", "a folder for the student")
@@ -135,7 +135,7 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
         base = any_length(load_model(path, "model.teacher", config=config, dtype=TRAINED_IN))
     student = make_student(base, recipe)
     if isinstance(mode.guide, TrajectoryGuided):
-        teacher = any_length(copy.deepcopy(base))  # the head too: both start from the same place
+        teacher = any_length(copy.deepcopy(base))  # with the head: both start from the same weights
     elif isinstance(mode.guide, WaypointGuided):
         teacher = any_length(load_model(mode.guide.waypoint(0), "guide.checkpoints", dtype=TRAINED_IN))
     _freeze(student, recipe)
@@ -147,7 +147,7 @@ def distill(recipe: Recipe, folder: str | None = None) -> Run:
 
 
 def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, float]:
-    """The scores of a checkpoint on one split: accuracy, word and character error rate for CTC, or perplexity."""
+    """Scores a checkpoint on one split: accuracy, word and character error rate for CTC, or perplexity."""
     config, tokenizer = load_trained(checkpoint, "checkpoint", recipe.task)
     splits = load_splits(recipe.data, recipe.task)
     name_classes(config, splits, "checkpoint")
@@ -172,22 +172,22 @@ def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, 
 
 
 def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> DistillationArguments:
-    """Those of a training, or of an evaluation. Where there are several processes, they find each other here."""
+    """Arguments of a training or an evaluation. Several processes form their group here."""
     defaults = {
         "report_to": "none", "log_level": "warning", "dataloader_pin_memory": torch.cuda.is_available(),
-        # Other accelerators, such as a Mac's, have no kernels, nor all that torch needs for a loss. On the CPU, the
-        # processes of torchrun find each other and bf16 is taken only if told so.
+        # Other accelerators, such as a Mac's, have no kernels and lack torch operations that losses need. On the CPU,
+        # torchrun's processes join a group, and bf16 is accepted, only if this is set.
         "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
     if (best := options.get("metric_for_best_model")) is not None:
         scores = {"loss": False, **SCORES[recipe.task]}
         if best.removeprefix("eval_") not in scores:
             raise unknown("metric_for_best_model", best, scores)
-        # transformers takes everything but a loss for something that more of is better.
+        # transformers assumes that higher is better for everything but a loss.
         defaults["greater_is_better"] = scores[best.removeprefix("eval_")]
     fixed = {
         "output_dir": output, "seed": recipe.seed, "remove_unused_columns": False,
-        "eval_do_concat_batches": True,  # scores are of a whole split
+        "eval_do_concat_batches": True,  # scores cover a whole split
     }  # fmt: skip
     wants_evaluation = options.get("eval_strategy", "no") != "no"
     if wants_evaluation and splits.validation is None:
@@ -199,7 +199,7 @@ def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> Di
         raise UserError(f"max_steps: got {steps}; want a whole number above 0, or -1 for num_train_epochs")
     if (epochs := options.get("num_train_epochs", 1)) <= 0:
         raise UserError(f"num_train_epochs: got {epochs:g}; want a number above 0")
-    if (sampling := options.get("train_sampling_strategy", "random")) not in SAMPLING:  # transformers would go on
+    if (sampling := options.get("train_sampling_strategy", "random")) not in SAMPLING:  # transformers ignores it
         raise unknown("train_sampling_strategy", sampling, SAMPLING)
     backends = [backend.value.lower() for backend in DynamoBackend]
     if (backend := options.get("torch_compile_backend") or "no").lower() not in backends:
@@ -212,7 +212,7 @@ def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> Di
 
 
 def _named(message: str, given: dict, options: dict) -> str:
-    """What transformers says of one of ``options`` that will not do, behind the name of that one if it says none."""
+    """Prefixes a message of transformers about an invalid option with the option's name, if it names none."""
     if any(re.search(rf"\b{field.name}\b", message) for field in fields(DistillationArguments)):
         return message
     for key in options:
@@ -223,7 +223,7 @@ def _named(message: str, given: dict, options: dict) -> str:
 
 
 def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwargs) -> DistillationTrainer:
-    # What asks the hub, or a tracker that may not be installed, raises whatever its packages raise.
+    # The hub and trackers, which may not be installed, raise whatever their packages raise.
     asked = [key for key in ("report_to", "push_to_hub") if getattr(args, key)]
     try:
         trainer = DistillationTrainer(
@@ -246,7 +246,7 @@ def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwarg
     _try_out(trainer)
     _warn_of_what_comes_too_late(args, kwargs["mode"])
     trainer.add_callback(KeepRecipe(recipe))
-    # One of the two is there, by disable_tqdm.
+    # disable_tqdm decides which of the two is present.
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     if trainer.pop_callback(transformers.trainer_callback.ProgressCallback) is not None:
         trainer.add_callback(Progress())
@@ -254,14 +254,14 @@ def _trainer(recipe: Recipe, args, model, splits: Splits, preprocessing, **kwarg
 
 
 def _try_out(trainer: DistillationTrainer) -> None:
-    """Makes what transformers makes of names and options only once it trains, and leaves it.
+    """Builds, and discards, what transformers builds from names and options only when training starts.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: something cannot be built.
     """
     args, optimizer = trainer.args, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    steps = args.max_steps if args.max_steps > 0 else 1000  # any number: an epoch's is known later
-    # Layer-wise optimizers hook themselves on what they are made for, and would train it beside the one to come.
+    steps = args.max_steps if args.max_steps > 0 else 1000  # any number: the steps of an epoch are not known yet
+    # Layer-wise optimizers add hooks to their parameters and would train them too, hence blank parameters.
     blank = {id(p): torch.nn.Parameter(p.detach().new_zeros(1), p.requires_grad) for p in trainer.model.parameters()}
     model = copy.deepcopy(trainer.model, blank)
     makers = {
@@ -289,7 +289,7 @@ def _try_out(trainer: DistillationTrainer) -> None:
 
 
 def _check_optim_args(trainer: DistillationTrainer, model: PreTrainedModel) -> None:
-    """Raises UserError where one has no effect: transformers takes what the optimizer has and passes over the rest."""
+    """Raises UserError for an argument without effect: transformers ignores those that the optimizer does not have."""
     args = copy.copy(trainer.args)
 
     def options(optim_args):
@@ -300,15 +300,15 @@ def _check_optim_args(trainer: DistillationTrainer, model: PreTrainedModel) -> N
         key, equals, _ = pair.strip().partition("=")
         if not equals:
             raise UserError(f"optim_args: got {pair.strip()!r}; want KEY=VALUE, with commas between")
-        with contextlib.suppress(*MISTAKES, AttributeError, RuntimeError):  # where it is read, '?' may be refused
+        with contextlib.suppress(*MISTAKES, AttributeError, RuntimeError):  # an argument that is read may refuse '?'
             if options(f"{key}=?") == options(None):
                 raise UserError(f"optim_args: no {key!r} for the optimizer {trainer.args.optim.value}")
 
 
 def _warn_of_what_comes_too_late(args, mode) -> None:
-    """Where a run was made shorter, and what its recipe says of single steps was not."""
+    """Warns of steps in the recipe that a shortened run never reaches."""
     late = {"warmup_steps": args.warmup_steps} if args.warmup_steps >= 1 else {}
-    # A fine-tuning is not guided, whatever its recipe says of the distillation.
+    # Fine-tuning has no guide, whatever the recipe says about distillation.
     late |= {f"guide.{key}": getattr(mode, key, None) for key in ("drop_layer_loss_at", "drop_kd_at")}
     for key, step in late.items():
         if step is not None and 0 < args.max_steps <= step:
@@ -334,7 +334,7 @@ def _need_train(splits: Splits) -> None:
 
 
 class KeepWaypoints(transformers.TrainerCallback):
-    """Saves ``count`` snapshots of the model, evenly spaced and the end among them: its weights and nothing else."""
+    """Saves ``count`` evenly spaced snapshots of the model, the last one at the end: config and weights only."""
 
     def __init__(self, folder: Path, count: int):
         self.folder, self.count = folder, count
@@ -342,6 +342,6 @@ class KeepWaypoints(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         step, steps = state.global_step, state.max_steps
         if step * self.count // steps > (step - 1) * self.count // steps:
-            set_training(optimizer, False)  # in every process, lest their weights differ
+            set_training(optimizer, False)  # in every process, so that weights stay equal
             if state.is_world_process_zero:
                 model.save_pretrained(self.folder / f"checkpoint-{step}")

@@ -1,4 +1,4 @@
-"""The models that a recipe asks for: fitted to its task, converted, of any length."""
+"""The models of a recipe: with the head of its task, converted, for input of any length."""
 
 import warnings
 
@@ -25,7 +25,7 @@ from linconv.recipe import Recipe
 
 
 def task_config(recipe: Recipe, splits: Splits | None, tokenizer):
-    """The config of the model to be fine-tuned: that of ``model.source``, or from scratch, fitted to the task."""
+    """Makes the config of the model to fine-tune, from ``model.source`` or ``model.config``, fitted to the task."""
     model = recipe.model
     if (model.source is None) == (not model.config):
         raise UserError("model: want one of source (a checkpoint) and config (to train from scratch)")
@@ -39,12 +39,12 @@ def task_config(recipe: Recipe, splits: Splits | None, tokenizer):
         config_class, entries = family.stock_config_class(), {**entries, **model.overrides}
         _check_entries(config_class(), entries, "model.config")
         with mistakes_in("model.config"):
-            config = config_class(**entries)  # made at once: some entries follow from others
+            config = config_class(**entries)  # all entries at once: some are derived from others
     family = family_of(config.model_type, "model type")
     if AUTO_CLASS[recipe.task] not in family.heads:
         fit = [task for task, auto_class in AUTO_CLASS.items() if auto_class in family.heads]
         raise UserError(f"task: got {recipe.task}, for which {family.model_type} has no head; want {' or '.join(fit)}")
-    if recipe.task == "language_modeling" and model.source is not None:  # its head is the pretrained one
+    if recipe.task == "language_modeling" and model.source is not None:  # needs a pretrained head
         check_head(config, "model.source", model.source, recipe.task)
     if splits.labels is not None:
         config.id2label = dict(enumerate(splits.labels))
@@ -53,9 +53,9 @@ def task_config(recipe: Recipe, splits: Splits | None, tokenizer):
         config.vocab_size = len(tokenizer)
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = config.eos_token_id = None
-        # If not told otherwise, a transcript that does not fit into its clip teaches nothing, and does not end the run.
+        # By default, a transcript that does not fit into its clip has no effect on training and does not end the run.
         config.ctc_zero_infinity = {**model.config, **model.overrides}.get("ctc_zero_infinity", True)
-    elif model.source is None:  # a language model, whose tokenizer was built for it
+    elif model.source is None:  # a language model with a tokenizer built for it
         config.vocab_size = len(tokenizer)
         config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     if recipe.task in OF_TEXT and tokenizer is not None:
@@ -68,7 +68,7 @@ def _check_entries(config, entries: dict, what: str) -> None:
     for key, value in entries.items():
         if key not in known:
             raise unknown(f"{what}.{key}", key, known)
-        # A model looks its activations up when it is made, and says no more than the name that it has not found.
+        # A model looks up activations when it is built; its error has only the name that was not found.
         if _is_activation(known[key]) and not _is_activation(value):
             raise unknown(f"{what}.{key}", value, ACT2FN)
 
@@ -84,7 +84,7 @@ def override(config, entries: dict) -> None:
 
 
 def base_model(recipe: Recipe, config) -> PreTrainedModel:
-    """``model.source`` with a new head, or a new model."""
+    """Loads ``model.source`` with the head of the task, or builds a new model."""
     if recipe.model.source is None:
         with mistakes_in("model.config"):
             return getattr(transformers, AUTO_CLASS[recipe.task]).from_config(config)
@@ -95,14 +95,14 @@ def base_model(recipe: Recipe, config) -> PreTrainedModel:
 
 
 def any_length(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself; or, of a family whose stock forward pass takes one length only or lets padding in, a copy that
-    takes any and does not."""
+    """Returns the model itself, or, for families whose stock forward pass requires one length or mixes in padding, a
+    copy that takes any length and ignores padding."""
     family = family_of(model.config.model_type, "model type")
     return convert(model, layers=[]) if family.overrides and not isinstance(model, ConvertedModel) else model
 
 
 def make_student(base: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    """``base`` converted as the recipe says."""
+    """Converts ``base`` as the recipe says."""
     conversion = recipe.conversion
     if conversion.mixer not in mixers.names():
         raise unknown("conversion.mixer", conversion.mixer, mixers.names())
@@ -117,9 +117,9 @@ def make_student(base: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
 
 
 def name_classes(config, splits: Splits, what: str) -> None:
-    """Gives a checkpoint whose classes are only counted (LABEL_0, ...) the names that they have in the data.
+    """Gives the classes of a checkpoint without class names (LABEL_0, ...) their names in the data.
 
-    They have some where the data set of the hub counts them too, or where they are numbers: other orders are unknown.
+    This needs classes that are numbers, or a hub data set that lists them in order: other orders are unknown.
     """
     count = config.num_labels
     if splits.labels is None or config.label2id != {f"LABEL_{i}": i for i in range(count)}:

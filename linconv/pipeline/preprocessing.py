@@ -1,4 +1,4 @@
-"""From clips, sentences or documents to batches, and from outputs to scores."""
+"""Preprocessing: clips, sentences or documents to batches, and outputs to scores."""
 
 import warnings
 from bisect import bisect_left
@@ -21,12 +21,12 @@ from linconv.pipeline.processes import by_main_process
 from linconv.recipe import Recipe
 
 SPLITS = ("train", "validation", "test")
-BLOCK = 1024  # tokens, unless a recipe or the model's positions say otherwise
+BLOCK = 1024  # tokens, unless the recipe or the model's positions set another length
 
 
 @dataclass
 class Preprocessing:
-    """From clips, sentences or blocks to batches and from outputs to scores."""
+    """Turns clips, sentences or blocks into batches, and outputs into scores."""
 
     collator: Collator | SentenceCollator | BlockCollator
     metrics: Metrics | Perplexity
@@ -45,7 +45,7 @@ def make_preprocessing(recipe: Recipe, splits: Splits, config, extractor, tokeni
                 raise unknown("data: label", target, label2id)
             return label2id[target]
 
-        for target in dict.fromkeys(chain.from_iterable(known)):  # now, and not in the middle of a run
+        for target in dict.fromkeys(chain.from_iterable(known)):  # fail now, not in the middle of a run
             encode(target)
 
         if recipe.task == "text_classification":
@@ -70,15 +70,15 @@ def feature_extractor_of(path: str | None, config, recipe: Recipe):
         try:
             extractor = AutoFeatureExtractor.from_pretrained(path)
         except (OSError, ValueError) as error:
-            if (Path(path) / FEATURE_EXTRACTOR_NAME).is_file():  # broken, which is not to have none
+            if (Path(path) / FEATURE_EXTRACTOR_NAME).is_file():  # broken, not absent
                 raise UserError(f"{path}: {FEATURE_EXTRACTOR_NAME}: {' '.join(str(error).split())[:300]}") from error
     if extractor is not None and extractor.sampling_rate != sampling_rate:
         raise UserError(f"data.sampling_rate: got {sampling_rate}; the model wants {extractor.sampling_rate}")
-    # The mask keeps padding out of every sum; only group-normalised Wav2Vec2 checkpoints go without.
+    # The mask keeps padding out of every sum; only group-normalised Wav2Vec2 checkpoints have none.
     if "whisper" in config.model_type:
         if extractor is None:
             extractor = transformers.WhisperFeatureExtractor(config.num_mel_bins, sampling_rate=sampling_rate)
-        # Published ones give no mask, since to the stock model a clip goes on with silence; here it has its own frames.
+        # Published extractors return no mask: for the stock model a clip continues with silence; here it ends.
         extractor.return_attention_mask = True
     elif extractor is None:
         extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=sampling_rate, return_attention_mask=True)
@@ -86,14 +86,14 @@ def feature_extractor_of(path: str | None, config, recipe: Recipe):
 
 
 def _spelling(tokenizer, data):
-    """What makes the tokens of a transcript: in capitals where a vocabulary has no others."""
+    """Returns the function from a transcript to its tokens; it upper-cases if the vocabulary has only capitals."""
     letters = [token for token in tokenizer.get_vocab() if len(token) == 1 and token.lower() != token.upper()]
     capitals = data.normalize_text and letters and all(token.isupper() for token in letters)
     return lambda text: tokenizer(text.upper() if capitals else text).input_ids
 
 
 def _check_transcripts(texts, spell, tokenizer) -> None:
-    """Warns of characters that there are no tokens for; it is an error if there are none for any."""
+    """Warns of characters without a token; raises UserError if no character has one."""
     characters = set().union(*texts) - {" "}
     unknown_ones = sorted(c for c in characters if tokenizer.unk_token_id in spell(c))
     if not unknown_ones:
@@ -109,16 +109,16 @@ def _check_transcripts(texts, spell, tokenizer) -> None:
 
 
 def shortest_clip(model: PreTrainedModel, extractor) -> float:
-    """Seconds of sound that a model has its first frame of."""
+    """Returns the shortest duration, in seconds, for which a model has a frame."""
     family, rate = family_of(model.config.model_type, "model type"), extractor.sampling_rate
-    # Whisper is given spectra, a hop apart, which look half a window to either side.
+    # Whisper's spectra are one hop apart and extend half a window to either side.
     hop, window = getattr(extractor, "hop_length", 1), getattr(extractor, "n_fft", 0)
     first = bisect_left(range(rate), 1, key=lambda n: int(family.frame_lengths(model, torch.tensor(n // hop))))
     return max(first, window // 2 + 1) / rate
 
 
 def cut_into_blocks(recipe: Recipe, splits: Splits, config, tokenizer, args: DistillationArguments) -> Splits:
-    """The documents of a language model as blocks of tokens. The splits of other tasks stay as they are."""
+    """Cuts the documents of a language model into blocks of tokens. Splits of other tasks are returned as they are."""
     if recipe.task != "language_modeling":
         return splits
     most = positions(config)

@@ -1,4 +1,4 @@
-"""What one of several processes does for all."""
+"""Work that one of several processes does for all."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from linconv.errors import UserError
 
 
 def by_main_process(args: DistillationArguments, function: Callable[[], Any]) -> Any:
-    """What ``function`` returns in the main process, or the UserError that it raises there; the others are given it."""
+    """Calls ``function`` in the main process; all processes return its result or raise its UserError."""
     if args.world_size == 1:
         return function()
     outcome: list = [None]

@@ -1,4 +1,4 @@
-"""A run made ready: what it will do, checks before it, its training and its scores."""
+"""A prepared run: its description, checks, training and scores."""
 
 import json
 import math
@@ -29,7 +29,7 @@ PROBE_CLIPS = 8
 
 @dataclass
 class Run:
-    """A run made ready: ``describe`` says what it will do, ``execute`` does it."""
+    """A prepared run: ``describe`` says what it will do, ``execute`` does it."""
 
     recipe: Recipe
     trainer: DistillationTrainer
@@ -65,19 +65,19 @@ class Run:
         return lines
 
     def check(self, resume: bool = False) -> None:
-        """Looks for what would end the run later: a checkpoint in its way, and clips that cannot be read or learned.
+        """Looks for problems that would end the run later: an existing checkpoint, clips that cannot be used.
 
-        Of each clip the header is read, of a few all. Streams are not looked through.
+        It reads the header of every clip and the whole of a few. It does not read streams.
 
         Raises:
-            UserError: something was found.
+            UserError: there is a problem.
         """
         self._checkpoint(resume)
         self._check_transcripts_fit(self._seconds(*SPLITS))
         self._probe()
 
     def _seconds(self, *names: str) -> list[float]:
-        """How long each clip of these splits is, by its header; nothing of text and streams.
+        """Returns the seconds of each clip of these splits, from its header; nothing for text and streams.
 
         Raises:
             UserError: some clips cannot be used.
@@ -93,9 +93,9 @@ class Run:
         )
 
     def _lengths(self) -> list[float] | None:
-        """Of each example to train on, where batches are to be of like lengths: seconds of clips, tokens of text.
+        """Returns the length of each training example if batches group by length: seconds of clips, tokens of text.
 
-        Of CTC it is checked on the way that transcripts fit: headers are read once.
+        For CTC it also checks that transcripts fit, so that headers are read only once.
         """
         grouped = self.trainer.args.train_sampling_strategy == "group_by_length"
         seconds = self._seconds("train") if grouped or self.recipe.task == "ctc" else []
@@ -105,13 +105,13 @@ class Run:
         return seconds or self.trainer.data_collator.lengths(self.splits.train)
 
     def _check_transcripts_fit(self, seconds: list[float]) -> None:
-        """Looks for clips to train on whose CTC loss is infinite: all alignments have more frames than they do.
+        """Looks for training clips whose CTC loss is infinite: every alignment needs more frames than the clip has.
 
         Args:
-            seconds: of each clip, those to train on first.
+            seconds: of each clip, training clips first.
 
         Raises:
-            UserError: there are some, and the model's config has no ``ctc_zero_infinity``, with which it is a warning.
+            UserError: there are some, and ``ctc_zero_infinity`` is off in the model's config; if on, it is a warning.
         """
         if self.recipe.task != "ctc" or not seconds:
             return
@@ -121,7 +121,7 @@ class Run:
         frames = family_of(model.config.model_type, "model type").frame_lengths(model, samples).tolist()
         short = []
         for i, labels in enumerate(map(collator.encode, train.targets)):
-            least = len(labels) + sum(a == b for a, b in pairwise(labels))  # a blank parts two that are the same
+            least = len(labels) + sum(a == b for a, b in pairwise(labels))  # a blank separates two equal ones
             if frames[i] < least:
                 short.append(f"{train.name(i)}: {frames[i]} frames, {least} wanted")
         if not short:
@@ -138,7 +138,7 @@ class Run:
         """Trains, saves the model and its preprocessing in ``output``, and scores it on the test split.
 
         Args:
-            resume: go on from the last complete checkpoint in ``output``.
+            resume: continue from the last complete checkpoint in ``output``.
 
         Returns:
             The scores, which are also in ``results.json`` in ``output``.
@@ -184,10 +184,10 @@ class Run:
         return scores
 
     def _checkpoint(self, resume: bool) -> str | None:
-        """The checkpoint to go on from, or None where the run starts.
+        """Returns the checkpoint to continue from, or None for a new run.
 
         Raises:
-            UserError: there is none to go on from, or one that would be written over.
+            UserError: there is none to continue from, or a new run would overwrite one.
         """
         checkpoint = last_checkpoint(self.output)
         if resume:
@@ -199,7 +199,7 @@ class Run:
         return checkpoint
 
     def _probe(self) -> Probe | None:
-        """Follows a few clips of the test split; None where there is none, or a stream."""
+        """Returns a probe of a few clips of the test split; None if there is no test split, or it is a stream."""
         test = self.splits.test
         if test is None or streamed(test):
             return None
@@ -208,7 +208,7 @@ class Run:
         return Probe(self.trainer, self.trainer.data_collator(clips))
 
     def _check_checkpoint(self, checkpoint: str) -> None:
-        """Raises UserError where a checkpoint is of another run, or cannot be gone on from."""
+        """Raises UserError if a checkpoint belongs to another run, or training cannot continue from it."""
         if self.trainer.args.save_only_model:
             raise UserError("--resume: save_only_model leaves checkpoints nothing to go on from; want it false")
         file = Path(checkpoint) / RECIPE_FILE
@@ -226,20 +226,20 @@ class Run:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The last checkpoint in ``folder`` that was saved to its end: the trainer's state is written last."""
+    """Returns the last complete checkpoint in ``folder``: one with the trainer's state, which is written last."""
     found = [p.parent for p in Path(folder).glob("checkpoint-*/trainer_state.json")]
     return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What a run may not change on the way, as JSON has it. How long it is, what it logs and where data are, it may."""
+    """Settings, as JSON, that a resumed run must not change: all but output, training arguments and data path."""
     fields = {k: v for k, v in asdict(recipe).items() if k not in ("output", "finetune", "distill")}
     del fields["data"]["path"]
     return json.loads(json.dumps(fields, default=str))
 
 
 class KeepRecipe(transformers.TrainerCallback):
-    """Writes into each checkpoint whose run it is of."""
+    """Writes into each checkpoint the settings that identify its run."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
