@@ -1,4 +1,4 @@
-"""Recorded speech, sentences or documents as training data: a folder, or a data set of the hub."""
+"""Training data: recorded speech, sentences or documents from a folder or a data set on the hub."""
 
 from linconv.data.collate import BlockCollator, Collator, SentenceCollator
 from linconv.data.documents import Blocks, in_blocks

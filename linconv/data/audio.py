@@ -13,16 +13,16 @@ __all__ = ["duration", "read_audio"]
 
 
 def read_audio(file: str | Path | bytes, sampling_rate: int) -> np.ndarray:
-    """The sound in a file (or in the bytes of one) as mono float32 at ``sampling_rate``.
+    """Reads a sound file (or the bytes of one) as mono float32 at ``sampling_rate``.
 
     Raises:
-        UserError: it holds no samples, or some that are not finite, or is not a sound file; the message names it.
+        UserError: it has no samples or non-finite ones, or is not a sound file; the message names it.
     """
     with _opened(file) as sound:
         samples, rate = sound.read(dtype="float32"), sound.samplerate
     if not len(samples):
         raise UserError(f"{_name(file)}: no samples in it")
-    if not np.isfinite(samples).all():  # a single one makes every weight NaN
+    if not np.isfinite(samples).all():  # a single one turns every weight into NaN
         raise UserError(f"{_name(file)}: got samples that are NaN or infinite; want finite ones")
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
@@ -34,10 +34,10 @@ def read_audio(file: str | Path | bytes, sampling_rate: int) -> np.ndarray:
 
 
 def duration(file: str | Path | bytes) -> float:
-    """Seconds of sound in a file, by its header. The last sample is looked up too: a file that was cut off has none.
+    """Returns the seconds of sound in a file, from its header; reads the last sample too, which truncated files lack.
 
     Raises:
-        UserError: as :func:`read_audio`.
+        UserError: it has no samples, or is not a sound file; the message names it.
     """
     with _opened(file) as sound:
         if not sound.frames:

@@ -1,4 +1,4 @@
-"""Clips, sentences, or blocks of tokens, to a batch."""
+"""Batches of clips, sentences or blocks of tokens."""
 
 from collections.abc import Callable
 
@@ -10,19 +10,19 @@ from linconv.data.sentences import Sentences
 
 __all__ = ["BlockCollator", "Collator", "SentenceCollator"]
 
-ROWS_AT_ONCE = 1000  # to the tokenizer, where only their lengths are kept
+ROWS_AT_ONCE = 1000  # to the tokenizer, when only lengths are needed
 
 
 class Collator:
     """Makes a padded batch of clips: features, attention mask, labels.
 
-    Features are extracted clip by clip, then padded: what a clip is beside in a batch cannot change them (a spectrum
-    at the end of a clip reaches over its end).
+    Features are extracted from each clip alone and then padded, so the rest of the batch cannot change them (the last
+    spectra of a clip extend beyond its end).
 
     Args:
-        feature_extractor: that of the model. Audio is taken to be at its sampling rate.
-        encode: a target to its label (int) or to its label ids (list of int; padded with -100).
-        attention_mask: whether the batch has one; None asks the feature extractor.
+        feature_extractor: that of the model. Audio must have its sampling rate.
+        encode: maps a target to its label (int) or its label ids (list of int; padded with -100).
+        attention_mask: whether batches have one; None takes the feature extractor's setting.
     """
 
     def __init__(self, feature_extractor, encode: Callable[[str], int | list[int]], attention_mask: bool | None = None):
@@ -66,8 +66,8 @@ class SentenceCollator:
 
     Args:
         tokenizer: that of the model.
-        encode: a target to its label.
-        max_length: tokens that a row is cut to; None for as many as the tokenizer says its model takes.
+        encode: maps a target to its label.
+        max_length: truncates rows to this many tokens; None uses the tokenizer's limit for its model.
     """
 
     def __init__(self, tokenizer, encode: Callable[[str], int], max_length: int | None = None):
@@ -78,7 +78,7 @@ class SentenceCollator:
         return {**batch, "labels": torch.tensor([self.encode(row["target"]) for row in rows])}
 
     def lengths(self, rows: Sentences) -> list[int]:
-        """Tokens of each row, as it is cut. With a bar: all are tokenised."""
+        """Returns the tokens of each row after truncation. Tokenises all rows, with a progress bar."""
         from tqdm import tqdm
 
         found = []
@@ -95,10 +95,10 @@ class SentenceCollator:
 
 
 class BlockCollator:
-    """Makes a padded batch of blocks: token ids, attention mask, and as labels the same ids, -100 at the padding.
+    """Makes a padded batch of blocks: token ids, attention mask, and the same ids as labels, -100 at the padding.
 
     Args:
-        padding: the token that pads. It may be one that the text has, too, such as its end: there it is learned.
+        padding: the padding token. The text may contain it too, as the end of text; there it is learned.
     """
 
     def __init__(self, padding: int):
@@ -115,5 +115,5 @@ class BlockCollator:
         }
 
     def lengths(self, blocks: Blocks) -> list[int]:
-        """Tokens of each block."""
+        """Returns the number of tokens of each block."""
         return list(map(len, blocks.blocks))

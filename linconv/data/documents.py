@@ -1,4 +1,4 @@
-"""Where documents come from, and blocks of their tokens, which a language model is trained on."""
+"""Documents for language models, and the blocks of tokens cut from them."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -14,18 +14,18 @@ from linconv.recipe import Data
 
 __all__ = ["Blocks", "in_blocks", "load_documents"]
 
-CHARACTERS_AT_ONCE = 1 << 20  # to the tokenizer, which keeps far more of each token than its number
+CHARACTERS_AT_ONCE = 1 << 20  # to the tokenizer, whose results need far more memory than the ids
 
 
 class Blocks(torch.utils.data.Dataset):
-    """A split's tokens, one document behind the other, in blocks: ``{"input_ids": int32 (L,)}`` by index.
+    """The concatenated documents of a split in blocks of tokens: ``{"input_ids": int32 (L,)}`` by index.
 
     Each token is in one block. All blocks but the last have ``length`` tokens.
 
     Args:
         tokens: int32, (tokens,).
-        length: of a block.
-        documents: that the tokens are of.
+        length: tokens of a block.
+        documents: number of documents.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, documents: int):
@@ -40,31 +40,31 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def load_documents(data: Data) -> dict[str, Sentences | None]:
-    """The documents of the three splits that ``data`` describes: rows of one text, without classes.
+    """Loads the documents of the three splits that ``data`` describes: rows of one text, without classes.
 
-    A split is a .txt file, whose documents stand apart by blank lines; a folder, each .txt file in which is a document;
-    a table, .tsv or .csv, with a document a row; or that of a data set on the hub.
+    A split is a .txt file with blank lines between documents; a folder with a .txt file for each document; a .tsv or
+    .csv table with a document in each row; or a split of a data set on the hub.
 
     Raises:
-        UserError: something that ``data`` names is not there; the message says what and what comes nearest.
+        UserError: something that ``data`` names does not exist; the message names it and the nearest match.
     """
     readers = {".txt": _read_paragraphs, FOLDER: _read_folder}
     return load_rows(data, "data.text", [] if data.text is None else [data.text], readers=readers)
 
 
 def in_blocks(documents: Sentences, tokenizer, length: int, split: str) -> Blocks:
-    """Tokens of all documents, the end of text behind each, cut into blocks. With a bar: it is all done here.
+    """Tokenises all documents, adds the end of text after each, and cuts blocks. Shows a progress bar.
 
     Args:
-        length: tokens of a block, two at least.
-        split: what messages call it.
+        length: tokens of a block, at least two.
+        split: its name in messages.
 
     Raises:
         UserError: there is no text.
     """
     from tqdm import tqdm
 
-    texts = [text.strip() for (text,) in documents.texts]  # of the hub, lines come with their ends
+    texts = [text.strip() for (text,) in documents.texts]  # hub rows may end in line breaks
     end, pieces = [tokenizer.eos_token_id], []
     with tqdm(
         total=sum(map(len, texts)), desc=f"tokens of {split}", unit="char", unit_scale=True, leave=False, disable=None

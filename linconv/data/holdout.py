@@ -1,4 +1,4 @@
-"""Splits drawn from the data where it comes without them."""
+"""Held-out splits for data without them."""
 
 from collections.abc import Iterable
 
@@ -10,14 +10,14 @@ SPLITS = ("validation", "test")
 
 
 def hold_out(groups: Iterable[list], shares: dict[str, float]) -> dict[str, list]:
-    """Cuts the shares off each group, from its front: what falls to each split that ``shares`` names.
+    """Cuts the shares off the front of each group and returns the items of each split in ``shares``.
 
     Args:
-        groups: each in an order drawn beforehand.
+        groups: each already in random order.
         shares: by split; ``data.holdout`` of a recipe.
 
     Raises:
-        UserError: an unknown split, or shares that are none.
+        UserError: an unknown split, a share not between 0 and 1, or shares that leave nothing to train on.
     """
     for split, share in shares.items():
         if split not in SPLITS:

@@ -1,4 +1,4 @@
-"""Data sets of the hub, through the package datasets."""
+"""Data sets of the hub, by the package datasets."""
 
 from collections.abc import Iterator
 
@@ -11,15 +11,15 @@ SPLITS = ("train", "validation", "test")
 
 
 def load_from_hub(data: Data, columns: dict[str, str], **options) -> Iterator[tuple[str, object]]:
-    """Each of the three splits that ``data`` names, with its data set, or None where the hub has none of that name.
+    """Yields each of the three splits that ``data`` names with its data set, or None if the hub lacks that split.
 
     Args:
-        columns: those that must be there, and what each is called in the recipe.
-        options: further ones of ``datasets.load_dataset``.
+        columns: required columns, with the recipe key of each.
+        options: more options of ``datasets.load_dataset``.
 
     Raises:
-        UserError: something that ``data`` names is not there; the message says what and what comes nearest. Or a row
-            of a data set that is not streamed has nothing in one of the columns.
+        UserError: something that ``data`` names does not exist; the message names it and the nearest match. Or a row
+            of a data set that is not streamed has null in one of the columns.
     """
     absent = no_folder("data.path", data.path)
     try:
@@ -28,7 +28,7 @@ def load_from_hub(data: Data, columns: dict[str, str], **options) -> Iterator[tu
         raise UserError(f"{absent}; for a data set on the hub, pip install 'linconv[hub]'") from None
     try:
         available = datasets.get_dataset_split_names(data.path, data.name)
-    except Exception as error:  # the loader raises whatever its many back ends raise
+    except Exception as error:  # its many back ends raise all kinds of errors
         raise UserError(f"{absent}, and no such data set on the hub: {' '.join(str(error).split())[:200]}") from error
     if data.train not in available:
         raise unknown("data.train", data.train, available)
@@ -45,17 +45,17 @@ def load_from_hub(data: Data, columns: dict[str, str], **options) -> Iterator[tu
 
 
 def _check_filled(cells, what: str) -> None:
-    if cells.null_count:  # kept beside the cells: none is read
+    if cells.null_count:  # stored as metadata: no cell is read
         empty = [f"row {row}" for row, null in enumerate(cells.is_null().to_pylist()) if null]
         counted = f"{len(empty):,} of {len(cells):,} rows"
         raise UserError(f"{what}: null in {counted}, {first_of(empty)} (from 0 on); want a value in every row")
 
 
 def class_name(feature, value) -> str:
-    """What a class that the hub counts is called."""
+    """Returns the name of a class, which the hub may store as a number."""
     return feature.int2str(value) if hasattr(feature, "int2str") else str(value)
 
 
 def class_names(feature) -> list[str] | None:
-    """All classes in the order in which the hub counts them, or None where it does not."""
+    """Returns all classes in the hub's order, or None if it does not list them."""
     return list(feature.names) if hasattr(feature, "int2str") else None

@@ -1,4 +1,4 @@
-"""Scores of a head's answers."""
+"""Scores of a model's outputs."""
 
 import numpy as np
 import torch
@@ -8,19 +8,19 @@ __all__ = ["Metrics", "Perplexity"]
 
 
 class Metrics:
-    """Accuracy of classes; or, with a ``tokenizer``, word and character error rates of greedy CTC decoding.
+    """Accuracy of classes or, with a ``tokenizer``, word and character error rates of greedy CTC decoding.
 
-    Error rates are those of the whole split: edits over words, and over characters, of all transcripts.
+    Error rates are over the whole split: all edits divided by all words, or characters, of the transcripts.
     """
 
     def __init__(self, tokenizer=None):
         self.tokenizer = tokenizer
-        # Of each clip scored last, in order: [mistakes, of how many], classes or words.
+        # For each clip of the last scoring, in order: [errors, total], in classes or words.
         self.clips: list[list[int]] = []
 
     @staticmethod
     def answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The best class by row; -100 where the Trainer has padded."""
+        """Returns the argmax over classes; -100 where the Trainer padded."""
         logits = logits[0] if isinstance(logits, tuple) else logits
         return logits.argmax(-1).masked_fill((logits == -100).all(-1), -100)
 
@@ -43,17 +43,17 @@ class Metrics:
 
 
 class Perplexity:
-    """Of next tokens: nats a token, and their exponential, over all tokens of the split that are predicted."""
+    """Nats per predicted token of the whole split, for next-token prediction, and perplexity, their exponential."""
 
     def __init__(self):
-        # Of each block scored last, in order: [nats, of how many tokens].
+        # For each block of the last scoring, in order: [nats, tokens].
         self.clips: list[list[float]] = []
 
     @staticmethod
     def answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """float32 (batch, 2), nats and tokens of each row, of logits (batch, L, vocabulary) and labels (batch, L)."""
+        """Returns float32 (batch, 2), nats and tokens of each row. Shapes: (batch, L, vocabulary) and (batch, L)."""
         logits = logits[0] if isinstance(logits, tuple) else logits
-        # Row by row: float32 copies of a whole batch would be the largest tensors of the run.
+        # Row by row: a float32 copy of a whole batch would be the largest tensor of the run.
         nats = [F.cross_entropy(row[:-1].float(), ids[1:], reduction="sum") for row, ids in zip(logits, labels)]
         return torch.stack([torch.stack(nats), (labels[:, 1:] != -100).sum(-1)], -1)
 
@@ -61,7 +61,7 @@ class Perplexity:
         rows = prediction.predictions.astype(np.float64)  # (blocks, 2)
         self.clips = [[nats, int(tokens)] for nats, tokens in rows.tolist()]
         nats, tokens = rows.sum(0)
-        with np.errstate(over="ignore"):  # of a model that knows nothing
+        with np.errstate(over="ignore"):  # for an untrained model
             return {"perplexity": float(np.exp(nats / tokens)), "nats_per_token": float(nats / tokens)}
 
 

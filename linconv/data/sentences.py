@@ -1,4 +1,4 @@
-"""Where sentences come from. A row is ``{"text": one or two strings, "target": the name of its class}``."""
+"""Sources of sentences. A row is ``{"text": tuple of one or two strings, "target": class name}``."""
 
 import hashlib
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from linconv.recipe import Data
 __all__ = ["FOLDER", "Sentences", "load_rows", "load_sentences"]
 
 SPLITS = ("train", "validation", "test")
-FOLDER = "/"  # among the suffixes of files
+FOLDER = "/"  # stands for folders among file suffixes
 
 Reader = Callable[[Path], "Sentences"]
 
 
 class Sentences(torch.utils.data.Dataset):
-    """Rows by index: ``texts`` are tuples of one string, or of two for tasks about pairs.
+    """Rows by index: ``texts`` are tuples of one string, or of two for pair tasks.
 
-    ``targets`` are all empty where a task has no classes. ``classes`` are those that a data set counts, in its order.
+    ``targets`` are all empty if a task has no classes. ``classes`` are those that a data set lists, in its order.
     """
 
     def __init__(self, texts: list[tuple[str, ...]], targets: list[str], classes: list[str] | None = None):
@@ -41,10 +41,10 @@ class Sentences(torch.utils.data.Dataset):
 
 
 def load_sentences(data: Data) -> dict[str, Sentences | None]:
-    """The three splits that ``data`` describes, from a folder with one table a split or from the hub.
+    """Loads the three splits that ``data`` describes, from a folder with a table for each split or from the hub.
 
     Raises:
-        UserError: something that ``data`` names is not there; the message says what and what comes nearest.
+        UserError: something that ``data`` names does not exist; the message names it and the nearest match.
     """
     if data.sentence is None:
         raise UserError("data.sentence: not given; want the column of the text, or a list of two for pairs")
@@ -57,12 +57,13 @@ def load_sentences(data: Data) -> dict[str, Sentences | None]:
 def load_rows(
     data: Data, key: str, columns: list[str], label: str | None = None, readers: dict[str, Reader] | None = None
 ) -> dict[str, Sentences | None]:
-    """The splits, with the shares held out and the limits kept that ``data`` names.
+    """Loads the splits and applies the holdout shares and limits that ``data`` names.
 
     Args:
-        key: what ``columns``, those of the text, are called in a recipe.
-        label: the column of the classes; None where there are none.
-        readers: of files by their suffix, or ``FOLDER``, beside those of tables.
+        key: the recipe key of ``columns``.
+        columns: of the text.
+        label: the column of the classes; None if there are none.
+        readers: readers by file suffix, or ``FOLDER``, besides those of tables.
 
     Raises:
         UserError: as :func:`load_sentences`.
@@ -86,7 +87,7 @@ def load_rows(
         if most < 1:
             raise UserError(f"data.limit.{split}: got {most}; want a number of rows from 1 up")
         if splits[split] is not None:
-            # A smaller limit takes a part of what a larger one takes.
+            # A smaller limit gives a subset of a larger one.
             splits[split] = splits[split].subset(sorted(_drawn(splits[split], data)[:most]))
     return splits
 
@@ -138,7 +139,7 @@ def _from_hub(data: Data, key: str, columns: list[str], label: str | None) -> di
         labels, names = [""] * len(dataset), None
         if label is not None:
             feature, classes = dataset.features[label], list(dataset[label])
-            if min(classes, default=0) == -1:  # GLUE keeps the answers of its tests to itself
+            if min(classes, default=0) == -1:  # GLUE does not publish its test labels
                 continue
             labels, names = [class_name(feature, value) for value in classes], class_names(feature)
         splits[split] = Sentences(list(zip(*(dataset[column] for column in columns))), labels, names)
@@ -146,7 +147,7 @@ def _from_hub(data: Data, key: str, columns: list[str], label: str | None) -> di
 
 
 def _hold_out(splits: dict, data: Data) -> None:
-    """Takes the shares that data.holdout names from the training rows, within each label."""
+    """Moves the shares in data.holdout from the training rows to other splits, within each label."""
     train = splits["train"]
     order = _drawn(train, data) if data.holdout else []
     groups = ([i for i in order if train.targets[i] == label] for label in sorted({train.targets[i] for i in order}))
@@ -159,7 +160,7 @@ def _hold_out(splits: dict, data: Data) -> None:
 
 
 def _drawn(rows: Sentences, data: Data) -> list[int]:
-    """The rows' indices in an order drawn from their text by data.holdout_seed."""
+    """Returns row indices in a random order, from a hash of data.holdout_seed, index and text."""
 
     def draw(i: int) -> str:
         return hashlib.sha256(f"{data.holdout_seed} {i} {rows.texts[i]}".encode()).hexdigest()

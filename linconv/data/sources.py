@@ -1,4 +1,4 @@
-"""Where clips come from. A clip is ``{"audio": float32 samples, "target": what is said or who or which}``."""
+"""Sources of clips. A clip is ``{"audio": float32 samples, "target": transcript or class name}``."""
 
 import hashlib
 import warnings
@@ -24,9 +24,9 @@ SPLITS = ("train", "validation", "test")
 
 
 class AudioClips(torch.utils.data.Dataset):
-    """Clips by index: ``files`` are paths, read when asked for."""
+    """Clips by index: ``files`` are paths, read on access."""
 
-    classes = None  # a table does not count them
+    classes = None  # a table does not list them
 
     def __init__(self, files: list[Path], targets: list[str], sampling_rate: int):
         self.files, self.targets, self.sampling_rate = files, targets, sampling_rate
@@ -46,7 +46,7 @@ class AudioClips(torch.utils.data.Dataset):
 
 
 class HubClips(torch.utils.data.Dataset):
-    """Clips by index from a data set of the hub."""
+    """Clips by index from a data set on the hub."""
 
     def __init__(self, dataset, data: Data, target: str):
         self.dataset, self.data = dataset, data
@@ -69,9 +69,9 @@ class HubClips(torch.utils.data.Dataset):
 
 
 class AudioStream(torch.utils.data.IterableDataset):
-    """Clips one after the other from a streamed data set of the hub; its targets are not known beforehand.
+    """Clips in sequence from a streamed data set on the hub; targets are not known in advance.
 
-    edit: what a target goes through, once it is there.
+    ``edit`` is applied to each target as it arrives.
     """
 
     targets = None
@@ -96,9 +96,10 @@ class AudioStream(torch.utils.data.IterableDataset):
 
 @dataclass
 class Splits:
-    """The clips, sentences or documents of a task; ``labels`` are the classes to train on, in the order of the data set
-    if it counts them, else sorted; None where a task has none. Documents are sentences until there is a tokenizer, and
-    then blocks.
+    """The clips, sentences or documents of a task.
+
+    ``labels`` are the classes to train on, in the data set's order if it lists them, else sorted; None if a task has
+    none. Documents are :class:`Sentences` until there is a tokenizer, then :class:`Blocks`.
     """
 
     train: AudioClips | HubClips | AudioStream | Sentences | Blocks | None
@@ -111,10 +112,10 @@ class Splits:
 
 
 def load_splits(data: Data, task: str) -> Splits:
-    """The three splits that ``data`` describes, for a ``task`` as in a recipe. A split may be missing.
+    """Loads the three splits that ``data`` describes, for a ``task`` of a recipe. A split may be missing.
 
     Raises:
-        UserError: something that ``data`` names is not there; the message says what and what comes nearest.
+        UserError: something that ``data`` names does not exist; the message names it and the nearest match.
     """
     if data.path is None:
         files = {"text_classification": "one table for each split", "language_modeling": "text for each split"}
@@ -151,10 +152,10 @@ def load_splits(data: Data, task: str) -> Splits:
 
 
 def durations(sounds: Iterable[Path | bytes | str], total: int, shortest: float = 0.0) -> list[float]:
-    """Seconds of each sound by its header, with a bar: next to nothing is decoded.
+    """Returns the seconds of each sound from its header, with a progress bar; it decodes almost nothing.
 
     Raises:
-        UserError: some are no sound files, hold no samples, or are shorter than ``shortest``; the message has how many.
+        UserError: some are not sound files, have no samples, or are shorter than ``shortest``; the message counts them.
     """
     from tqdm import tqdm
 
@@ -235,7 +236,7 @@ def _from_folder(folder: Path, data: Data, column: str) -> dict:
 
 
 def _warn_of_other_splits(found: dict[str, int], data: Data) -> None:
-    """A table may have splits that a recipe does not use; but a mistyped one looks the same."""
+    """Warns of splits of a table that the recipe does not use: a mistyped name looks the same."""
     if found:
         counts = first_of([f"{count:,} of {name!r}" for name, count in found.items()])
         warnings.warn(
@@ -246,12 +247,12 @@ def _warn_of_other_splits(found: dict[str, int], data: Data) -> None:
 
 
 def _hold_out(rows: list[dict], target: str, data: Data) -> list[str]:
-    """A split for each row: within each label, the rows in an order drawn from their names, cut by the shares."""
+    """Assigns each row a split: rows of each label, ordered by a hash of their file names, are cut by the shares."""
 
     def draw(row: dict) -> str:
         return hashlib.sha256(f"{data.holdout_seed} {row['file_name']}".encode()).hexdigest()
 
-    # Transcripts hardly repeat: they are one group.
+    # Transcripts rarely repeat: all are one group.
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row[target] if data.label == target else "", []).append(row)
@@ -267,7 +268,7 @@ def _from_hub(data: Data, column: str) -> dict:
     columns = {data.audio: "data.audio", target: f"data.{column}"}
     for split, dataset in load_from_hub(data, columns, streaming=data.streaming):
         if dataset is not None:
-            if type(dataset.features[data.audio]).__name__ == "Audio":  # its bytes, which we decode
+            if type(dataset.features[data.audio]).__name__ == "Audio":  # get bytes and decode them here
                 dataset = dataset.cast_column(data.audio, type(dataset.features[data.audio])(decode=False))
             dataset = (AudioStream if data.streaming else HubClips)(dataset, data, target)
         splits[split] = dataset

@@ -1,4 +1,4 @@
-"""Tables: .csv, and .tsv as GLUE has it."""
+"""Tables: .csv, and .tsv in GLUE's form."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ SEPARATORS = {".tsv": "\t", ".csv": ","}
 
 
 def decoded(path: Path) -> str:
-    """A file's text, its line ends as they are."""
+    """Returns the text of a UTF-8 file with its line ends unchanged."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -21,13 +21,13 @@ def decoded(path: Path) -> str:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a table, by the columns that its first line names.
+    """Returns the rows of a table as dictionaries by the column names in its first line.
 
     Raises:
-        UserError: it is not UTF-8, has no rows, names a column twice, or has rows of more or fewer columns.
+        UserError: it is not UTF-8, has no rows, names a column twice, or has rows with more or fewer columns.
     """
-    tabs = path.suffix == ".tsv"  # GLUE's have quotation marks in their text, unpaired ones too
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than its 128 KB
+    tabs = path.suffix == ".tsv"  # text in GLUE's has quotation marks, also unpaired
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents may exceed its default of 128 KB
     lines = csv.reader(
         io.StringIO(decoded(path), newline=""),
         delimiter=SEPARATORS[path.suffix],
@@ -39,10 +39,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path}: got two columns {twice[0]!r}; want one of that name")
     rows, ragged, end = [], [], lines.line_num
     for fields in lines:
-        start, end = end + 1, lines.line_num  # a text in quotation marks may go over several lines
+        start, end = end + 1, lines.line_num  # quoted text may span several lines
         if len(fields) == len(columns):
             rows.append(dict(zip(columns, fields)))
-        elif fields:  # of a blank line there are none
+        elif fields:  # a blank line has none
             ragged.append(f"line {start} has {len(fields)}")
     if ragged:
         quoted = "" if tabs else ", and a text with a comma in quotation marks"

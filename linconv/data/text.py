@@ -1,5 +1,5 @@
-"""Tokenizers built from the data: characters for CTC, byte-level BPE for language models; and how transcripts are
-normalised."""
+"""Tokenizers built from the data, of characters for CTC and of byte-level BPE for language models; normalisation of
+transcripts."""
 
 import json
 import unicodedata
@@ -15,14 +15,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def normalize(text: str) -> str:
-    """Lower case; letters, marks, digits and apostrophes kept, all else a space; single spaces."""
+    """Applies NFKC and case folding; all but letters, marks, numbers and apostrophes become single spaces."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
     kept = (c if unicodedata.category(c)[0] in "LMN" or c == "'" else " " for c in text)
     return " ".join("".join(kept).split())
 
 
 def build_tokenizer(texts: Iterable[str]):
-    """A Wav2Vec2CTCTokenizer over the characters of ``texts``: [PAD] (the CTC blank) 0, [UNK] 1, | (a space) 2."""
+    """Builds a Wav2Vec2CTCTokenizer of the characters in ``texts``: [PAD] (CTC blank) 0, [UNK] 1, | (space) 2."""
     from transformers import Wav2Vec2CTCTokenizer
 
     characters = sorted(set().union(*texts) - {" ", "|"})
@@ -30,19 +30,19 @@ def build_tokenizer(texts: Iterable[str]):
     with TemporaryDirectory() as folder:
         path = Path(folder) / "vocab.json"
         path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        # No sentence markers: CTC has no use for them, and they would widen the head.
+        # No sentence markers: CTC does not need them, and they would widen the head.
         return Wav2Vec2CTCTokenizer(
             str(path), pad_token="[PAD]", unk_token="[UNK]", bos_token=None, eos_token=None, word_delimiter_token="|"
         )
 
 
 def build_bpe_tokenizer(texts: Iterable[str], size: int):
-    """A byte-level BPE tokenizer of ``size`` tokens, or of as many as ``texts`` have merges for.
+    """Trains a byte-level BPE tokenizer of ``size`` tokens, or fewer if ``texts`` have too few merges.
 
-    <|endoftext|> is 0, and pads too. The bytes are among the others: there is no text without tokens.
+    <|endoftext|> is 0, and also pads. Every byte has a token, so any text can be tokenised.
 
     Raises:
-        UserError: ``size`` has no room for the bytes.
+        UserError: ``size`` is too small for the bytes and the end of text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
