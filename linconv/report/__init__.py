@@ -1,4 +1,4 @@
-"""What runs of ``linconv finetune`` and ``linconv distill`` came to, side by side: JSON, Markdown and one HTML page."""
+"""Reports that compare runs of ``linconv finetune`` and ``linconv distill``: JSON, Markdown and one HTML page."""
 
 from linconv.report.content import build
 from linconv.report.pages import table, write

@@ -1,4 +1,4 @@
-"""What a report says: a row for each mode, curves, trajectories, and what the teachers' features advise."""
+"""The content of a report: a row for each mode, curves, trajectories, and advice from the teachers' features."""
 
 import os
 from collections import defaultdict
@@ -14,17 +14,17 @@ from linconv.report.statistics import LEVEL, interval_of, resampled, retained_of
 
 __all__ = ["FAR", "build"]
 
-# A rule of thumb, not a measured threshold: from this mean cosine distance on, the fine-tuned model is called far away.
+# A rule of thumb, not a measured threshold: the mean cosine distance from which a fine-tuned model counts as far away.
 FAR = 0.3
 
 
 def build(folders: list[str | Path], title: str = "Distillation runs") -> dict:
-    """The report's content: runs, a row for each mode, and what the teachers' features advise.
+    """Builds the report's content: runs, a row for each mode, and advice from the teachers' features.
 
-    Runs are one row if their recipes agree in all that makes a model what it is, but for the seed.
+    Runs share a row if their recipes differ in nothing but the seed that affects the model.
 
-    Intervals are paired bootstraps: seeds and clips are drawn with replacement, RESAMPLES times, the same ones for a
-    student and for its teacher; the same clips for all seeds, whose errors on one clip are not independent.
+    Intervals are paired bootstraps: seeds and clips are drawn with replacement, RESAMPLES times. A student and its
+    teacher share draws. All seeds share draws of clips, since their errors on one clip are not independent.
     """
     runs = [read_run(folder) for folder in folders]
     places = [run.path.resolve() for run in runs]
@@ -42,7 +42,7 @@ def build(folders: list[str | Path], title: str = "Distillation runs") -> dict:
     for run in runs:
         groups[not run.is_teacher, run.mode].append(run)
     rows = []
-    for is_student in (False, True):  # teachers first, and the best of each
+    for is_student in (False, True):  # teachers first, the best of each first
         found = [_row(group, teachers) for (kind, _), group in groups.items() if kind == is_student]
         rows += sorted(found, key=lambda row: row["score"], reverse=not runs[0].measure.lower_is_better)
     return {
@@ -66,14 +66,14 @@ def build(folders: list[str | Path], title: str = "Distillation runs") -> dict:
 
 
 def _short(paths: list[Path]) -> list[str]:
-    """Each path from the last folder that all have in common."""
+    """Returns each path relative to the last folder that all have in common."""
     whole = [path.resolve() for path in paths]
     root = Path(os.path.commonpath(whole)) if len(whole) > 1 else whole[0].parent
     return [str(path.relative_to(root)) for path in whole]
 
 
 def _training_of(runs: list[RunFolder]) -> dict:
-    """What all recipes say of the data, the conversion and the training; where they differ, what each of them says."""
+    """Merges the recipes' data, conversion and training; where recipes differ, it lists all values."""
     blocks = [{k: run.recipe.get(k, {}) for k in ("conversion", "finetune", "distill")} for run in runs]
     for block, run in zip(blocks, runs):
         block["data"] = {k: v for k, v in run.recipe["data"].items() if k != "path"}
@@ -81,14 +81,14 @@ def _training_of(runs: list[RunFolder]) -> dict:
 
 
 def _common(found: list[dict]) -> dict:
-    """One dictionary of several: a value that all share as it is, others as a list of those that occur."""
+    """Merges dictionaries: a value that all share stays as it is; others become a list of the distinct values."""
     merged = {}
     for key in dict.fromkeys(key for entry in found for key in entry):
         values = []
         for entry in found:
             if entry.get(key) not in values:
                 values.append(entry.get(key))
-        if key == "date":  # of many, the first and the last
+        if key == "date":  # of several, the first and the last
             values = sorted({min(values), max(values)})
         merged[key] = values[0] if len(values) == 1 else values
     return merged
@@ -144,9 +144,9 @@ def _steps(probe: dict[str, np.ndarray], side: str) -> list[tuple[int, np.ndarra
 
 
 def _trajectories(runs: list[RunFolder]) -> list[dict]:
-    """Paths of the probe's mean hidden state, all layers side by side, on the two principal axes of them all.
+    """Projects paths of the probe's mean hidden state, all layers concatenated, on the first two principal axes of all.
 
-    Of each mode's run of the lowest seed; a teacher that does not move is a point.
+    Each mode is shown by its run with the lowest seed. A teacher that does not move is a point.
     """
     first = {}
     for run in sorted((run for run in runs if run.probe), key=lambda run: run.seed):
@@ -177,7 +177,7 @@ def _trajectories(runs: list[RunFolder]) -> list[dict]:
 
 
 def _feature_shift(run: RunFolder) -> dict:
-    """How far fine-tuning moved each layer: the mean over clips of 1 - cosine of first and last hidden state."""
+    """Measures how far fine-tuning moved each layer: mean over clips of 1 - cosine of first and last hidden state."""
     steps = _steps(run.probe, "student")
     first, last = steps[0][1], steps[-1][1]  # (clips, layers, d)
     norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(last, axis=-1)
@@ -200,7 +200,7 @@ def _feature_shift(run: RunFolder) -> dict:
 
 
 def _model_card(rows: list[dict], runs: list[RunFolder]) -> dict:
-    """Metadata in the form of the hub's model cards, for each students' mode."""
+    """Makes metadata in the form of the hub's model cards, with a result for each row."""
     task = {
         "classification": "audio-classification",
         "ctc": "automatic-speech-recognition",

@@ -1,4 +1,4 @@
-"""A report's figures, as PNG."""
+"""Figures of a report, as PNG."""
 
 import io
 import textwrap
@@ -11,7 +11,7 @@ __all__ = ["curve_figure", "score_figure", "shift_figure", "trajectory_figure", 
 
 
 def whose_shift(shift: dict) -> str:
-    """Whose feature shift it is: the seed says it, where all teachers are of one row."""
+    """Names the teacher of a feature shift; the seed alone if all teachers are in one row."""
     return ("" if shift["mode"] == "teacher" else f"{shift['mode']}, ") + f"seed {shift['seed']}"
 
 
@@ -34,7 +34,7 @@ def _pyplot():
 
 
 def score_figure(report: dict) -> bytes:
-    """Each mode's score, its interval, and its seeds' as dots."""
+    """Plots each mode's score with its interval, and each seed's score as a dot."""
     plt = _pyplot()
     rows = report["rows"][::-1]
     figure, axis = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.2), layout="constrained")
@@ -51,7 +51,7 @@ def score_figure(report: dict) -> bytes:
 
 
 def curve_figure(report: dict) -> bytes | None:
-    """Per-layer MSE and cosine against step, panels for each mode's run of the lowest seed."""
+    """Plots MSE and cosine of each layer against step, for each mode's run with the lowest seed."""
     first = {}
     for curve in sorted(report["curves"], key=lambda curve: curve["seed"]):
         first.setdefault(curve["mode"], curve["seed"])
@@ -80,7 +80,7 @@ def curve_figure(report: dict) -> bytes | None:
 
 
 def trajectory_figure(report: dict) -> bytes | None:
-    """Students' paths, and in the same colour their teachers', dotted, from a ring at the first step to a square at the
+    """Plots students' paths and, dotted in the same colour, their teachers'. A ring marks the first step, a square the
     last; a teacher that does not move is a star."""
     paths = report["trajectories"]
     if not paths:
@@ -106,7 +106,7 @@ def trajectory_figure(report: dict) -> bytes | None:
 
 
 def shift_figure(report: dict) -> bytes | None:
-    """Cosine distance of the pretrained to the fine-tuned hidden states, layer by layer."""
+    """Plots the cosine distance between pretrained and fine-tuned hidden states by layer."""
     if not report["feature_shift"]:
         return None
     plt = _pyplot()

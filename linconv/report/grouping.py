@@ -1,4 +1,4 @@
-"""Which runs of a report belong together: whose student one is, and which of them differ in the seed alone."""
+"""Grouping of a report's runs: the teacher of each student, and runs that differ only in the seed."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,18 +12,18 @@ from linconv.report.runs import RunFolder
 
 __all__ = ["check_apart", "check_clips", "named", "teacher_of"]
 
-# Training arguments that leave the model as it is, by how their names begin: what is written, and where to.
+# Training arguments that do not affect the model, by prefix: what is written, and where.
 _WRITING = ("log_", "logging_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "push_to_hub", "hub_")
 _WRITING += ("resume_from_checkpoint",)
-# These too, unless the best checkpoint is kept in the end: then they say which there are to choose from.
+# These too, unless the best checkpoint is kept: then they decide which ones there are to choose from.
 _CHOOSING = ("save_", "eval_", "per_device_eval_")
-_BLOCKS = ("guide", "conversion", "distill", "finetune", "model", "data", "task")  # the order in which they are said
+_BLOCKS = ("guide", "conversion", "distill", "finetune", "model", "data", "task")  # in the order of their mention
 
 
 def teacher_of(student: RunFolder, teachers: list[RunFolder]) -> RunFolder | None:
-    """The teacher in the folder that the student's recipe names, or that was there when it was trained.
+    """Returns the teacher in the folder that the student's recipe names, or whose own recipe names that folder.
 
-    Where several were there one after another, and were moved, it is that of the student's seed.
+    If there are several, because they were moved, it is the one with the student's seed; None without a single match.
     """
     folder = Path(student.teacher).resolve()
     found = [run for run in teachers if folder in (run.path.resolve(), Path(run.teacher).resolve())]
@@ -33,9 +33,9 @@ def teacher_of(student: RunFolder, teachers: list[RunFolder]) -> RunFolder | Non
 
 
 def named(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -> list[RunFolder]:
-    """Students, or teachers, with modes that say in what their recipes differ, if in anything but the seed.
+    """Returns the students, or teachers, with modes that name the differences of their recipes other than the seed.
 
-    ``teachers`` has those of the students, by the students' paths.
+    ``teachers`` maps the students' paths to their teachers.
     """
     found = [_settings(run) for run in runs]
     keys = sorted({key: None for settings in found for key in settings}, key=lambda key: _BLOCKS.index(_block(key)))
@@ -43,7 +43,7 @@ def named(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -> list
         settings.update({key: _default(key, settings) for key in keys if key not in settings})
     differing = [key for key in keys if any(settings[key] != found[0][key] for settings in found)]
     words = [_in_words(settings, differing) for settings in found]
-    # Whose student it is goes without saying where something else has told that already.
+    # The teacher is named only if that separates runs that are otherwise the same.
     whose = [[*said, *_of_teacher(teachers.get(run.path))] for said, run in zip(words, runs)]
     if len(set(map(tuple, whose))) > len(set(map(tuple, words))):
         words = whose
@@ -55,7 +55,7 @@ def named(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -> list
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:
-    """What of its recipe made the model what it is, but for the seed: dotted keys and values."""
+    """Returns the settings of a run's recipe that affect the model, except the seed: dotted keys and values."""
     recipe = _flat(run.recipe)
     training, others = ("finetune", ()) if run.is_teacher else ("distill", ("conversion",))
     best = recipe.get(f"{training}.load_best_model_at_end")
@@ -64,7 +64,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     kept = {} if run.is_teacher else {"guide": run.mode}
     for key, value in recipe.items():
         if _block(key) in (training, *others, "model", "data", "task") and not key.startswith(left_out):
-            # Of a cache it is not the place that matters, but that what it holds is rounded.
+            # The path of a cache does not matter, but its use does: cached values are rounded.
             kept[key] = "given" if key == "distill.teacher_cache" and value is not None else value
     return kept
 
@@ -81,7 +81,7 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def _default(key: str, settings: dict[str, Any]) -> Any:
-    """What it comes to if a recipe does not have the key; None where that is nothing."""
+    """Returns the default for a recipe without the key, or None."""
     name = key.partition(".")[2]
     if _block(key) in ("finetune", "distill"):
         from linconv.distillation import DistillationArguments
@@ -97,7 +97,7 @@ def _default(key: str, settings: dict[str, Any]) -> Any:
 
 
 def _in_words(settings: dict[str, Any], keys: list[str]) -> list[str]:
-    """What the settings are; defaults only where there is nothing else to be said."""
+    """Describes the settings; mentions defaults only if there is nothing else to mention."""
     always = ("guide", "conversion.mixer")
     said = [key for key in keys if key in always or settings[key] != _default(key, settings)]
     said = said or [key for key in keys if settings[key] is not None or key == "conversion.layers"]
@@ -118,18 +118,18 @@ def _setting_in_words(key: str, value: Any) -> str:
 
 
 def _of_teacher(teacher: RunFolder | None) -> list[str]:
-    # If all teachers are of one row, they are plainly "teacher", and one that is not in the report may be of it too.
+    # If all teachers are in one row, they are just "teacher", and one that is not in the report may belong to it too.
     return [] if teacher is None or teacher.mode == "teacher" else [f"of {teacher.mode}"]
 
 
 def check_apart(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -> None:
-    """Raises a UserError where two runs of a row are not two draws of the same thing."""
+    """Raises UserError if two runs of a row are not separate draws, or were scored on different clips."""
     first = runs[0]
     seen: dict[tuple, RunFolder] = {}
     for run in runs:
         check_clips(first, run)
         teacher = teachers.get(run.path)
-        # Students of one seed are two draws where their teachers are.
+        # Students with one seed are separate draws if their teachers are.
         other = seen.setdefault((run.seed, None if teacher is None else teacher.path), run)
         if other is not run:
             raise UserError(
@@ -138,7 +138,7 @@ def check_apart(runs: list[RunFolder], teachers: dict[Path, RunFolder | None]) -
 
 
 def check_clips(run: RunFolder, other: RunFolder) -> None:
-    # Of how many words each clip is tells clips apart where their number does not.
+    # The number of words of each clip detects different clips even if there are equally many.
     if not np.array_equal(run.clips[:, 1], other.clips[:, 1]):
         raise UserError(
             f"RUN: {run.path} and {other.path} were scored on different clips, {len(run.clips)} and "

@@ -1,4 +1,4 @@
-"""A report's files: JSON, Markdown, and one HTML page with its figures."""
+"""Files of a report: JSON, Markdown, and one HTML page with its figures."""
 
 import base64
 import html
@@ -25,7 +25,7 @@ th:first-child, td:first-child { text-align: left; } img { max-width: 100%; } .s
 
 
 def write(report: dict, folder: str | Path) -> Path:
-    """Writes report.json, report.md and report.html; returns the last one's path."""
+    """Writes report.json, report.md and report.html; returns the path of report.html."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The folder of a finished run, as ``linconv finetune`` and ``linconv distill`` leave it."""
+"""Folders of finished runs, as written by ``linconv finetune`` and ``linconv distill``."""
 
 import json
 from collections.abc import Callable
@@ -18,39 +18,39 @@ CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True)
 class Measure:
-    """A kind of score. What it is taken of is the rate: mistakes a clip or word, or nats a token."""
+    """A kind of score, computed from a rate: mistakes per clip or word, or nats per token."""
 
     of_rate: Callable[[np.ndarray], np.ndarray]
-    share_right: Callable[[np.ndarray], np.ndarray]  # of the score: so much is right, of which a student retains some
+    share_right: Callable[[np.ndarray], np.ndarray]  # from the score; students retain a share of it
     lower_is_better: bool
-    percent: bool = True  # how it is written
+    percent: bool = True  # displayed as a percentage
 
 
 MEASURES = {
     "accuracy": Measure(lambda rate: 1 - rate, lambda score: score, lower_is_better=False),
     "wer": Measure(lambda rate: rate, lambda score: 1 - score, lower_is_better=True),
-    # Its inverse is the geometric mean of the probabilities that were given to the right tokens.
+    # Its inverse is the geometric mean of the probabilities of the right tokens.
     "perplexity": Measure(np.exp, lambda score: 1 / score, lower_is_better=True, percent=False),
 }
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run as its folder tells it."""
+    """A run as read from its folder."""
 
     path: Path
     is_teacher: bool  # a fine-tuning
-    mode: str  # that of the recipe, spelled out; "teacher" for a fine-tuning; in a report, what tells its row apart
+    mode: str  # the recipe's, in words; "teacher" for a fine-tuning; in a report, the name of its row
     seed: int
-    teacher: str  # the folder of its teacher, as its recipe has it: its own, for one
+    teacher: str  # the teacher's folder in the recipe; for a teacher, its own
     score: str  # such as test_accuracy
     value: float
-    clips: np.ndarray  # (clips, 2): mistakes, and of how many; or nats, and of how many tokens
+    clips: np.ndarray  # (clips, 2): mistakes and total, or nats and tokens
     parameters: int
     records: list[dict]  # the training's log
     recipe: dict
     provenance: dict  # of the training
-    probe: dict[str, np.ndarray]  # "student/STEP", "teacher/STEP": (clips, layers, d); empty where there is none
+    probe: dict[str, np.ndarray]  # "student/STEP", "teacher/STEP": (clips, layers, d); empty if there is none
 
     @property
     def measure(self) -> Measure:
@@ -108,16 +108,16 @@ def _read(path: Path) -> RunFolder:
 
 
 def _is_teacher(path: Path, results: dict, records: list[dict], probe: dict[str, np.ndarray]) -> bool:
-    """Whether a run was a fine-tuning: the folder's name does not tell, for folders are moved and names recur."""
+    """Whether a run was a fine-tuning. Folder names do not tell, since folders are moved and names recur."""
     if "command" in results:
         return results["command"] == "finetune"
-    # Results of earlier versions do not say it; but only a student is measured against a teacher as it trains.
+    # Results of earlier versions lack the command, but only students are measured against a teacher in training.
     if records or probe:
         measured = any("layer_mse" in record for record in records)
         return not measured and not any(name.startswith("teacher/") for name in probe)
     if (path / CONFIG_FILE).is_file():
         config = json.loads((path / CONFIG_FILE).read_text())
-        return not config.get("linconv", {}).get("layers")  # Whisper's teachers are converted in no layer
+        return not config.get("linconv", {}).get("layers")  # Whisper's teachers are converted with no layers
     return path.resolve() == Path(results["recipe"]["model"]["teacher"]).resolve()
 
 
