@@ -1,4 +1,4 @@
-"""``linconv demo``: the whole way from recorded speech to a linear-time model, with scores, speed and a report."""
+"""``linconv demo``: the whole pipeline from recorded speech to a linear-time model, with scores, speed and report."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from linconv.flags import Parser, above_zero, seed
 
 __all__ = ["main"]
 
-SHORTEST = 0.1  # seconds that the demo's model gives a few frames for
+SHORTEST = 0.1  # seconds, for which the demo's model has a few frames
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the demo, or only its download with ``--fetch``; returns the exit status."""
+    """Runs the demo, or with ``--fetch`` only the download; returns the exit status."""
     options = _parser().parse_args(argv)
     from linconv.demo.fetch import FetchError, fetch
     from linconv.errors import UserError
@@ -65,7 +65,7 @@ def _parser() -> Parser:
 
 
 def _lengths(text: str) -> list[float]:
-    """Seconds, the shortest first and each once, as curves want them."""
+    """Parses lengths in seconds; returns them sorted, without duplicates, as curves need them."""
     try:
         lengths = sorted({float(part) for part in text.split(",")})
         if all(SHORTEST <= length < math.inf for length in lengths):

@@ -1,12 +1,12 @@
 """Recorded speech for the demo, as an audio folder of one-second clips.
 
 The recordings are the telephone prompts of Debian's ``asterisk-core-sounds`` packages: the same sentences read in five
-languages. ``apt-get download`` brings the packages and ``dpkg -x`` unpacks them; neither needs root. Where they are
-missing, MInDS-14 (the same five languages, over the telephone) comes from the Hugging Face hub.
+languages. ``apt-get download`` downloads the packages and ``dpkg -x`` unpacks them; neither needs root. If that fails,
+MInDS-14 (the same five languages, over the telephone) is downloaded from the Hugging Face hub.
 
-The result is the format every linconv command reads: audio files and a ``metadata.csv`` with ``file_name``, label
-columns (``language``, ``prompt``) and ``split``. A prompt is in one split only, in all languages at once, so that a
-held-out clip never repeats words that were trained on.
+The result has the format that every linconv command reads: audio files and a ``metadata.csv`` with ``file_name``, label
+columns (``language``, ``prompt``) and ``split``. A prompt is in one split only, the same for all languages, so held-out
+clips never repeat trained words.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPLITS = {"test": 0.3, "validation": 0.1, "train": 0.6}  # shares of the prompts
 
 @dataclass(frozen=True)
 class Source:
-    """Where recordings come from, and what must be said of them wherever they are used."""
+    """Where recordings come from, and the licence and credit to state wherever they are used."""
 
     name: str
     licence: str
@@ -56,7 +56,7 @@ MINDS14 = Source(
 
 @dataclass(frozen=True)
 class Recording:
-    """One utterance: mono float32 samples at ``rate``, its language, and the name of what is said."""
+    """One utterance: mono float32 samples at ``rate``, its language, and the name of its prompt."""
 
     language: str
     prompt: str
@@ -65,7 +65,7 @@ class Recording:
 
 
 class FetchError(RuntimeError):
-    """No source of recordings could be reached; the message says which were tried and why each failed."""
+    """No source of recordings worked; the message lists those tried and why each failed."""
 
 
 def default_folder() -> Path:
@@ -77,15 +77,15 @@ def default_folder() -> Path:
 
 
 def fetch(folder: str | Path | None = None, *, clips: dict[str, int] | None = None, seed: int = 0) -> Path:
-    """Brings the recordings, cuts them, writes the audio folder and returns it; a finished folder is used again.
+    """Downloads and cuts the recordings, writes the audio folder and returns it; a finished folder is reused.
 
     Args:
         folder: where to write; :func:`default_folder` if None.
         clips: clips per language in each split; ``{"train": 120, "validation": 40, "test": 200}`` if None.
-        seed: which prompts go into which split, and which second of a recording is taken.
+        seed: decides the split of each prompt, and which recordings are used first.
 
     Raises:
-        FetchError: neither the Debian packages nor the hub could be had.
+        FetchError: neither the Debian packages nor the hub worked.
     """
     folder = Path(folder) if folder is not None else default_folder()
     clips = dict(clips or {"train": 120, "validation": 40, "test": 200})
@@ -116,7 +116,7 @@ def fetch(folder: str | Path | None = None, *, clips: dict[str, int] | None = No
 
 
 def source_of(folder: str | Path) -> Source | None:
-    """What :func:`fetch` noted of a folder's origin; None for a folder of the user's own."""
+    """Returns the origin that :func:`fetch` recorded for a folder; None for the user's own folders."""
     stamp = Path(folder) / "source.json"
     if not stamp.is_file():
         return None
@@ -129,9 +129,9 @@ def write_audio_folder(
 ) -> None:
     """Cuts recordings into clips of ``seconds`` and writes them as FLAC with their ``metadata.csv``.
 
-    Each prompt belongs to one split, drawn from its name and ``seed``. Clips are taken one from every recording in
-    turn, the loudest first, until ``clips[split]`` of a language are found; near-silent ones are never taken. Every
-    clip is scaled to the same RMS level, so that loudness does not tell the languages apart.
+    Each prompt belongs to one split, drawn from its name and ``seed``. Recordings take turns to give one clip each,
+    loudest first, until a language has ``clips[split]``; near-silent clips are skipped. Every clip is scaled to the
+    same RMS level, so that loudness does not distinguish languages.
 
     Raises:
         FetchError: a language has too few clips for a split.
@@ -162,7 +162,7 @@ def write_audio_folder(
 
 
 def split_of(prompt: str, seed: int) -> str:
-    """The one split a prompt belongs to."""
+    """Returns the split of a prompt."""
     draw = int(_digest(f"{seed}/{prompt}")[:8], 16) / 16**8
     for split, share in SPLITS.items():
         if draw < share:
@@ -176,7 +176,7 @@ def _digest(text: str) -> str:
 
 
 def _cut(recording: Recording, seconds: float, rms: float = 0.05, floor: float = 0.01) -> list[np.ndarray]:
-    """Consecutive clips of a recording, loudest first, at one RMS level; near-silent ones are left out."""
+    """Cuts a recording into consecutive clips, loudest first, at one RMS level; skips near-silent ones."""
     length = round(seconds * recording.rate)
     count = len(recording.samples) // length
     whole = recording.samples[: count * length].reshape(count, length)
@@ -218,7 +218,7 @@ def _asterisk_recordings(scratch: Path) -> Iterator[Recording]:
 
 
 def _apt_download(packages: list[str], folder: Path) -> None:
-    """``apt-get download``; where the machine's package lists are missing, with lists of our own below ``folder``."""
+    """Runs ``apt-get download``; if that fails, again with its own package lists below ``folder``."""
     try:
         _run(["apt-get", "download", *packages], cwd=folder)
         return
@@ -245,7 +245,7 @@ def _minds14_recordings(scratch: Path) -> Iterator[Recording]:
     """Downloads MInDS-14 from the hub with huggingface_hub and reads its parquet files."""
     try:
         import huggingface_hub
-        import pyarrow.parquet  # noqa: F401  (wanted before hundreds of megabytes are downloaded)
+        import pyarrow.parquet  # noqa: F401  (checked before hundreds of megabytes are downloaded)
     except ImportError as error:
         raise FetchError(f"the {error.name} package is not installed") from error
     patterns = [f"{name}/*.parquet" for name in LANGUAGES.values()]
@@ -253,7 +253,7 @@ def _minds14_recordings(scratch: Path) -> Iterator[Recording]:
         huggingface_hub.snapshot_download(
             "PolyAI/minds14", repo_type="dataset", allow_patterns=patterns, local_dir=scratch / "minds14"
         )
-    except Exception as error:  # whatever the client raises when it is offline
+    except Exception as error:  # the client raises many kinds when offline
         raise FetchError(f"{type(error).__name__}: {error}") from error
     for language, name in LANGUAGES.items():
         for path in sorted((scratch / "minds14" / name).glob("*.parquet")):
@@ -261,7 +261,7 @@ def _minds14_recordings(scratch: Path) -> Iterator[Recording]:
 
 
 def _parquet_recordings(path: Path, language: str) -> Iterator[Recording]:
-    """The rows of a hub audio data set: encoded ``audio`` and its ``transcription``."""
+    """Reads the rows of a hub audio data set: encoded ``audio`` and its ``transcription``."""
     import pyarrow.parquet
     import soundfile
 

@@ -1,4 +1,4 @@
-"""What the demo tells, on the terminal and in ``report.md``."""
+"""The demo's output, on the terminal and in ``report.md``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def data_text(results: Results) -> str:
 
 
 def scores(results: Results) -> tuple[list[str], Cells]:
-    """Header and rows of the table of scores."""
+    """Returns header and rows of the table of scores."""
     chance = 1 / len(results.classes)
     rows = [
         [row.name, f"{row.accuracy:.1%}", f"{row.steps}", f"{row.parameters:,}", f"{row.seconds:.0f} s"]
@@ -73,7 +73,7 @@ def reload_text(results: Results) -> str:
 
 
 def speed(results: Results) -> tuple[list[str], Cells]:
-    """Header and rows of the table of latency and memory; what was predicted is marked by ~."""
+    """Returns header and rows of the table of latency and memory; predictions are marked ~."""
     header = ["audio", "teacher", "student", "speed-up", "teacher, peak", "student, peak"]
     rows = []
     for index, length in enumerate(results.latency["teacher"].lengths):
@@ -131,7 +131,7 @@ def write(results: Results, folder: Path) -> None:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Both curves on log axes; predicted points are hollow."""
+    """Plots both curves on log axes; predicted points are hollow."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -23,10 +23,10 @@ from linconv.errors import UserError, check_output, no_folder
 from linconv.recipe import load_recipe
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
-HYBRID_SHARE = 0.6  # of the steps, after which Hybrid drops the layer-wise loss
+HYBRID_SHARE = 0.6  # of the steps, after which hybrid drops the layer-wise loss
 MODES = {"unguided": "unguided", "target-guided": "target_guided", "hybrid": "hybrid"}
 
-# A process that shares nothing with this one but the saved folder.
+# Runs in a process that shares only files with this one.
 _RELOAD = """
 import sys, torch, linconv.auto
 from transformers import AutoModelForAudioClassification
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass
 class Results:
-    """All that the report tells."""
+    """Everything in the report."""
 
     source: Source | None
     data: Path
@@ -67,7 +67,7 @@ class Results:
 
 
 def run(options: Namespace) -> Results:
-    """The whole demo; ``options`` are those of ``linconv demo``. Writes ``report.md`` and ``report.png``."""
+    """Runs the whole demo; ``options`` are those of ``linconv demo``. Writes ``report.md`` and ``report.png``."""
     start = time.perf_counter()
     console = Console()
     check_output(str(options.out), "--out")
@@ -145,7 +145,7 @@ def _train(name: str, made: pipeline.Run) -> Row:
 
 
 def _reloads_bit_exactly(made: pipeline.Run, scratch: Path) -> bool:
-    """Whether the saved student gives a new process the logits it gives this one."""
+    """Whether the saved student gives the same logits in a new process as in this one."""
     clips = [made.splits.test[index] for index in range(min(4, len(made.splits.test)))]
     inputs = made.trainer.data_collator(clips)
     inputs.pop("labels")
@@ -158,7 +158,7 @@ def _reloads_bit_exactly(made: pipeline.Run, scratch: Path) -> bool:
 
 
 def _long_audio(data: Path, seconds: float) -> np.ndarray:
-    """The clips of a folder one after the other, from the start again when they end: (samples,) float32."""
+    """Concatenates the clips of a folder, repeating them as needed, and standardises: (samples,) float32."""
     with open(data / "metadata.csv", newline="", encoding="utf-8-sig") as file:
         names = [row["file_name"] for row in csv.DictReader(file)]
     wanted, parts, total = round(seconds * SAMPLE_RATE), [], 0
