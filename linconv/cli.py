@@ -27,7 +27,7 @@ _RECIPE_FLAGS = (
     ("--mode", "guide.name", str, "unguided, target_guided, trajectory_guided, waypoint_guided or hybrid"),
     ("--seed", "seed", int, "seed of every random draw"),
 )
-# What of these is without effect on a command, which does not take it. A recipe may say it, for it serves all of them.
+# Flags that a command rejects because they have no effect on it. Recipes may have their keys, as they serve all.
 _WITHOUT_EFFECT = {
     "finetune": {"--output", "--mixer", "--layers", "--mode"},
     "distill": set(),
@@ -36,16 +36,16 @@ _WITHOUT_EFFECT = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns 0, or 2 for a mistake in what it was told, which it says in one line.
+    """Runs one command; returns 0, or 2 for a user error, which it prints in one line.
 
-    What a shell says of a command that a signal ended, 130, is returned for one that was interrupted, and 141 where
-    nobody reads its output any more, as behind ``| head``.
+    It returns 130 if interrupted and 141 if its output is no longer read, as with ``| head``: the statuses that shells
+    report for SIGINT and SIGPIPE.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    with contextlib.suppress(AttributeError):  # of what stands in for it in a program
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show ends no run
+    with contextlib.suppress(AttributeError):  # programs may replace stdout by objects without it
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot show must not end a run
     try:
-        if argv[:1] == ["demo"]:  # has arguments of its own
+        if argv[:1] == ["demo"]:  # has its own parser
             from linconv.demo import main as demo
 
             return demo(argv[1:]) or 0
@@ -57,13 +57,13 @@ def main(argv: list[str] | None = None) -> int:
             parser.print_help()
             return 0
         status = arguments.run(arguments) or 0
-        sys.stdout.flush()  # here, where it is known what to do if it cannot be written
+        sys.stdout.flush()  # here, where errors of writing are handled
         return status
     except UserError as error:
-        # A DataLoader's worker hands on its whole traceback, which ends in what it is about.
+        # A DataLoader worker passes on its whole traceback, which ends in the message.
         print(f"linconv: error: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:  # operators and mixers do without the packages that commands are made of
+    except ModuleNotFoundError as error:  # operators and mixers need fewer packages than commands
         package = (error.name or "linconv").partition(".")[0]
         if package == "linconv":
             raise
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         print("linconv: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest at exit
         return 141
     except OSError as error:
         if error.filename is None:
@@ -184,7 +184,7 @@ def _convert(arguments) -> None:
     _only_our_bars()
     check_output(arguments.output, "--output", MODEL=arguments.model)
     output = Path(arguments.output)
-    if output.is_dir() and any(output.iterdir()):  # what it holds, such as a trained student, would be half overwritten
+    if output.is_dir() and any(output.iterdir()):  # a trained student, say, would be half overwritten
         raise UserError(f"--output: {output} is not empty; want a new folder, or an empty one")
     model = load_model(arguments.model, "model")
     transformers.set_seed(arguments.seed)
@@ -230,7 +230,7 @@ def _train(name: str, arguments) -> None:
     from linconv import pipeline
 
     _only_our_bars()
-    # A dry run checks all that a run would, and leaves nothing behind.
+    # A dry run checks everything that a run does, and leaves no files.
     with TemporaryDirectory() if arguments.dry_run else nullcontext() as folder:
         run = getattr(pipeline, name)(recipe, folder)
         if arguments.dry_run:
@@ -308,22 +308,22 @@ def _key_value(text: str) -> tuple:
 
 
 def _layers(text: str | None) -> list[int] | None:
-    """0,1,5 or 0-5 as a list, -1 for the last layer as in conversion.layers; None for all."""
+    """Parses 0,1,5 or 0-5 into a list, with -1 for the last layer as in conversion.layers; None for all."""
     if text in (None, "all"):
         return None
     if text == "none":
         return []
-    # Four digits: no model has as many layers, and a list of a longer range may take all memory.
+    # Four digits at most: no model has more layers, and the list of a longer range may exhaust memory.
     found = [re.fullmatch(r"(-?\d{1,4})(?:-(-?\d{1,4}))?", part) for part in text.replace(" ", "").split(",")]
     ranges = [(int(part[1]), int(part[2] or part[1])) for part in found if part]
-    # A range that goes down would be no layer; one from below 0 upwards starts near the end and goes on at the front.
+    # A descending range would be empty; one from below 0 to 0 or more would wrap around from the last layers.
     if None in found or any(first > last or first < 0 <= last for first, last in ranges):
         raise UserError(f"--layers: got {text!r}; want such as 0,1,5 or 0-5, -1 for the last, or all, or none")
     return [i for first, last in ranges for i in range(first, last + 1)]
 
 
 def _only_our_bars() -> None:
-    """No bar for each reading and writing of weights; that of the training stays."""
+    """Disables the progress bars of transformers for reading and writing weights; that of training stays."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

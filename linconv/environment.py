@@ -1,4 +1,4 @@
-"""What `linconv env` prints: versions, the machine, and the backends with the reason why others are not there."""
+"""What `linconv env` prints: versions, the machine, and backends with the reasons why others are not available."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ from linconv.ops import dispatch
 
 
 def report() -> str:
-    """The environment as text, one ``name: value`` a line, sections set apart by a blank line."""
+    """Returns the environment as text: lines of ``name: value``, with blank lines between sections."""
     info = dispatch.build_info()
     isa = info.get("isa") or info.get("isa_error") or "none: no compiled library is loaded"
     if "LINCONV_CPU_ISA" in os.environ and info.get("isa"):

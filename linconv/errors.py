@@ -1,4 +1,4 @@
-"""Mistakes of the person at the keyboard, told in one line."""
+"""User errors, reported in one line."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 def unknown(what: str, got: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is not among ``known``, with the nearest that is."""
+    """Makes the error for a name that is not in ``known``; it suggests the nearest one."""
     known = sorted(str(name) for name in known)
     near = get_close_matches(str(got), known, 1, cutoff=0.5)
     if near:
@@ -21,7 +21,7 @@ def unknown(what: str, got: object, known: Iterable[str]) -> UserError:
 
 
 def no_folder(what: str, path: str) -> UserError:
-    """The error for a folder that is not there, with the nearest beside it."""
+    """Makes the error for a missing folder; it suggests the nearest name beside it."""
     parent = Path(path).parent
     beside = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
     near = get_close_matches(path.rstrip("/"), beside, 1, cutoff=0.5)
@@ -29,16 +29,16 @@ def no_folder(what: str, path: str) -> UserError:
 
 
 def first_of(mistakes: Sequence[str], most: int = 3) -> str:
-    """Many mistakes in one line: the first ones, and how many more there are."""
+    """Joins mistakes into one line: the first ones, and the number of others."""
     more = len(mistakes) - most
     return "; ".join(mistakes[:most]) + (f"; and {more:,} more" if more > 0 else "")
 
 
 def check_output(output: str, what: str, **inputs: str | None) -> None:
-    """Raises UserError where a folder cannot be written to, or is one of those that are read."""
+    """Raises UserError if a folder cannot be written to, or is also one of the inputs."""
     if not output:
         raise UserError(f"{what}: got ''; want a folder")
-    # A link that leads nowhere is there too: no folder can be made in its place.
+    # A broken link counts as existing: no folder can be created in its place.
     there = next(p for p in (Path(output), *Path(output).absolute().parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
         raise UserError(f"{what}: {there} is a {'file' if there.exists() else 'link to nothing'}; want a folder")
@@ -50,6 +50,6 @@ def check_output(output: str, what: str, **inputs: str | None) -> None:
 
 
 def may_be_on_hub(path: str) -> bool:
-    """Whether a path that is no folder here can be a name on the hub: ``name``, or ``owner/name``."""
+    """Whether a path that is not a local folder can be a name on the hub: ``name`` or ``owner/name``."""
     parts = Path(path).parts
     return len(parts) <= 2 and not path.startswith((".", "/", "~")) and (len(parts) == 1 or not Path(parts[0]).is_dir())

@@ -1,4 +1,4 @@
-"""What the command lines share: a parser that tells a mistake in one line, and types of flags' values."""
+"""What the command lines share: a parser with one-line errors, and types of flag values."""
 
 import argparse
 import math
@@ -9,7 +9,7 @@ __all__ = ["Parser", "above_zero", "seed"]
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, with the nearest valid flag or command."""
+    """A parser that reports errors in one line, with the nearest flag, or the commands that accept the flag."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def above_zero(kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """The type of a flag that takes numbers of this kind, finite ones above 0."""
+    """Returns the type of a flag that accepts finite numbers of this kind above 0."""
 
     def read(text: str) -> int | float:
         try:
@@ -48,7 +48,7 @@ def above_zero(kind: type[int] | type[float]) -> Callable[[str], int | float]:
 
 
 def seed(text: str) -> int:
-    """The type of a flag that seeds every generator: NumPy's takes 32 bits."""
+    """The type of a flag that seeds every generator: NumPy's accepts 32 bits."""
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"got {text!r}; want a whole number from 0 to {2**32 - 1}")
     return int(text)

@@ -1,4 +1,4 @@
-"""Progress bars of training and evaluation, with the figures that matter beside the bar."""
+"""Progress bars of training and evaluation, with the main figures beside the bar."""
 
 from transformers.trainer_callback import ProgressCallback
 
@@ -8,7 +8,7 @@ _SHOWN = ("loss", "task_loss", "layer_loss", "kd_loss", "eval_loss", "eval_accur
 
 
 class Progress(ProgressCallback):
-    """The Trainer's bars; what is logged stands beside the bar, not in lines above it."""
+    """The Trainer's bars, with logged values beside the bar instead of in lines above it."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

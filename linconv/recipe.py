@@ -1,4 +1,4 @@
-"""Recipes: what to train, on what data and how, in one YAML file. Every key is checked, in nested blocks too."""
+"""Recipes: YAML files that say what to train, on what data and how. Every key is checked, also in nested blocks."""
 
 import dataclasses
 import enum
@@ -16,15 +16,15 @@ __all__ = ["Conversion", "Data", "Guide", "Model", "Recipe", "load_recipe", "rea
 
 @dataclass
 class Data:
-    """Where the clips, sentences or documents are and which column says what.
+    """Where the clips, sentences or documents are, and what their columns mean.
 
-    ``path`` is a folder with a ``metadata.csv``, for sentences with a table (.tsv or .csv) for each split, for
-    documents with a table, a .txt file or a folder of them for each split, or the name of a data set on the hub.
+    ``path`` is the name of a data set on the hub or a folder: for clips with a ``metadata.csv``, for sentences with a
+    table (.tsv or .csv) for each split, for documents with a table, a .txt file or a folder of these for each split.
     ``label`` names the column of the classes, ``text`` that of the transcripts or documents, ``sentence`` that of the
-    sentences, or both of a task about pairs. Splits come from ``split_column`` of the table (or from the
-    hub), or, where ``holdout`` says so, from shares of the clips (or of the training text) drawn by ``holdout_seed``
-    within each label. ``limit`` keeps so many sentences or documents of a split, drawn by the same seed. ``max_length``
-    cuts each sentence to so many tokens, and all documents into blocks of so many.
+    sentences, or both columns of a pair task. Splits come from ``split_column`` of ``metadata.csv``, from the tables,
+    files or folders by name, or from the hub; ``holdout`` takes shares of the clips (or the training text), drawn by
+    ``holdout_seed`` within each label. ``limit`` keeps this many sentences or documents of a split, drawn by the same
+    seed. ``max_length`` truncates sentences to this many tokens, and cuts documents into blocks of this many.
     """
 
     path: str | None = None
@@ -52,10 +52,10 @@ class Data:
 class Model:
     """The models of a run: folders of checkpoints, or names on the hub.
 
-    ``source`` is the pretrained model; or ``config`` describes one to be trained from scratch. ``teacher`` is the
-    fine-tuned one: ``finetune`` writes it and ``distill`` reads it. ``overrides`` go into the config of what is
-    trained. ``waypoints`` is how many snapshots of the fine-tuning ``finetune`` keeps in ``waypoints`` below the
-    teacher's folder, evenly spaced, for the mode waypoint_guided.
+    ``source`` is the pretrained model, or ``config`` describes one to train from scratch. ``teacher`` is the
+    fine-tuned model: ``finetune`` writes it and ``distill`` reads it. ``overrides`` change the config of the trained
+    model. ``waypoints`` is the number of evenly spaced snapshots that ``finetune`` keeps in the folder ``waypoints``
+    inside the teacher's, for the mode waypoint_guided.
     """
 
     source: str | None = None
@@ -68,7 +68,7 @@ class Model:
 
 @dataclass
 class Conversion:
-    """What takes attention's place: a mixer, its options, and in which layers (None: all)."""
+    """What replaces attention: a mixer, its options, and the layers to convert (None: all)."""
 
     mixer: str = "bimamba2"
     layers: list[int] | None = None
@@ -77,7 +77,7 @@ class Conversion:
 
 @dataclass
 class Guide:
-    """How the teacher guides. See linconv.distillation.schedules for what the options mean."""
+    """How the teacher guides the student. linconv.distillation.schedules explains the options."""
 
     name: Literal["unguided", "target_guided", "trajectory_guided", "waypoint_guided", "hybrid"] = "target_guided"
     init: Literal["target", "source"] | None = None
@@ -94,7 +94,7 @@ class Guide:
 
 @dataclass
 class Recipe:
-    """A run. ``finetune`` and ``distill`` hold arguments of :class:`linconv.distillation.DistillationArguments`."""
+    """A run. ``finetune`` and ``distill`` contain arguments of :class:`linconv.distillation.DistillationArguments`."""
 
     task: Literal["classification", "ctc", "text_classification", "language_modeling"] = "classification"
     seed: int = 0
@@ -107,12 +107,12 @@ class Recipe:
     distill: dict[str, Any] = field(default_factory=dict)
 
 
-# The recipe has them at its top, or they would say twice where a run goes.
+# The recipe sets them at its top level.
 _NOT_IN_TRAINING = {"output_dir", "seed", "data_seed"}
 
 
 def load_recipe(path: str | Path | None, overrides: typing.Iterable[tuple[str, Any]] = ()) -> Recipe:
-    """The recipe in ``path`` (None: all defaults) with ``overrides``, pairs of a dotted key and a value, laid over it.
+    """Reads the recipe in ``path`` (None: all defaults) and applies ``overrides``, pairs of a dotted key and a value.
 
     Raises:
         UserError: no such file, not YAML, an unknown key, or a value of the wrong type.
@@ -140,11 +140,11 @@ def load_recipe(path: str | Path | None, overrides: typing.Iterable[tuple[str, A
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """What a YAML document holds; of bytes, in UTF-8 or UTF-16.
+    """Parses a YAML document; bytes must be UTF-8 or UTF-16.
 
     Raises:
-        ValueError: it is not YAML, or has a value that does not exist, such as a 13th month, or one key twice, of which
-            PyYAML alone would keep the last and say nothing, or is nested too deep to be read.
+        ValueError: it is not YAML, has an impossible value, such as a 13th month, has a key twice (PyYAML alone would
+            silently keep the last one), or is nested too deep.
     """
     import yaml
 
@@ -161,7 +161,7 @@ def read_yaml(text: str | bytes) -> Any:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    except RecursionError:  # PyYAML reads what is nested by calls within calls
+    except RecursionError:  # PyYAML parses nested blocks recursively
         raise ValueError("nested too deep") from None
 
 
@@ -170,7 +170,7 @@ def _set(tree: dict, keys: list[str], value: Any, whole: str) -> None:
         inner = tree.get(key, {})
         if not isinstance(inner, dict):
             raise UserError(f"{whole}: {key!r} holds a value, not keys")
-        tree[key] = tree = dict(inner)  # a copy: by an alias, YAML has one block in two places
+        tree[key] = tree = dict(inner)  # a copy: YAML aliases share one block
     tree[keys[-1]] = value
 
 
@@ -210,7 +210,7 @@ def _training_arguments(tree: dict, block: str) -> dict:
         if key not in hints:
             raise unknown(f"recipe key {block}.{key}", key, hints)
     values = {key: _coerce(value, hints[key], f"{block}.{key}") for key, value in tree.items()}
-    for key, value in values.items():  # which transformers lists, and looks at when they are used, if at all
+    for key, value in values.items():  # transformers checks choices late or never
         choices = arguments[key].metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
             raise unknown(f"{block}.{key}", value, choices)
@@ -228,7 +228,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
-    """``value`` as the annotation wants it: YAML reads 3e-4 as a string, and 1 where 1.0 is meant."""
+    """Converts ``value`` to the annotated type: YAML reads 3e-4 as a string, and 1 where 1.0 is meant."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -259,22 +259,22 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             number = float(value)
         except (ValueError, OverflowError):
             raise _wrong(key, value, hint) from None
-        if not math.isfinite(number):  # nothing in a recipe is, and most of it would make weights that are not either
+        if not math.isfinite(number):  # recipes need no infinity or NaN; most would spoil weights
             raise UserError(f"{key}: got {value!r}; want a finite number")
         return number
     if hint in (int, float, str, bool, dict, list, type(None)):
         if type(value) is not hint:
             raise _wrong(key, value, hint)
-        if hint is str and "\0" in value:  # which no path and no name has, and the system refuses
+        if hint is str and "\0" in value:  # the system refuses it in paths and names
             raise UserError(f"{key}: got {value!r}; want text without null characters")
         return value
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        # YAML 1.1 reads a bare no as false, and no is how transformers spells never.
+        # YAML 1.1 reads a bare no as false; transformers uses no for never.
         value = "no" if value is False else value
         if value not in [member.value for member in hint]:
             raise unknown(key, value, (member.value for member in hint))
         return value
-    raise _wrong(key, value, hint)  # an object, which YAML does not write
+    raise _wrong(key, value, hint)  # an object, which YAML cannot express
 
 
 def _wrong(key: str, value: Any, hint: Any) -> UserError:
