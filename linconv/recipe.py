@@ -19,7 +19,7 @@ class Data:
     """Where the clips, sentences or documents are, and what their columns mean.
 
     ``path`` is the name of a data set on the hub or a folder: for clips with a ``metadata.csv``, for sentences with a
-    table (.tsv or .csv) for each split, for documents with a table, a .txt file or a folder of these for each split.
+    table (.tsv or .csv) for each split, for documents with a table, .txt file or folder of .txt files for each.
     ``label`` names the column of the classes, ``text`` that of the transcripts or documents, ``sentence`` that of the
     sentences, or both columns of a pair task. Splits come from ``split_column`` of ``metadata.csv``, from the tables,
     files or folders by name, or from the hub; ``holdout`` takes shares of the clips (or the training text), drawn by
