@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""A teacher and a student of every guiding mode, or of some, for each seed, and a report of them all.
+"""Trains a teacher and students of all or some guiding modes for each seed, and writes a report of all runs.
 
     run.py --out runs/spoken_language --seeds 0 1 2
     run.py --out runs/minilm_sst2 --seeds 0 1 2 --recipe minilm_sst2.yaml --source MINILM --data SST2
 
-Without --recipe it is the demo's, on the demo's recorded speech: which language is spoken, by a model trained from
-scratch, so that "source" is a new model of the teacher's shape. Finished runs are skipped: it can be stopped and
-started again.
+The default recipe and recordings are the demo's: a model trained from scratch tells which language is spoken, so
+"source" is a new model of the teacher's shape. Finished runs are skipped, so it can be stopped and started again.
 """
 
 import argparse
@@ -41,7 +40,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="students (default: of all)")
     parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: the recipe's)")
     options = parser.parse_args()
-    transformers.logging.set_verbosity_error()  # every load reports the new head
+    transformers.logging.set_verbosity_error()  # otherwise every load reports the new head
     shared = [("data.path", str(options.data or fetch()))]
     if options.source is not None:
         shared.append(("model.source", str(options.source)))
@@ -67,7 +66,7 @@ def main() -> None:
 
 
 def _execute(prepare, recipe, folder: Path) -> Path:
-    """Runs it, unless it is finished."""
+    """Executes a run unless it is finished; returns its folder."""
     if not (folder / pipeline.RESULTS_FILE).exists():
         scores = prepare(recipe).execute()
         print(folder, {key: round(value, 4) for key, value in scores.items()}, flush=True)

@@ -28,7 +28,7 @@ def main():
     results = {(c["task"], c["mixer"], c["mode"], c["seed"]): c for c in found}
     options.name.parent.mkdir(parents=True, exist_ok=True)
     for cell in found:
-        if cell["recipe"] == recipe:  # one that was trained by another recipe keeps it
+        if cell["recipe"] == recipe:  # cells with another recipe keep theirs
             del cell["recipe"]
     document = {"recipe": recipe, "missing": missing(recipe, found), "cells": found}
     options.name.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
@@ -40,7 +40,7 @@ def main():
 
 
 def missing(recipe, found):
-    """The cells of the grid that were not run."""
+    """Returns the cells of the grid that were not run."""
     return [name for name in cells(recipe["grid"]) if name not in {cell["cell"] for cell in found}]
 
 
@@ -49,7 +49,7 @@ def rows(grid):
 
 
 def scores(grid, results, task, mixer, mode, split="test"):
-    """Per cent, of the seeds that were run."""
+    """Returns scores in per cent, of the seeds that were run."""
     keys = [(task, mixer, mode, seed) for seed in grid["seed"]]
     return [100 * results[key][split] for key in keys if key in results]
 
@@ -91,7 +91,7 @@ def markdown(document, results, notes, plot_name):
 
 
 def differences(own, recipe, path=""):
-    """The settings of one recipe that are not those of the other."""
+    """Describes the settings in which one recipe differs from the other."""
     parts = []
     for key, value in own.items():
         other = recipe.get(key)
@@ -108,7 +108,7 @@ def spread(values):
 
 
 def provenance(found):
-    """What the cells have in common, and where they differ every value."""
+    """Lists the cells' provenance, with every value where they differ, and their CPU time."""
     lines = []
     for key in found[0]["provenance"]:
         values = sorted({str(cell["provenance"][key]) for cell in found})
@@ -121,7 +121,7 @@ def provenance(found):
 
 
 def plot(grid, results, path):
-    """One panel a task: a dot a seed, a bar at the mean, the teacher's mean as a line."""
+    """Plots a panel per task: a dot per seed, a bar at the mean, the teacher's mean as a line."""
     import matplotlib
 
     matplotlib.use("Agg")

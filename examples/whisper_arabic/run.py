@@ -3,10 +3,10 @@
 
     run.py --checkpoint WHISPER --data ARABIC_COMMANDS --out RESULTS [--only PATTERN ...] [--limit N]
 
-A cell is TASK/MIXER/MODE/SEED, or TASK/teacher/SEED, and leaves one JSON file in RESULTS. Finished cells are skipped,
-so that a run can be stopped and started again, and several processes can share the grid by --only.
+A cell is TASK/MIXER/MODE/SEED, or TASK/teacher/SEED, and writes one JSON file in RESULTS/cells. Finished cells are
+skipped, so a run can be stopped and started again, and several processes can share the grid by --only.
 
-WHISPER is a transformers checkpoint of Whisper-tiny; ARABIC_COMMANDS a folder with the Arabic Speech Commands and a
+WHISPER is a transformers checkpoint of Whisper-tiny. ARABIC_COMMANDS is a folder with the Arabic Speech Commands and a
 metadata.csv (file_name, word, speaker, split).
 """
 
@@ -35,11 +35,11 @@ from linconv.distillation import DistillationArguments, DistillationTrainer, mak
 from linconv.recipe import Data
 
 SPLITS = ("train", "validation", "test")
-HEAD = ("projector", "classifier")  # the modules of the classification head, which no checkpoint brings
+HEAD = ("projector", "classifier")  # modules of the classification head, which no checkpoint has
 
 
 def main():
-    transformers.logging.set_verbosity_error()  # every load reports the decoder, which is not wanted here
+    transformers.logging.set_verbosity_error()  # otherwise every load reports the unused decoder
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
@@ -75,7 +75,7 @@ def main():
 
 
 def cells(grid):
-    """The names of all cells, teachers first."""
+    """Yields the names of all cells, teachers first."""
     for task, seed in itertools.product(grid["task"], grid["seed"]):
         yield f"{task}/teacher/{seed}"
     for seed, task, mode, mixer in itertools.product(grid["seed"], grid["task"], grid["mode"], grid["mixer"]):
@@ -87,7 +87,7 @@ def result_file(out, cell):
 
 
 class Cell:
-    """What a cell trains on: its part of the recipe, the data sets and the pretrained model."""
+    """A cell of the grid: its part of the recipe, its data and its pretrained model."""
 
     def __init__(self, recipe, options, task, mixer, mode, seed):
         self.recipe, self.options = recipe, options
@@ -96,13 +96,13 @@ class Cell:
         torch.manual_seed(seed)
         splits = load_splits(Data(path=str(options.data), **self.task["data"]), "classification")
         self.classes = splits.labels
-        # A few hundred megabytes at most: every clip is read once.
+        # Reads every clip once into memory, a few hundred megabytes at most.
         self.data = {name: list(map(splits[name].__getitem__, range(len(splits[name])))) for name in SPLITS}
         extractor = AutoFeatureExtractor.from_pretrained(options.checkpoint)
         self.collator = Collator(extractor, self.classes.index, attention_mask=False)  # all clips are one second
 
     def pretrained(self):
-        """The checkpoint's encoder under a fresh head."""
+        """Loads the checkpoint's encoder with a new head."""
         names = dict(enumerate(self.classes))
         return AutoModelForAudioClassification.from_pretrained(
             self.options.checkpoint, id2label=names, label2id={name: i for i, name in names.items()}
@@ -129,7 +129,7 @@ class Cell:
         )
 
     def optimizer(self, model, kept):
-        """AdamW with one learning rate for the weights named in ``kept`` and another for the new ones and the head."""
+        """Makes AdamW with one learning rate for the weights in ``kept`` and another for new ones and the head."""
         t = self.recipe["training"]
         rates = t["lr"]["teacher" if self.mixer == "teacher" else "student"]
         groups = {}
@@ -157,7 +157,7 @@ class Cell:
 
 
 def any_length(stock):
-    """The same model, of clips of any length: the stock one takes 30 seconds and nothing else."""
+    """Returns a copy for clips of any length: the stock model accepts only 30 seconds."""
     return linconv.convert(stock, layers=[])
 
 
