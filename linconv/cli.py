@@ -316,7 +316,7 @@ def _layers(text: str | None) -> list[int] | None:
     # Four digits at most: no model has more layers, and the list of a longer range may exhaust memory.
     found = [re.fullmatch(r"(-?\d{1,4})(?:-(-?\d{1,4}))?", part) for part in text.replace(" ", "").split(",")]
     ranges = [(int(part[1]), int(part[2] or part[1])) for part in found if part]
-    # A descending range would be empty; one from below 0 to 0 or more would wrap around from the last layers.
+    # A descending range would be empty; one from below 0 to 0 or above would wrap from the last layers to the first.
     if None in found or any(first > last or first < 0 <= last for first, last in ranges):
         raise UserError(f"--layers: got {text!r}; want such as 0,1,5 or 0-5, -1 for the last, or all, or none")
     return [i for first, last in ranges for i in range(first, last + 1)]

@@ -107,7 +107,7 @@ class Recipe:
     distill: dict[str, Any] = field(default_factory=dict)
 
 
-# The recipe sets them at its top level.
+# The recipe sets these at its top level; a second value could contradict it.
 _NOT_IN_TRAINING = {"output_dir", "seed", "data_seed"}
 
 

@@ -37,7 +37,7 @@ def duration(file: str | Path | bytes) -> float:
     """Returns the seconds of sound in a file, from its header; reads the last sample too, which truncated files lack.
 
     Raises:
-        UserError: it has no samples, or is not a sound file; the message names it.
+        UserError: it has no samples, is truncated, or is not a sound file; the message names it.
     """
     with _opened(file) as sound:
         if not sound.frames:

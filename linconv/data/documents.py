@@ -53,7 +53,7 @@ def load_documents(data: Data) -> dict[str, Sentences | None]:
 
 
 def in_blocks(documents: Sentences, tokenizer, length: int, split: str) -> Blocks:
-    """Tokenises all documents, adds the end of text after each, and cuts blocks. Shows a progress bar.
+    """Tokenises all documents, appends the end of text to each, and cuts the tokens into blocks, with a progress bar.
 
     Args:
         length: tokens of a block, at least two.

@@ -1,4 +1,4 @@
-"""Data sets of the hub, by the package datasets."""
+"""Data sets on the hub, loaded with the package datasets."""
 
 from collections.abc import Iterator
 

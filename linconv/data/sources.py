@@ -38,7 +38,7 @@ class AudioClips(torch.utils.data.Dataset):
         return {"audio": read_audio(self.files[i], self.sampling_rate), "target": self.targets[i]}
 
     def sounds(self) -> Iterator[Path]:
-        """What each clip is read from, unread."""
+        """Yields the file of each clip, unread."""
         return iter(self.files)
 
     def name(self, i: int) -> str:
@@ -61,7 +61,7 @@ class HubClips(torch.utils.data.Dataset):
         return {"audio": audio, "target": self.targets[i]}
 
     def sounds(self) -> Iterator[bytes | str]:
-        """What each clip is read from, unread."""
+        """Yields the bytes or the path of each clip, not decoded."""
         return (_hub_sound(row, self.data) for row in self.dataset)
 
     def name(self, i: int) -> str:

@@ -26,7 +26,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     Raises:
         UserError: it is not UTF-8, has no rows, names a column twice, or has rows with more or fewer columns.
     """
-    tabs = path.suffix == ".tsv"  # text in GLUE's has quotation marks, also unpaired
+    tabs = path.suffix == ".tsv"  # text in GLUE's tables has unpaired quotation marks
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents may exceed its default of 128 KB
     lines = csv.reader(
         io.StringIO(decoded(path), newline=""),

@@ -172,7 +172,7 @@ def evaluate(checkpoint: str, recipe: Recipe, split: str = "test") -> dict[str, 
 
 
 def _arguments(recipe: Recipe, options: dict, output: str, splits: Splits) -> DistillationArguments:
-    """Arguments of a training or an evaluation. Several processes form their group here."""
+    """Makes the arguments of a training or an evaluation; several processes form their group here."""
     defaults = {
         "report_to": "none", "log_level": "warning", "dataloader_pin_memory": torch.cuda.is_available(),
         # Other accelerators, such as a Mac's, have no kernels and lack torch operations that losses need. On the CPU,

@@ -30,7 +30,7 @@ class Preprocessing:
 
     collator: Collator | SentenceCollator | BlockCollator
     metrics: Metrics | Perplexity
-    saved: Any  # what goes into the checkpoint folder
+    saved: Any  # what is saved in the checkpoint folder
 
 
 def make_preprocessing(recipe: Recipe, splits: Splits, config, extractor, tokenizer) -> Preprocessing:

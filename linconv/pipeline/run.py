@@ -65,7 +65,7 @@ class Run:
         return lines
 
     def check(self, resume: bool = False) -> None:
-        """Looks for problems that would end the run later: an existing checkpoint, clips that cannot be used.
+        """Looks for what would end the run later: a checkpoint, unreadable clips, clips too short for their text.
 
         It reads the header of every clip and the whole of a few. It does not read streams.
 

@@ -21,7 +21,7 @@ FAR = 0.3
 def build(folders: list[str | Path], title: str = "Distillation runs") -> dict:
     """Builds the report's content: runs, a row for each mode, and advice from the teachers' features.
 
-    Runs share a row if their recipes differ in nothing but the seed that affects the model.
+    Runs share a row if, apart from the seed, their recipes agree in everything that affects the model.
 
     Intervals are paired bootstraps: seeds and clips are drawn with replacement, RESAMPLES times. A student and its
     teacher share draws. All seeds share draws of clips, since their errors on one clip are not independent.

@@ -39,7 +39,7 @@ class RunFolder:
     """A run as read from its folder."""
 
     path: Path
-    is_teacher: bool  # a fine-tuning
+    is_teacher: bool  # whether it was a fine-tuning
     mode: str  # the recipe's, in words; "teacher" for a fine-tuning; in a report, the name of its row
     seed: int
     teacher: str  # the teacher's folder in the recipe; for a teacher, its own

@@ -25,7 +25,7 @@ def resampled(run: RunFolder) -> np.ndarray:
 
 
 def retained_of(mine, theirs, measure: Measure):
-    """Returns the student's share of what the teacher gets right, from two scores; NaN if that is nothing."""
+    """Returns the student's share of what the teacher gets right, from two scores; NaN if the teacher gets none."""
     right = measure.share_right(theirs)
     return np.where(right > 0, measure.share_right(mine) / np.where(right > 0, right, 1), np.nan)
 
