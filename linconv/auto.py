@@ -1,7 +1,7 @@
-"""Converted models among transformers' Auto classes, with ``import linconv.auto``.
+"""``import linconv.auto`` registers converted models with transformers' Auto classes.
 
-Every converted checkpoint carries a copy of this file, by which ``trust_remote_code=True`` finds its classes in the
-installed linconv package.
+Every converted checkpoint contains a copy of this file, through which ``trust_remote_code=True`` finds the classes in
+the installed linconv package.
 """
 
 from linconv.conversion import models

@@ -1,4 +1,4 @@
-"""Mixers in decoders: padding on either side, and states where transformers keeps past keys and values."""
+"""Mixers in decoders: padding on either side, and states in place of past keys and values."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from linconv.conversion.masks import AttentionSlot, check_size, traced
 class StateLayer(CacheLayerMixin):
     """The state of one layer's mixer as a layer of a `transformers.DynamicCache`.
 
-    It counts tokens as a layer of keys and values does, for positions and masks are made from that number, and its size
-    does not grow with it. It cannot be cropped: a state does not know the one before it.
+    It counts tokens as a layer of keys and values does, because positions and masks depend on that number. Its size
+    does not grow with it. It cannot be cropped: earlier states are not kept.
     """
 
     is_sliding = False
@@ -28,16 +28,16 @@ class StateLayer(CacheLayerMixin):
 
     @classmethod
     def of(cls, cache: Cache, index: int) -> "StateLayer":
-        """The layer of that index, which takes the place of one that has not been used.
+        """The layer of that index; it replaces an unused layer of keys and values.
 
         Raises:
-            TypeError: a cache of another kind.
-            ValueError: a layer that holds keys and values already.
+            TypeError: the cache is of another kind.
+            ValueError: the layer already holds keys and values.
         """
         layers = getattr(cache, "layers", None)
         if layers is None:
             raise TypeError(f"the cache is a {type(cache).__name__}, wanted a transformers.DynamicCache")
-        while len(layers) <= index:  # of a cache that was made without a config
+        while len(layers) <= index:  # the cache was made without a config
             layers.append(DynamicLayer())
         if not isinstance(layers[index], cls):
             if type(layers[index]) is not DynamicLayer:
@@ -92,10 +92,10 @@ class StateLayer(CacheLayerMixin):
         self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Nothing: the slot takes the state to where its mixer is."""
+        """Does nothing: the slot moves the state to its mixer's device."""
 
     def state_on(self, mixer: nn.Module, batch: int, device: torch.device):
-        """The state of that many rows, there."""
+        """The state for ``batch`` rows, on ``device``."""
         if self.state is None:
             self.state = mixer.new_state(batch)
         self._change(lambda tensor: tensor.to(device))
@@ -103,12 +103,12 @@ class StateLayer(CacheLayerMixin):
 
 
 class CausalSlot(AttentionSlot):
-    """A causal mixer in the place of attention to the past, whose keys and values may be in a cache.
+    """A causal mixer in place of causal attention, which may use a cache.
 
     Args:
         mixer, outputs: as for `AttentionSlot`.
         cache: the argument of the attention module that holds the cache.
-        index: of the layer in the cache.
+        index: index of the layer in the cache.
     """
 
     def __init__(self, mixer: nn.Module, outputs: tuple[str, ...], cache: str, index: int):
@@ -116,7 +116,7 @@ class CausalSlot(AttentionSlot):
         self.cache, self.index = cache, index
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **arguments):
-        """hidden_states (batch, L, d), attention_mask as `valid_tokens` takes it. Padding may be on either side."""
+        """hidden_states (batch, L, d), attention_mask as for `valid_tokens`. Padding may be on either side."""
         batch, length, _ = hidden_states.shape
         cache, given = arguments.get(self.cache), {}
         layer = None if cache is None else StateLayer.of(cache, self.index)
@@ -127,28 +127,27 @@ class CausalSlot(AttentionSlot):
         if valid is None:
             mixed = self.mixer(hidden_states, **given)
         else:
-            # Rows are moved to where their tokens begin, and back, so that each is what it is alone.
+            # Each row is shifted to the start of its tokens and back, so that its result is the one it has alone.
             first = valid.to(torch.uint8).argmax(dim=-1)
             mixed = _moved(self.mixer(_moved(hidden_states, first), valid.sum(dim=-1), **given), -first)
-        if layer is not None:  # here, not before what may raise: a call that failed has added no tokens
+        if layer is not None:  # after everything that may raise: a failed call adds no tokens
             layer.tokens = past + length
         return mixed, *[arguments.get(name) for name in self.outputs]
 
 
 def valid_tokens(attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
-    """(batch, length), True at the tokens that are not padding; None where none is.
+    """(batch, length), True at the tokens that are not padding; None if there is no padding.
 
     Args:
         attention_mask: (batch, past + length), True, or 1, at the valid tokens; or (batch, 1, length, past + length),
-            where every valid query sees the valid tokens up to its own: True at them or, in floating point, 0 at them
-            and below elsewhere. None: all are valid.
+            where every valid query sees the valid tokens up to its own: True at them or, in floating point, 0 there
+            and negative elsewhere. None: all tokens are valid.
         batch, length: of the hidden states.
-        past: tokens before them, in a cache.
+        past: number of earlier tokens, in a cache.
 
     Raises:
-        ValueError: a mask of another form or size, one with padding between valid tokens, or one that differs from a
-            causal one by more than padding; its values are read on the CPU only, for elsewhere that would stall the
-            device.
+        ValueError: the mask has another form or size, has padding between valid tokens, or differs from a causal one by
+            more than padding. Its values are read only on the CPU, since reading them elsewhere would stall the device.
     """
     if attention_mask is None:
         return None
@@ -156,7 +155,7 @@ def valid_tokens(attention_mask: Tensor | None, batch: int, length: int, past: i
     readable = attention_mask.device.type == "cpu" and not traced(attention_mask)
     if attention_mask.dim() == 4:
         seen = attention_mask >= 0 if attention_mask.is_floating_point() else attention_mask.to(torch.bool)
-        # A query sees its own token unless that is padding; a query of padding may see others, or none.
+        # A query sees its own token unless it is padding; a padding query may see other tokens or none.
         valid = seen[:, 0].diagonal(past, dim1=-2, dim2=-1)  # (batch, length)
         if seen.shape[2] != length or (readable and not _of_whole_sequences(seen, valid, past)):
             raise ValueError(
@@ -175,7 +174,7 @@ def valid_tokens(attention_mask: Tensor | None, batch: int, length: int, past: i
 
 
 def _of_whole_sequences(seen: Tensor, valid: Tensor, past: int) -> bool:
-    """Whether each valid query sees as many tokens as are valid up to its own.
+    """Whether each valid query sees as many tokens as there are valid ones up to its own.
 
     Args:
         seen: (batch, any, length, past + length), True where a query sees a token.
@@ -183,13 +182,13 @@ def _of_whole_sequences(seen: Tensor, valid: Tensor, past: int) -> bool:
         past: tokens before the first query.
     """
     before = seen.sum(dim=-1, dtype=torch.int32) - valid.cumsum(dim=-1)[:, None]  # (batch, any, length)
-    # Of those in the cache each query of a row sees the same ones.
+    # All queries of a row see the same tokens in the cache.
     most = before.masked_fill(~valid[:, None], 0).amax(dim=(1, 2))
     least = before.masked_fill(~valid[:, None], past).amin(dim=(1, 2))
     return not ((most > past) | (most > least)).any()
 
 
 def _moved(rows: Tensor, by: Tensor) -> Tensor:
-    """rows (batch, L, d), each moved round by that many frames towards its start."""
+    """rows (batch, L, d), each rotated towards its start by that many frames."""
     index = (torch.arange(rows.shape[1], device=rows.device) + by[:, None]) % rows.shape[1]  # (batch, L)
     return rows.gather(1, index[..., None].expand_as(rows))

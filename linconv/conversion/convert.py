@@ -1,4 +1,4 @@
-"""A pretrained transformer with linear-time mixers for attention."""
+"""Replaces attention in a pretrained transformer by linear-time mixers."""
 
 import copy
 import warnings
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-import linconv.auto  # noqa: F401  the classes of converted models stand there, under the names in their checkpoints
+import linconv.auto  # noqa: F401  holds the classes of converted models, under the names in their checkpoints
 from linconv import mixers
 from linconv.conversion import families
 from linconv.conversion.models import ConvertedModel, Recipe, auto_map, converted_config_class, install
@@ -18,18 +18,18 @@ from linconv.conversion.models import ConvertedModel, Recipe, auto_map, converte
 def convert(
     teacher: PreTrainedModel, mixer: str = "bimamba2", layers: str | Sequence[int] | None = None, **mixer_kwargs
 ) -> PreTrainedModel:
-    """A copy of a model in which a mixer takes the place of self-attention.
+    """A copy of a model in which mixers replace self-attention.
 
-    Everything but the converted attention is the teacher's: weights, dtype, device, train or eval mode. The mixers are
-    new and untrained, drawn from torch's random generator. LayerDrop is switched off, for a student's layers must line
-    up with its teacher's. The result is of a subclass of the teacher's class: save and load it as any transformers
-    model, after ``import linconv.auto``, which this function does too.
+    Everything else is the teacher's: weights, dtype, device, train or eval mode. The mixers are new and untrained,
+    initialized from torch's random generator. LayerDrop is turned off, because the student's layers must line up with
+    the teacher's. The result's class is a subclass of the teacher's: save and load it like any transformers model,
+    after ``import linconv.auto``, which this function does too.
 
     Args:
-        teacher: a transformers model of a family in `linconv.conversion.families`, with any of its heads, or what
-            convert has made of one without converting a layer; not changed.
+        teacher: a transformers model of a family in `linconv.conversion.families`, with any of its heads, or the result
+            of `convert` with no layer converted. It is not changed.
         mixer: name of the mixer, see `linconv.mixers.names`.
-        layers: which transformer blocks to convert: None or "all", indices (a list, an array or a tensor; negative ones
+        layers: the transformer blocks to convert: None or "all", indices (a list, an array or a tensor; negative ones
             count from the end), or "none" or [] for none, which gives the teacher's own outputs.
         mixer_kwargs: options of the mixer.
 
@@ -37,15 +37,14 @@ def convert(
         The converted model, with the recipe in ``config.linconv``.
 
     Raises:
-        TypeError: a model that cannot be converted, an option the mixer does not have or of another type, or layers
-            of another type.
-        ValueError: an unknown mixer, one that looks ahead where the model attends to the past only, one that does not
-            in all layers of a model whose head reads the first token alone, a layer that is not there, options that
-            are out of range or do not fit the model's width, a teacher whose weights are offloaded, or one with a
-            function in the place of a module's forward.
+        TypeError: the model cannot be converted, the mixer does not have an option, or an option or ``layers`` has
+            the wrong type.
+        ValueError: the mixer is unknown, bidirectional in a causal model, or causal in all layers of a bidirectional
+            model whose head reads only the first token; a layer does not exist; options are out of range or do not fit
+            the model's width; the teacher's weights are offloaded, or it has a function in place of a module's forward.
 
     Warns:
-        UserWarning: a mixer that sees the past only in a model that attends both ways.
+        UserWarning: a causal mixer in a bidirectional model.
     """
     family = convertible_family(teacher)
     check_mixer(mixer, family)
@@ -61,7 +60,7 @@ def convert(
     if family.layer_drop is not None:
         setattr(config, family.layer_drop, 0.0)
 
-    # Whatever in the copy refers to the teacher's config refers to the student's.
+    # References to the teacher's config become references to the student's.
     student = copy.deepcopy(teacher, {id(teacher.config): config})
     check_forwards(teacher, student)
     install(student, family, recipe)
@@ -73,7 +72,7 @@ def convertible_family(teacher: PreTrainedModel) -> families.Family:
     """The family of a model that can be converted.
 
     Raises:
-        TypeError: a model that cannot; the message has those that can.
+        TypeError: the model cannot be converted; the message lists the classes that can.
     """
     family, stock = families.of(teacher, "teacher"), type(teacher)
     heads = [family.stock_class(name) for name in family.heads.values()]
@@ -97,10 +96,10 @@ def convertible_family(teacher: PreTrainedModel) -> families.Family:
 
 
 def check_mixer(mixer: str, family: families.Family) -> type[mixers.Mixer]:
-    """The mixer class of that name, which fits the family.
+    """The mixer class of that name.
 
     Raises:
-        ValueError: no such mixer, or one that looks ahead in a family that does not.
+        ValueError: there is no such mixer, or it is bidirectional and the family causal.
     """
     found = mixers.get(mixer)
     if family.cache is not None and not found.causal:
@@ -113,10 +112,10 @@ def check_mixer(mixer: str, family: families.Family) -> type[mixers.Mixer]:
 
 
 def check_weights(teacher: PreTrainedModel) -> None:
-    """The weights are there to be copied. A model made on the meta device, without accelerate's hooks, gives sizes.
+    """Checks that the weights can be copied. A model built on the meta device, without accelerate's hooks, may pass.
 
     Raises:
-        ValueError: weights that accelerate has offloaded.
+        ValueError: accelerate has offloaded weights.
     """
     meta = [name for name, parameter in teacher.named_parameters() if parameter.is_meta]
     if meta and any(hasattr(module, "_hf_hook") for module in teacher.modules()):
@@ -127,10 +126,10 @@ def check_weights(teacher: PreTrainedModel) -> None:
 
 
 def check_forwards(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """No module of the copy ``student`` runs one of the teacher. What accelerate put over its forward is taken off.
+    """Checks that no module of the copy ``student`` runs a teacher module. Removes accelerate's wrappers of forward.
 
     Raises:
-        ValueError: a function in the place of a module's forward, which a copy shares with its original.
+        ValueError: there is a function in place of a module's forward, which a copy shares with its original.
     """
     for (name, original), module in zip(teacher.named_modules(), student.modules()):
         forward = vars(original).get("forward")
@@ -140,19 +139,19 @@ def check_forwards(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
                 "torch.compile(model.forward) gives, which would run the teacher in its copy too; wanted none: put it "
                 "there after conversion, or use model.compile()"
             )
-        if "_original_forward" in vars(module):  # autocast of Accelerator.prepare, round the stock class's forward
+        if "_original_forward" in vars(module):  # Accelerator.prepare wraps the stock forward in autocast
             del module.forward, module._original_forward
 
 
 def check_direction(teacher: PreTrainedModel, mixer: str, layers: tuple[int, ...], family: families.Family) -> None:
-    """A mixer that sees the past only is in a model that does so too.
+    """Checks that a causal mixer is used in a causal model.
 
     Raises:
-        ValueError: it is in all layers of a model that attends both ways and whose head reads the first token, of which
-            the text behind it would be hidden.
+        ValueError: it is in all layers of a bidirectional model whose head reads only the first token, which would see
+            nothing of the text after it.
 
     Warns:
-        UserWarning: it is in another model that attends both ways.
+        UserWarning: it is in another bidirectional model.
     """
     if family.cache is not None or not mixers.get(mixer).causal or not layers:
         return
@@ -174,10 +173,10 @@ def check_direction(teacher: PreTrainedModel, mixer: str, layers: tuple[int, ...
 
 
 def layer_indices(layers: str | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """The blocks that ``layers`` of `convert` means, of ``count``, in order.
+    """The indices of the blocks, out of ``count``, that ``layers`` of `convert` selects, in order.
 
     Raises:
-        TypeError, ValueError: something else than convert takes, or a block that is not there.
+        TypeError, ValueError: `convert` does not accept the value, or a block does not exist.
     """
     if layers is None:
         return tuple(range(count))
@@ -198,12 +197,12 @@ def layer_indices(layers: str | Sequence[int] | None, count: int) -> tuple[int, 
 
 
 def encoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a stock or converted model, first to last; they line up between the two."""
+    """The transformer blocks of a stock or converted model, in order; those of teacher and student line up."""
     return list(families.of(model).blocks(model))
 
 
 def frame_lengths(model: nn.Module, attention_mask: torch.Tensor) -> torch.Tensor:
-    """How many frames of each clip the transformer blocks see.
+    """The number of valid frames of each clip that the transformer blocks see.
 
     Args:
         model: a stock or converted model.

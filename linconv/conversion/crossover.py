@@ -18,9 +18,8 @@ __all__ = ["MeasuredCrossover", "measured_crossover"]
 class MeasuredCrossover:
     """frames: the length from which the mixer is faster; None if it never is, by the fits.
 
-    shortest, longest: of the sequences that both sides were measured at. extrapolated: whether the width is of none
-    between those that were measured, or frames beyond the longest. basis: what the fits are based on, for people to
-    read.
+    shortest, longest: the sequences that both sides were measured at. extrapolated: whether the width is outside the
+    range of measured widths, or frames is beyond the longest. basis: a readable description of the measurements.
     """
 
     frames: int | None
@@ -73,8 +72,8 @@ def measured_crossover(mixer: str, width: int, operations: float) -> MeasuredCro
 
 
 def _faster_from(a: float, b: float, c: float) -> int | None:
-    """The least length >= 1 from which on a + b·length + c·length² < 0 for good; None where there is none."""
-    if c >= 0:  # what is not faster in the long run is faster nowhere for good
+    """The least length >= 1 from which a + b·length + c·length² < 0 for all lengths; None if there is none."""
+    if c >= 0:  # decided by the sign for long sequences
         if c > 0 or b > 0 or (b == 0 and a >= 0):
             return None
         meet = 0 if b == 0 else -a / b

@@ -1,4 +1,4 @@
-"""Where attention sits in each model family. Adding a family is one entry here."""
+"""Where each model family has its attention. To add a family, add one entry here."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """What conversion must know of a family of transformers models.
+    """What conversion needs to know about a family of transformers models.
 
     model_type: the stock config's ``model_type``.
     modeling: the module its classes are in.
@@ -20,24 +20,24 @@ class Family:
     heads: stock head class by the Auto class that loads it; the first one is the bare model.
     layers: path from ``model.base_model`` to the list of transformer blocks.
     attention: path from a block to its self-attention module.
-    projections: paths from a block to the linear layers by name: query, key, value (or query_key_value for all) and
-        output, which may lie outside of the attention module. By default, the usual names in it.
-    cache: the argument of its forward that holds a cache, where it attends to the past only; such a family takes causal
-        mixers. None where it attends both ways.
-    attention_outputs: what its forward returns after the hidden state: "weights", of which a mixer has none, or the
-        name of an argument that it hands on.
-    first_attention_only: modules that the first block's attention has for all of them.
-    attention_only: paths from ``model.base_model`` to modules that nothing but attention has a use for.
-    position_flops: (config, length) to the operations that a layer's attention takes for positions alone.
+    projections: paths from a block to its linear layers by name: query, key, value (or query_key_value for all three)
+        and output, which may be outside the attention module. Default: the usual names in the attention module.
+    cache: the argument of attention's forward that holds a cache, if attention is causal; such a family needs causal
+        mixers. None if it is bidirectional.
+    attention_outputs: what attention's forward returns after the hidden state: "weights", which a mixer does not have,
+        or the name of an argument that it passes on.
+    first_attention_only: modules that only the first block's attention holds, used by all blocks.
+    attention_only: paths from ``model.base_model`` to modules that only attention uses.
+    position_flops: maps (config, length) to the operations that a layer's attention needs for positions alone.
     input_name: the forward argument that holds the signal or tokens, time last.
-    frame_lengths: (model, valid lengths of the input) to the valid frames the blocks see.
-    mask_sums: whether the bare model reads the sums of a mask's rows only, and takes any mask unless that is checked.
-    frames_per_second: of the blocks, at the usual sampling rate; for display. None where frames are tokens.
+    frame_lengths: maps (model, valid input lengths) to the numbers of valid frames that the blocks see.
+    mask_sums: whether the bare model reads only the row sums of a mask, and so accepts any mask unless it is checked.
+    frames_per_second: of the blocks, at the usual sampling rate; for display. None if frames are tokens.
     layer_drop: config entry of LayerDrop, or None.
-    inner: classes within a head that are converted too, models or modules of one, other than the bare model.
+    inner: classes inside a head model, other than the bare model, that are converted too: models or their modules.
     overrides: module with a class of the same name for every stock class whose forward conversion changes, or None.
-        Where there is one, masks keep padding out of what the stock model lets it into.
-    first_token_heads: Auto classes of the heads that read the first token alone.
+        If there is one, masks keep padding out of places where the stock model lets it in.
+    first_token_heads: Auto classes of the heads that read only the first token.
     """
 
     model_type: str
@@ -78,7 +78,7 @@ class Family:
         return SelfAttention({name: block.get_submodule(path) for name, path in paths.items()})
 
     def keep_for_others(self, blocks: nn.ModuleList, converted: tuple[int, ...]) -> None:
-        """Hands what the first attention has for all of them to the first one that is left, before it is replaced."""
+        """Moves the modules that the first attention holds for all to the first attention that remains."""
         left = [block for index, block in enumerate(blocks) if index not in converted]
         if left and left[0] is not blocks[0]:
             for name in self.first_attention_only:
@@ -86,19 +86,19 @@ class Family:
                 setattr(left[0].get_submodule(self.attention), name, module)
 
     def drop_attention_only(self, model: nn.Module) -> None:
-        """Drops what only attention has a use for, which is then left in no block."""
+        """Drops the modules that only attention uses, for a model without any attention left."""
         for path in self.attention_only:
             _replace(model.base_model, path, None)
 
     def replace_attention(self, block: nn.Module, slot: nn.Module) -> None:
-        """Puts ``slot`` into the place of a stock block's self-attention, all of it."""
+        """Replaces a stock block's whole self-attention by ``slot``."""
         _replace(block, self.attention, slot)
         if self.projections and not self.projections["output"].startswith(f"{self.attention}."):
-            _replace(block, self.projections["output"], nn.Identity())  # the slot has an output projection of its own
+            _replace(block, self.projections["output"], nn.Identity())  # the slot has its own output projection
 
 
 class SelfAttention(nn.Module):
-    """The linear layers of a self-attention under the same names for every family. They are the model's own."""
+    """The model's own linear layers of a self-attention, under the same names for every family."""
 
     def __init__(self, projections: dict[str, nn.Linear]):
         super().__init__()
@@ -118,14 +118,14 @@ def _after_feature_encoder(model: nn.Module, lengths: Tensor) -> Tensor:
 
 
 def _relative_position_flops(config: PretrainedConfig, length: int) -> int:
-    """Of the conformer: a projection of each distance, and its product with each query."""
+    """For the conformer: the projection of each distance and its product with each query."""
     if config.position_embeddings_type != "relative":
         return 0
     return 2 * (2 * length - 1) * config.hidden_size * (config.hidden_size + length)
 
 
 def _speech_heads(prefix: str, *heads: str) -> dict[str, str]:
-    """Auto class to stock class; the Auto class of a clip's classification has a name of its own."""
+    """Maps Auto class to stock class; Auto classes name the classification of clips and x-vectors differently."""
     own = {"AudioClassification": "SequenceClassification", "AudioXVector": "XVector"}
     return {"AutoModel": f"{prefix}Model", **{f"AutoModelFor{h}": f"{prefix}For{own.get(h, h)}" for h in heads}}
 
@@ -134,7 +134,7 @@ def _text_heads(prefix: str, *heads: str) -> dict[str, str]:
     return {"AutoModel": f"{prefix}Model", **{f"AutoModelFor{head}": f"{prefix}For{head}" for head in heads}}
 
 
-# Of BERT and what came of it; those that attend to the past only are not among them.
+# Heads of BERT and its derivatives, without the causal ones.
 _BERT_HEADS = ("MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering")
 
 
@@ -280,10 +280,10 @@ FAMILIES = {
 
 
 def of(model: nn.Module, name: str = "model") -> Family:
-    """The family of a model, stock or converted, which an error is to call ``name``.
+    """The family of a stock or converted model; error messages call the model ``name``.
 
     Raises:
-        TypeError: not a transformers model, or of a family that is not here; the message has the nearest name.
+        TypeError: it is not a transformers model, or its family is unknown; the message has the nearest name.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:

@@ -1,4 +1,4 @@
-"""What a conversion would do to a model, before it is done, or has done to one that is converted."""
+"""What a conversion would change in a model, or has changed in a converted one."""
 
 import bisect
 import copy
@@ -17,14 +17,14 @@ from linconv.conversion.models import ConvertedModel, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What `linconv.inspect` found; ``print`` it for a table. Frames are tokens where the model is one of text.
+    """The result of `linconv.inspect`; ``print`` it for a table. For a text model, frames are tokens.
 
-    converted: whether the model is converted already, in these layers; they are those to be converted if it is not.
+    converted: whether the model is already converted. layers: the blocks that are or would be converted.
     parameters, parameters_after: of the original and of the converted model. options: those of the mixer.
-    flops: by number of frames, (attention, mixer) floating-point operations of the forward pass through all these
-    layers, projections included, a multiply-add counting as two. crossover_frames: the shortest sequence for
-    which the mixer takes fewer; it predicts where time crosses as far as both run at the same rate. measured_crossover:
-    the same by time, from layers that were measured; None where none with this mixer was.
+    flops: maps a number of frames to the (attention, mixer) floating-point operations of the forward pass through
+    these layers, projections included; a multiply-add counts as two. crossover_frames: the shortest sequence for which
+    the mixer needs fewer; it predicts the crossover in time if both run at the same rate. measured_crossover: the same
+    by time, from measured layers; None if none with this mixer was measured.
     """
 
     model: str
@@ -77,7 +77,7 @@ class Inspection:
         else:
             if measured.frames is None:
                 at = "never, by these fits"
-            elif measured.frames < measured.shortest:  # where, a fit to longer ones does not tell
+            elif measured.frames < measured.shortest:  # a fit to longer sequences does not tell where
                 at = f"below {self._duration(measured.shortest)}, the shortest measured"
             else:
                 at = self._duration(measured.frames)
@@ -103,19 +103,18 @@ def inspect(
     lengths: Sequence[int] = (250, 500, 1500, 3000, 15000, 30000),
     **mixer_kwargs,
 ) -> Inspection:
-    """What `linconv.convert` with the same arguments would swap, and what that would save. Nothing is converted.
+    """Shows what `linconv.convert` with the same arguments would swap and save. Nothing is converted.
 
-    Of a model that is converted already, what was swapped, against what the original had.
+    For a converted model: what was swapped, compared with the original.
 
     Args:
-        teacher: as for `linconv.convert`, or what it has made of one.
-        mixer, layers, mixer_kwargs: as for `linconv.convert`, None for its own defaults. They are not given where the
-            model is converted already.
-        lengths: numbers of frames, from 1 up, to count operations for.
+        teacher: as for `linconv.convert`, or a result of it.
+        mixer, layers, mixer_kwargs: as for `linconv.convert`; None means its default. Not accepted for a converted
+            model.
+        lengths: numbers of frames, at least 1, to count operations for.
 
     Raises:
-        TypeError, ValueError: as `linconv.convert`, or a mixer, layers or options given for a model that is converted
-            already.
+        TypeError, ValueError: as for `linconv.convert`, or mixer, layers or options were given for a converted model.
     """
     if not isinstance(lengths, Iterable):
         raise TypeError(f"lengths is {lengths!r}, wanted whole numbers from 1 up")
@@ -143,10 +142,10 @@ def inspect(
 
 
 def _original(converted: PreTrainedModel) -> PreTrainedModel:
-    """The stock model that a converted one was, in sizes only.
+    """The stock model that a converted one was made from, on the meta device.
 
     Raises:
-        TypeError: a part of a model, without its head.
+        TypeError: the model is only a part of a model, without its head.
     """
     entries = converted.config.to_dict()
     for name in ("model_type", "linconv", "auto_map"):
@@ -161,7 +160,7 @@ def _original(converted: PreTrainedModel) -> PreTrainedModel:
 
 
 def _compare(teacher: PreTrainedModel, recipe: Recipe, lengths: Sequence[int]) -> Inspection:
-    """A stock model, or one in which no layer is converted, with what it is by the recipe."""
+    """Compares a stock model, or one with no layer converted, with its conversion by the recipe."""
     family, mixer_class, indices = families.of(teacher), mixers.get(recipe.mixer), recipe.layers
     blocks = family.blocks(teacher)
     attentions = [block.get_submodule(family.attention) for block in blocks]
@@ -173,19 +172,19 @@ def _compare(teacher: PreTrainedModel, recipe: Recipe, lengths: Sequence[int]) -
 
     projections = sum(m.weight.numel() for m in sizes_only[0].children())
 
-    triangle = 2 if family.cache is None else 1  # to the past only is half of it
+    triangle = 2 if family.cache is None else 1  # causal attention needs half
 
     def attention_flops(length):
         between_frames = triangle * 2 * length * length * width
         return 2 * length * projections + between_frames + family.position_flops(teacher.config, length)
 
-    # The difference only grows with the length: attention's operations do so faster.
+    # The difference grows with the length, because attention's operations grow faster.
     crossover = bisect.bisect_left(range(1, 1 << 24), True, key=lambda n: new.flops(n) < attention_flops(n)) + 1
     parameters = sum(p.numel() for p in teacher.parameters())
     replaced = {
         p: p.numel() for i in indices for m in (attentions[i], family.self_attention(blocks[i])) for p in m.parameters()
     }
-    if len(indices) < len(blocks):  # what the first attention has for all of them stays
+    if len(indices) < len(blocks):  # modules that the first attention holds for all blocks stay
         for name in family.first_attention_only:
             for parameter in attentions[0].get_submodule(name).parameters():
                 replaced.pop(parameter, None)
@@ -195,7 +194,7 @@ def _compare(teacher: PreTrainedModel, recipe: Recipe, lengths: Sequence[int]) -
         family=family.model_type,
         attention=type(attentions[0]).__name__,
         mixer=mixer_class.__name__,
-        options={  # None is what the mixer makes of it
+        options={  # the mixer replaces None by a value
             name: getattr(new, name, None) if value is None else value
             for name, value in {**mixer_class.options(), **recipe.options}.items()
         },

@@ -1,10 +1,10 @@
 """Padding masks as (batch, L) all the way to each layer, instead of (batch, 1, L, L).
 
-transformers builds an attention mask once a forward pass, of the form that the config's attention implementation
-wants; for "sdpa" and "eager" that form grows with L². A converted model runs on "linconv_sdpa" or "linconv_eager": the
-same attention, but its masks stay (batch, L), from which a mixer reads its lengths and an attention layer that was
-left in place makes a (batch, 1, 1, L) mask, the same for every query. Attention to the past only wants its stock mask
-where it was left in place: there masks stay (batch, L) only where none was.
+transformers builds one attention mask per forward pass, in the form of the config's attention implementation; for
+"sdpa" and "eager" that form grows with L². A converted model runs on "linconv_sdpa" or "linconv_eager": the same
+attention, but with (batch, L) masks. A mixer reads its lengths from them; an attention layer left in place makes a
+(batch, 1, 1, L) mask, the same for every query. Causal attention left in place needs its stock mask, so in a decoder
+masks stay (batch, L) only if all layers are converted.
 """
 
 import sys
@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 
 PREFIX = "linconv_"
-# Flash attention takes (batch, L) masks as it is.
+# Stock flash attention already takes (batch, L) masks.
 UNCHANGED = ("flash_attention_2", "flash_attention_3")
 
 
@@ -25,15 +25,15 @@ def _padding_mask(stock_mask):
     def mask(*args, mask_function, attention_mask=None, config, **kwargs):
         decoder = mask_function is not bidirectional_mask_function
         converted = () if decoder and config.is_encoder_decoder else config.linconv["layers"]
-        # A graph is traced with a mask for packed sequences whether there are any or not.
+        # Tracing builds the mask for packed sequences even if there are none.
         packed = decoder and mask_function is not causal_mask_function and not traced(attention_mask)
         if converted and packed:
             raise ValueError(
                 "position_ids start anew within a row, wanted one sequence a row: mixers take no packed ones"
             )
         if attention_mask is not None and (converted or not decoder):
-            # Of the queries, as in self-attention: without a cache transformers takes kv_length from the mask itself,
-            # and the stock causal mask would take another length as it is.
+            # The size is that of the queries, as in self-attention: without a cache transformers takes kv_length from
+            # the mask itself, and the stock causal mask would accept another length.
             check_size(attention_mask, kwargs["batch_size"], kwargs["q_offset"] + kwargs["q_length"])
         if decoder and len(converted) < config.num_hidden_layers:
             return stock_mask(
@@ -66,7 +66,7 @@ def _eager_attention(module, *args, **kwargs):
 
 
 def register() -> None:
-    """Makes the two implementations known to transformers."""
+    """Registers the two implementations with transformers."""
     for name, attention, mask, additive in (
         ("sdpa", sdpa_attention_forward, sdpa_mask, False),
         ("eager", _eager_attention, eager_mask, True),
@@ -76,18 +76,18 @@ def register() -> None:
 
 
 def traced(attention_mask: Tensor | None) -> bool:
-    """Whether a graph is being made, for other masks too than the one that it is made with, or the mask has no values.
+    """Whether the mask's values must not be read: a graph that other masks will use is traced, or it has no values.
 
-    By torch.compile, torch.export or torch.jit.trace, or with fake tensors.
+    This holds under torch.compile, torch.export or torch.jit.trace, and for fake tensors.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(attention_mask, FakeTensor)
 
 
 def check_size(attention_mask: Tensor, batch: int, length: int) -> None:
-    """A mask, (batch, L) or (batch, 1, any, L), fits ``batch`` rows of ``length`` frames.
+    """Checks that a mask, (batch, L) or (batch, 1, any, L), fits ``batch`` rows of ``length`` frames.
 
     Raises:
-        ValueError: it is of another form or size.
+        ValueError: the mask has another form or size.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
         got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
@@ -129,7 +129,7 @@ def seq_lens(attention_mask: Tensor | None, batch: int, length: int) -> Tensor |
 
 
 class WaveformMask:
-    """Checks the mask of a bare model over sound, whose stock forward reads no more of it than the sum of each row."""
+    """Checks the mask of a bare speech model, whose stock forward reads only the sum of each row."""
 
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None, *args, **kwargs):
         """As the stock model, with attention_mask (batch, samples) over input_values, the padding on the right.
@@ -163,7 +163,7 @@ def zero_padding(features: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class AttentionSlot(nn.Module):
-    """A mixer in the place of a self-attention module, with that module's signature.
+    """A mixer in place of a self-attention module, with that module's signature.
 
     Args:
         mixer: the `linconv.mixers.Mixer`.

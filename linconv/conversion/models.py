@@ -1,4 +1,4 @@
-"""The classes of converted models: each a subclass of a stock head class, generated from its family's entry."""
+"""The classes of converted models: subclasses of the stock head classes, generated from the entry of each family."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from linconv.conversion import causal, masks
 from linconv.conversion.families import Family
 
 PREFIX = "Linconv"
-AUTO_MODULE = "linconv.auto"  # where the classes are found; its file goes into every checkpoint
+AUTO_MODULE = "linconv.auto"  # holds the classes; its file goes into every checkpoint
 FORMAT_VERSION = 1
 
 
@@ -41,10 +41,10 @@ class Recipe:
 
     @classmethod
     def from_config(cls, config) -> "Recipe":
-        """Reads the block of a config.
+        """Reads the ``linconv`` block of a config.
 
         Raises:
-            ValueError: no block, one of a later version, or one that is not as it should be.
+            ValueError: the block is missing, has another version or is malformed.
         """
         block = getattr(config, "linconv", None)
         if not isinstance(block, dict):
@@ -71,7 +71,7 @@ class Recipe:
 
 
 class ConvertedModel:
-    """What a converted model adds to its stock class. Not for use by itself."""
+    """Mixin that adds conversion to a stock class. Not for use by itself."""
 
     linconv_family: ClassVar[Family]
 
@@ -88,7 +88,7 @@ class ConvertedModel:
             super()._init_weights(module)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
-        """Takes "sdpa" and "eager" to the forms whose masks do not grow with L²."""
+        """Maps "sdpa" and "eager" to the implementations whose masks do not grow with L²."""
         requested = attn_implementation and attn_implementation.removeprefix(masks.PREFIX)
         chosen = super()._check_and_adjust_attn_implementation(requested, *args, **kwargs)
         if chosen in masks.UNCHANGED:
@@ -100,11 +100,11 @@ class ConvertedModel:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As the stock class, from safetensors only.
+        """As for the stock class, but only from safetensors.
 
         Raises:
-            ValueError: use_safetensors=False, or a checkpoint that lacks weights of its mixers, has them in another
-                shape, or has some of mixers that are not in its config.
+            ValueError: use_safetensors=False, or the checkpoint lacks weights of its mixers, has them in another
+                shape, or has weights of mixers that its config does not have.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors is False, wanted True: a converted model loads no pickled weights")
@@ -117,7 +117,7 @@ class ConvertedModel:
                 f"{pretrained_model_name_or_path} lacks {len(lacking)} weights of its mixers, the first of them "
                 f"{lacking[0]}: it is not a complete checkpoint of a converted model"
             )
-        # Where the config has no mixer or not this part of one, something with random weights stands in its place.
+        # If the config has no such mixer, or not this part of it, a module with random weights is in its place.
         left_over = sorted(key for key in info["unexpected_keys"] if ".mixer." in key)
         if left_over:
             raise ValueError(
@@ -128,19 +128,19 @@ class ConvertedModel:
 
 
 def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
-    """Makes a model of stock parts a converted one, in place: the classes of it and within it, and its attention.
+    """Converts a stock model in place: its class, the classes of its modules, and its attention.
 
-    The model's config is that of a converted model already.
+    The model's config must already be that of a converted model.
 
     Raises:
-        TypeError, ValueError: a recipe with an unknown mixer, options that do not fit, or a layer that is not there.
+        TypeError, ValueError: the recipe has an unknown mixer, options that do not fit, or a layer that does not exist.
     """
     classes = converted_classes(family)
     for module in model.modules():
         converted = classes.get(PREFIX + type(module).__name__)
         if converted is not None and issubclass(converted, type(module)):
             module.__class__ = converted
-            if hasattr(module, "_old_forward"):  # what a hook of accelerate calls, bound when that was put there
+            if hasattr(module, "_old_forward"):  # accelerate's hook calls it; it was bound when the hook was added
                 module._old_forward = types.MethodType(converted.forward, module)
     blocks, mixer_class = family.blocks(model), mixers.get(recipe.mixer)
     for index in recipe.layers:
@@ -164,7 +164,7 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
         slot.train(attention.training)
         if not any(parameter.is_meta for parameter in slot.parameters()):
             for module in slot.modules():
-                module._is_hf_initialized = True  # else a later init_weights would start it afresh
+                module._is_hf_initialized = True  # else a later init_weights would reset it
         family.replace_attention(blocks[index], slot)
     if len(recipe.layers) == len(blocks):
         family.drop_attention_only(model)
@@ -186,7 +186,7 @@ def converted_config_class(family: Family) -> type:
 
 @functools.cache
 def converted_classes(family: Family) -> dict[str, type]:
-    """A family's converted model classes by name, known to transformers' Auto classes from here on."""
+    """A family's converted model classes by name; registers them with transformers' Auto classes."""
     masks.register()
     config_class = converted_config_class(family)
     overrides = importlib.import_module(family.overrides) if family.overrides else None
@@ -209,11 +209,11 @@ def converted_classes(family: Family) -> dict[str, type]:
             "_auto_class": auto_classes.get(name),
         }
         converted = type(PREFIX + name, (*own, ConvertedModel, stock), namespace)
-        # transformers keeps by class name which outputs it can record, and fills it in when a model is constructed;
-        # an inner model becomes an instance of this class after that.
+        # transformers looks up by class name which outputs it can record, and fills this in when a model is
+        # constructed; an inner model becomes an instance of this class only later.
         dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(converted), stock._can_record_outputs)
         classes[PREFIX + name] = converted
-        # By class name, too, it keeps which weights have other names in checkpoints.
+        # It also looks up by class name which weights have other names in checkpoints.
         renamed = conversion_mapping.get_checkpoint_conversion_mapping(name)
         if renamed is not None:
             conversion_mapping.register_checkpoint_conversion_mapping(PREFIX + name, renamed, overwrite=True)
@@ -233,9 +233,9 @@ def _register(family: Family, config_class: type, classes: dict[str, type]) -> N
     for auto_name, stock_name in family.heads.items():
         auto = getattr(transformers, auto_name)
         auto.register(config_class, classes[PREFIX + stock_name])
-        # The speech recognition pipeline tells by the class names here which models generate.
+        # The speech recognition pipeline decides by these class names which models generate.
         auto._model_mapping._model_mapping[config_class.model_type] = PREFIX + stock_name
-    # Preprocessing is the stock model's.
+    # Preprocessing is that of the stock model.
     for auto, mapping in (
         (transformers.AutoFeatureExtractor, feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING),
         (transformers.AutoProcessor, processing_auto.PROCESSOR_MAPPING),

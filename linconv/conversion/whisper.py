@@ -1,11 +1,11 @@
 """Whisper's encoder for clips of any length: what conversion changes in its classes.
 
-The stock encoder takes exactly 30 s and no mask. Here it takes any number of frames for which it has positions, and a
-mask over the input features that keeps padding out of valid frames, of the pooled output and of cross-attention.
+The stock encoder takes exactly 30 s and no mask. Here it takes any number of frames up to its number of positions, and
+a mask over the input features that keeps padding out of valid frames, the pooled output and cross-attention.
 Without a mask, at 30 s, every operation is the stock one.
 
-Stock `generate` pads and cuts the features to 30 s, drops rows that are done and repeats others, and leaves the mask as
-it was. Here the mask goes along as one more channel of the features, which the model takes off again.
+Stock `generate` pads and cuts the features to 30 s, drops finished rows and repeats others, but does not change the
+mask. Here the mask is an extra channel of the features, which the model removes again.
 """
 
 import torch
@@ -17,18 +17,18 @@ from transformers.utils.output_capturing import capture_outputs
 
 from linconv.conversion import masks
 
-# Samples from frame to frame, in the feature extractor of every published Whisper.
+# Samples per frame in the feature extractor of every published Whisper.
 HOP = 160
 
 
 def _feature_mask(attention_mask: Tensor | None, input_features: Tensor) -> Tensor | None:
-    """The mask over the input features (batch, mel bins, frames), (batch, frames) bool, of one over them or samples.
+    """The (batch, frames) bool mask over input_features (batch, mel bins, frames), from one over frames or samples.
 
-    One over samples, (batch, 160 frames), is what a WhisperFeatureExtractor gives by a ``return_attention_mask`` of its
-    own, as in a pipeline: one over features it gives only where the call asks for it.
+    A WhisperFeatureExtractor whose own ``return_attention_mask`` is true returns a mask over samples,
+    (batch, 160 frames), as in a pipeline. It returns one over features only if the call asks for it.
 
     Raises:
-        ValueError: another shape, or valid frames after padding ones.
+        ValueError: the mask has another shape, or valid frames after padding.
     """
     if attention_mask is None:
         return None
@@ -46,10 +46,10 @@ def _feature_mask(attention_mask: Tensor | None, input_features: Tensor) -> Tens
 
 
 def _encoder_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The mask over the ``length`` frames of the encoder, (batch, length) bool, of one over them or over the features.
+    """The (batch, length) bool mask over the encoder's frames, from one over these or over the features.
 
     Raises:
-        ValueError: another shape.
+        ValueError: the mask has another shape.
     """
     if attention_mask is None:
         return None
@@ -65,12 +65,12 @@ def _encoder_mask(attention_mask: Tensor | None, batch: int, length: int) -> Ten
 
 
 def _with_mask(input_features: Tensor, mask: Tensor) -> Tensor:
-    """(batch, mel bins + 1, frames): the features and, as the last channel, 1 at valid frames and 0 in the padding."""
+    """(batch, mel bins + 1, frames): the features and, as last channel, 1 at valid frames and 0 at padding."""
     return torch.cat((input_features, mask[:, None].to(input_features.dtype)), dim=1)
 
 
 def _without_mask(input_features: Tensor | None, mel_bins: int) -> tuple[Tensor | None, Tensor | None]:
-    """The features and the mask, (batch, frames), of `_with_mask`; the mask is None where there is none."""
+    """Undoes `_with_mask`: the features and the mask (batch, frames), or None if there is no mask."""
     if input_features is None or input_features.shape[1] != mel_bins + 1:
         return input_features, None
     return input_features[:, :mel_bins], input_features[:, mel_bins] > 0
@@ -83,7 +83,7 @@ class WhisperEncoder:
         """input_features (batch, mel bins, frames), attention_mask (batch, frames) with the padding on the right.
 
         Raises:
-            ValueError: more frames than the model has positions for, or a mask that does not fit.
+            ValueError: there are more frames than the model has positions for, or the mask does not fit.
         """
         frames = input_features.shape[-1]
         length = (frames + 1) // 2
@@ -127,11 +127,11 @@ class WhisperModel:
         With encoder_outputs, attention_mask may be over their frames too.
 
         Raises:
-            ValueError: a mask that does not fit, or one of padding with flash attention.
+            ValueError: the mask does not fit, or has padding under flash attention.
         """
         input_features, mask = _without_mask(input_features, self.config.num_mel_bins)
         attention_mask = attention_mask if mask is None else mask
-        # The decoder's: `cache` is what releases of transformers from 5.24 on call it.
+        # The decoder's cache; transformers from 5.24 on calls it `cache`.
         cache = {name: kwargs.pop(name) for name in ("past_key_values", "cache") if name in kwargs}
         if encoder_outputs is None:
             attention_mask = _feature_mask(attention_mask, input_features)
@@ -173,7 +173,7 @@ class WhisperForConditionalGeneration:
         return super().generate(input_features, *args, attention_mask=attention_mask, **kwargs)
 
     def _retrieve_max_frames_and_seek(self, attention_mask, total_input_frames, is_shortform, **kwargs):
-        """Where each clip ends, which the stock model reads from the mask in batches above 30 s only."""
+        """Where each clip ends; the stock model reads this from the mask only for batches longer than 30 s."""
         max_frames, seek = super()._retrieve_max_frames_and_seek(
             attention_mask=attention_mask,
             total_input_frames=total_input_frames,
@@ -181,12 +181,12 @@ class WhisperForConditionalGeneration:
             **kwargs,
         )
         if attention_mask is not None and attention_mask.shape[1] == total_input_frames:
-            least = 1 if is_shortform else 0  # what is left out has no place in the outputs of a single pass
+            least = 1 if is_shortform else 0  # a single pass has an output for every clip
             max_frames = attention_mask.sum(dim=-1).cpu().long().clamp(min=least)
         return max_frames, seek
 
     def generate_with_fallback(self, *args, **kwargs):
-        if self.config._attn_implementation == "eager":  # so set by `generate` for timestamps of tokens
+        if self.config._attn_implementation == "eager":  # set by `generate` for token timestamps
             self.set_attn_implementation(masks.PREFIX + "eager")
         return super().generate_with_fallback(*args, **kwargs)
 
@@ -200,7 +200,7 @@ class WhisperForConditionalGeneration:
 class WhisperForAudioClassification:
     @can_return_tuple
     def forward(self, input_features=None, attention_mask=None, encoder_outputs=None, labels=None, **kwargs):
-        """As the stock model, with attention_mask (batch, frames) over input_features: the mean is of valid frames.
+        """As the stock model, with attention_mask (batch, frames) over input_features; averages the valid frames.
 
         With encoder_outputs, attention_mask may be over their frames too.
 
