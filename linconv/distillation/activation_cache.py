@@ -1,4 +1,4 @@
-"""What a teacher that does not move makes of each clip, kept on disk: later epochs and later runs need not ask it."""
+"""A disk cache of a fixed teacher's activations for each clip, so that later epochs and runs need not compute them."""
 
 import hashlib
 import json
@@ -21,16 +21,16 @@ from linconv.distillation.schedules import Mode, TargetGuided, Unguided
 __all__ = ["ActivationCache", "check_cacheable"]
 
 SHARD_BYTES = 256 << 20
-SPARED = 0.05  # share of the disk that is left free
+SPARED = 0.05  # fraction of the disk that is left free
 
 logger = logging.getLogger(__name__)
 
 
 def check_cacheable(student: PreTrainedModel, teacher: PreTrainedModel | None, mode: Mode) -> None:
-    """Whether a clip gives the same activations whenever the teacher hears it.
+    """Checks that a clip always gives the same teacher activations.
 
     Raises:
-        ValueError: the teacher moves, draws dropout, or hears SpecAugment; the message says what to do.
+        ValueError: there is no teacher, or it changes, uses dropout or gets SpecAugment; the message says what to do.
     """
     if teacher is None:
         raise ValueError("teacher_cache: got a folder but no teacher; want both, or None")
@@ -47,33 +47,33 @@ def check_cacheable(student: PreTrainedModel, teacher: PreTrainedModel | None, m
 
 
 class ActivationCache:
-    """Hidden states, in bfloat16, and logits, as they are, of each clip or sentence: safetensors shards in a folder.
+    """Hidden states (bfloat16) and logits (in their dtype) of each clip or sentence, in safetensors shards in a folder.
 
-    A clip is known by its content, so any order of the data finds it, in batches of any size and padding; the teacher
-    by a hash of its weights and config, which names the folder below ``folder``. Where padding reaches the hidden
-    states (group normalisation over time, stock models without the masks that conversion adds), the padded length is
-    part of what a clip is.
+    The key of a clip is a hash of its content, so it is found in any order of the data and in batches of any size and
+    padding. The key of the teacher is a hash of its weights and config, which names a subfolder of ``folder``. If
+    padding affects the hidden states (group normalization over time, stock models without the masks that conversion
+    adds), the padded length is part of a clip's key.
 
-    What training is given always comes from the cache, rounded as it is kept, the first time too: so a run with a warm
-    cache is the same, bit for bit, as the one that filled it.
+    Training always gets the stored, rounded values, also the first time, so a run with a warm cache is the same, bit
+    for bit, as the one that filled it.
 
     Args:
-        folder: made when something is written; several teachers and processes may share one.
+        folder: created at the first write; several teachers and processes may share it.
         teacher: in evaluation mode.
         head: that of the student.
-        precision: what the forward pass runs in beside the weights' own dtype, such as "bf16" for autocast.
-        embeddings: keep what the first layer is given, too.
+        precision: of the forward pass, such as "bf16" for autocast, or "own" for the weights' dtype.
+        embeddings: whether to store the input of the first layer too.
     """
 
     def __init__(self, folder: str | Path, teacher: PreTrainedModel, head: Head, *, precision: str, embeddings: bool):
         self.folder = Path(folder) / _fingerprint(teacher, precision, embeddings)
         self.head, self.main_input = head, teacher.main_input_name
-        # What conversion changes in a stock forward pass, it changes to keep padding out.
+        # Where conversion changes a stock forward pass, it does so to keep padding out.
         stock = families.of(teacher).overrides is not None and not isinstance(teacher, ConvertedModel)
         self.padding_leaks = stock or getattr(teacher.config, "feat_extract_norm", None) == "group"
         self._new: dict[str, dict[str, Tensor]] = {}
         self._new_bytes, self._full = 0, False
-        self._shards: dict[str, safe_open] = {}  # by clip
+        self._shards: dict[str, safe_open] = {}  # key of a clip to (shard, names of its tensors)
         for path in sorted(self.folder.glob("*.safetensors")):
             self._open(path)
 
@@ -83,10 +83,10 @@ class ActivationCache:
     # ---- Batches
 
     def keys(self, inputs: dict[str, Tensor], frames: Tensor) -> list[str]:
-        """What each clip of a batch is known by.
+        """The key of each clip of a batch.
 
         Args:
-            inputs: the batch as the collator made it.
+            inputs: the batch from the collator.
             frames: (batch,) valid frames of the hidden states.
         """
         given = dict(sorted(self.head.sequences(inputs).items()))
@@ -97,7 +97,7 @@ class ActivationCache:
             digest = hashlib.sha256(str(count).encode())
             valid = length if mask is None or self.padding_leaks else int(mask[row].sum())
             if mask is not None and not bool(mask[row, :valid].all()):
-                valid = length  # not padded on the right: taken as it stands
+                valid = length  # not padded on the right: the whole row counts
             for name, x in given.items():
                 own = x[row, ..., :valid] if x.shape[-1] == length and x.dim() > 1 else x[row]
                 digest.update(f"{name} {own.dtype} {tuple(own.shape)}".encode())
@@ -109,12 +109,12 @@ class ActivationCache:
         return key in self._new or key in self._shards
 
     def add(self, keys: list[str], frames: Tensor, states: list[Tensor], logits: Tensor) -> None:
-        """Keeps what the teacher made of those clips of a batch that are not known yet.
+        """Stores the teacher's outputs for the clips of a batch that are not in the cache yet.
 
         Args:
-            keys, frames: as of :meth:`keys`.
+            keys, frames: as for :meth:`keys`.
             states: (batch, L, d) each.
-            logits: (batch, ...), as ``Head.logits`` gives them; of each of several choices, too, as of a clip.
+            logits: (batch, ...), from ``Head.logits``; each of several choices is a row, like a clip.
         """
         for row, (key, count) in enumerate(zip(keys, frames.tolist())):
             if key in self:
@@ -127,12 +127,12 @@ class ActivationCache:
             self.flush(keep=keys)
 
     def batch(self, keys: list[str], length: int, device, *, with_states: bool) -> tuple[list[Tensor], Tensor]:
-        """The hidden states, (batch, L, d) each, and the logits of known clips; zero at padding.
+        """The hidden states, (batch, L, d) each, and the logits of cached clips; zero at padding.
 
         Args:
-            keys: one a clip.
+            keys: one per clip.
             length: L, the padded length in frames.
-            with_states: whether hidden states are wanted; else the list is empty.
+            with_states: whether to return hidden states; otherwise the list is empty.
         """
         rows = [self._entry(key) for key in keys]
         names = sorted((n for n in rows[0].names if n != "logits"), key=int) if with_states else []
@@ -150,14 +150,14 @@ class ActivationCache:
     # ---- Disk
 
     def flush(self, keep: list[str] = ()) -> None:
-        """Writes what is not on disk yet; without room for it, nothing more is kept, and a warning says so.
+        """Writes the entries that are not on disk yet. If the disk is nearly full, drops them with a warning.
 
         Args:
-            keep: clips that are asked for next, whether there was room or not.
+            keep: keys of the clips that are needed next; they are not dropped.
         """
         if not self._new:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)  # not before: who only looks leaves nothing behind
+        self.folder.mkdir(parents=True, exist_ok=True)  # not earlier: reading alone creates nothing
         disk = shutil.disk_usage(self.folder)
         if disk.free - self._new_bytes < SPARED * disk.total:
             if not self._full:
@@ -172,7 +172,7 @@ class ActivationCache:
             return
         tensors = {f"{key}/{name}": x for key, entry in self._new.items() for name, x in entry.items()}
         path = self.folder / f"{os.urandom(8).hex()}.safetensors"
-        # Under its name only when it is whole: other processes may be reading the folder, and this one may be killed.
+        # Renamed only when complete: other processes may read the folder, and this one may be killed.
         unfinished = path.with_suffix(".unfinished")
         save_file(tensors, unfinished)
         unfinished.rename(path)
@@ -182,7 +182,7 @@ class ActivationCache:
     def _open(self, path: Path) -> None:
         shard = safe_open(path, "pt")
         names: dict[str, list[str]] = {}
-        for name in shard.keys():  # noqa: SIM118  it is no dictionary
+        for name in shard.keys():  # noqa: SIM118  not a dictionary
             key, _, part = name.partition("/")
             names.setdefault(key, []).append(part)
         for key, parts in names.items():
@@ -190,7 +190,7 @@ class ActivationCache:
 
 
 class _Entry:
-    """The tensors kept of one clip, each read when it is asked for."""
+    """The stored tensors of one clip, each read on access."""
 
     def __init__(self, names, read):
         self.names, self._read = names, read
@@ -200,7 +200,7 @@ class _Entry:
 
 
 def _stack(rows: list[Tensor], length: int) -> Tensor:
-    """(batch, length, d), of (frames, d) each."""
+    """Rows of (frames, d) each, zero-padded to (batch, length, d)."""
     stacked = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
     for target, row in zip(stacked, rows):
         target[: len(row)] = row
@@ -213,7 +213,7 @@ def _bytes(x: Tensor) -> bytes:
 
 def _fingerprint(teacher: PreTrainedModel, precision: str, embeddings: bool) -> str:
     digest = hashlib.sha256()
-    # Folders and versions in the config say nothing of the function.
+    # The folder and the version in the config do not affect the outputs.
     config = {k: v for k, v in teacher.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     about = [type(teacher).__name__, config, precision, embeddings, str(teacher.device.type)]
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())

@@ -1,4 +1,4 @@
-"""The arguments of a distillation: those of transformers' Trainer and the weights of the losses."""
+"""The arguments of a distillation: those of transformers' Trainer and those of the losses, teacher and schedule."""
 
 import sys
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ __all__ = ["DistillationArguments"]
 class DistillationArguments(TrainingArguments):
     """``loss = alpha_ce * task + alpha_kd * KL(teacher‖student) + alpha_ld * layerwise MSE``.
 
-    Each of the three is a mean over the valid frames (clips, where the head gives one answer a clip) of everything
-    that goes into one optimizer step: all micro-batches on all processes.
+    Task loss and KL are means over the head's valid answers (frames, tokens or clips), the MSE over the valid frames,
+    of one optimizer step: all micro-batches on all processes.
     """
 
     alpha_ce: float = field(default=1.0, metadata={"help": "Weight of the task's own loss."})
@@ -50,7 +50,7 @@ class DistillationArguments(TrainingArguments):
         if not _is_number(self.temperature) or not self.temperature > 0:
             raise ValueError(f"temperature: got {self.temperature!r}; want a finite number above 0")
         for name in ("scale_by_t2", "layer_norm", "include_embeddings"):
-            if not isinstance(value := getattr(self, name), bool):  # the text "False" is true
+            if not isinstance(value := getattr(self, name), bool):  # the string "False" is truthy
                 raise ValueError(f"{name}: got {value!r}; want true or false")
         weights = self.layer_weights
         if weights is not None and not (isinstance(weights, list | tuple) and all(map(_is_number, weights))):
@@ -79,5 +79,5 @@ class DistillationArguments(TrainingArguments):
 
 
 def _is_number(value) -> bool:
-    """Whether it is an int or float that is finite, also as a float."""
+    """Whether the value is an int or float, not a bool, and finite as a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

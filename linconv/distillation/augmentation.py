@@ -1,4 +1,4 @@
-"""SpecAugment drawn once a batch and shared: teacher and student must hear the same thing."""
+"""SpecAugment drawn once per batch and shared, so that teacher and student get the same input."""
 
 from contextlib import ExitStack, contextmanager
 
@@ -8,23 +8,23 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 __all__ = ["SharedSpecAugment"]
 
-# Of a model that masks by itself: the method that masks hidden states, or the one that masks the signal.
+# The methods by which stock models mask hidden states or the signal.
 _OF_STATES, _OF_SIGNAL = "_mask_hidden_states", "_mask_input_features"
 
 
 class SharedSpecAugment:
-    """One draw of SpecAugment (arXiv 1904.08779) by the settings of ``student``'s config.
+    """One draw of SpecAugment (arXiv 1904.08779) with the settings of ``student``'s config.
 
-    A model left to itself draws its own mask in training mode and none in evaluation mode, where the teacher is.
-    The mask of Wav2Vec2 and its kin lies on what the first block is given: that of time goes in as
-    ``mask_time_indices`` (``arguments``), that of features through a hook (``applied_to``). Whisper's lies on the
-    signal, which it would write into the batch itself: both go through the hook.
+    By itself a model draws its own mask in training mode, and none in evaluation mode, the teacher's.
+    Wav2Vec2 and related models mask the encoder's input: the time mask is passed as ``mask_time_indices``
+    (``arguments``), the feature mask is applied by a hook (``applied_to``). Whisper masks the signal, and would write
+    the mask into the batch itself: the hook applies both masks.
 
     Args:
-        student: whose settings these are.
+        student: the model whose config has the settings.
         frame_mask: bool (batch, L), the valid frames of the hidden states.
-        signal_mask: (batch, frames), those of the signal; None: all of them.
-        frames: of the signal, padding included.
+        signal_mask: (batch, frames), the valid frames of the signal; None: all of them.
+        frames: number of frames of the signal, padding included.
     """
 
     def __init__(self, student: nn.Module, frame_mask: Tensor, *, signal_mask: Tensor | None, frames: int):
@@ -45,7 +45,7 @@ class SharedSpecAugment:
 
     @staticmethod
     def is_on(student: nn.Module) -> bool:
-        """Whether anything is masked at all."""
+        """Whether anything is masked."""
         config, masked = student.config, any(hasattr(student.base_model, name) for name in (_OF_STATES, _OF_SIGNAL))
         if not (getattr(config, "apply_spec_augment", False) and masked):
             return False
@@ -58,7 +58,7 @@ class SharedSpecAugment:
             mask_prob=getattr(config, f"mask_{axis}_prob"),
             mask_length=min(getattr(config, f"mask_{axis}_length"), shape[1]),
             attention_mask=frame_mask.long() if axis == "time" else None,
-            min_masks=getattr(config, f"mask_{axis}_min_masks", 0),  # WavLM's config has none of features
+            min_masks=getattr(config, f"mask_{axis}_min_masks", 0),  # WavLM's config has none for features
         )
         return torch.as_tensor(mask, dtype=torch.bool, device=frame_mask.device)
 
@@ -68,8 +68,8 @@ class SharedSpecAugment:
 
     @contextmanager
     def applied_to(self, model: nn.Module):
-        """Within the context ``model`` masks these frames and features, and none of its own drawing."""
-        masks = []  # that go over what the encoder is given: (batch, L, d), or (batch, features, frames)
+        """Within the context ``model`` masks these frames and features, and draws no mask of its own."""
+        masks = []  # broadcast over the encoder's input: (batch, L, d), or (batch, features, frames)
         if self.features is not None:
             masks.append(self.features[:, :, None] if self.of_signal else self.features[:, None, :])
         if self.time is not None and self.of_signal:

@@ -1,4 +1,4 @@
-"""Names of weights in checkpoints, where they are not those of the model."""
+"""Weights whose names in checkpoints differ from those in the model."""
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -8,10 +8,10 @@ __all__ = ["accept_checkpoint_names"]
 
 
 def accept_checkpoint_names(model: PreTrainedModel) -> None:
-    """Lets ``load_state_dict`` of a model take its weights by the names that ``save_pretrained`` gives them, too.
+    """Lets a model's ``load_state_dict`` also accept the weight names that ``save_pretrained`` writes.
 
-    ``from_pretrained`` does so itself. The Trainer does not when it resumes: it leaves such weights as they were, and
-    warns (huggingface/transformers#43701). The head of Pythia is one.
+    ``from_pretrained`` accepts them. The Trainer does not when it resumes: it leaves such weights unchanged and warns
+    (huggingface/transformers#43701). Pythia's head is an example.
     """
     renamings = [t for t in get_model_conversion_mapping(model, add_legacy=False) if isinstance(t, WeightRenaming)]
 

@@ -1,4 +1,4 @@
-"""What a head answers for: a clip, a frame, a token, a span or a choice; and the task's loss over those answers."""
+"""What a head predicts for (a clip, frame, token, span or choice), and the task's loss over these answers."""
 
 import inspect
 import math
@@ -10,18 +10,18 @@ from transformers import PreTrainedModel
 
 __all__ = ["Head"]
 
-IGNORED = -100  # the label of what is no answer, as transformers has it
+IGNORED = -100  # the label of positions without an answer, as in transformers
 
 
 class Head:
-    """What the trainer must know of a head: which answers it gives, which of them count, and what is right.
+    """What the trainer needs to know about a head: its answers, which of them count, and their labels.
 
-    An answer is one distribution over classes. A sequence is what goes through the transformer blocks as one row: a
-    clip, a sentence, or one of several choices. ``inputs`` is a batch as the collator made it; ``frame_mask``, bool
-    (sequences, L), has the frames or tokens of the hidden states that stand for input, not padding.
+    An answer is one distribution over classes. A sequence is one row in the transformer blocks: a clip, a sentence, or
+    one of several choices. ``inputs`` is a batch from the collator; ``frame_mask``, bool (sequences, L), is True at the
+    frames or tokens of the hidden states that are not padding.
     """
 
-    label_names = ("labels",)  # inputs that the task wants and the blocks do without
+    label_names = ("labels",)  # inputs that only the task's loss needs
     of_frames = False  # whether the logits have a row for each frame
 
     def __init__(self, options: dict):
@@ -32,7 +32,7 @@ class Head:
         for base in type(model).__mro__:
             for end, kind in _KINDS.items():
                 if base.__name__.endswith(end):
-                    # Decoders would keep the keys and values of every token for tokens that do not come.
+                    # By default decoders would cache keys and values for tokens that never come.
                     caches = "use_cache" in inspect.signature(model.forward).parameters
                     return kind({"use_cache": False} if caches else {})
         raise ValueError(
@@ -40,54 +40,54 @@ class Head:
         )
 
     def labels(self, inputs: dict) -> Tensor | None:
-        """What is right, as ``task_loss`` takes it; None where the batch does not say."""
+        """The labels in the form that ``task_loss`` takes; None if the batch has none."""
         return inputs.get("labels")
 
     def model_inputs(self, inputs: dict) -> dict:
-        """The inputs less the labels where the model would compute a loss from them that is not used."""
+        """The model's inputs; without labels if the loss that the model would compute from them is not used."""
         return {k: v for k, v in inputs.items() if k not in self.label_names} | self.options
 
     def sequences(self, inputs: dict) -> dict[str, Tensor]:
-        """The tensors that the hidden states depend on, one row a sequence."""
+        """The tensors that the hidden states depend on, one row per sequence."""
         return {k: x for k, x in inputs.items() if isinstance(x, Tensor) and k not in self.label_names}
 
     def logits(self, outputs) -> Tensor:
-        """What is kept of the model's answers: (sequences, n), or (sequences, L, n) if ``of_frames``."""
+        """The model's answers: (sequences, n), or (sequences, L, n) if ``of_frames``."""
         return outputs.logits
 
     def distributions(self, logits: Tensor, inputs: dict, frame_mask: Tensor) -> Tensor:
-        """The logits with one row for each entry of ``valid_answers``, its classes in the last axis."""
+        """The logits with one row for each entry of ``valid_answers``, classes in the last axis."""
         return logits
 
     def valid_answers(self, inputs: dict, frame_mask: Tensor) -> Tensor:
-        """Which answers count: bool, one entry an answer."""
+        """Which answers count: bool, one entry per answer."""
         raise NotImplementedError
 
     def task_loss(self, outputs, inputs: dict, frame_mask: Tensor, config) -> Tensor:
-        """The task's loss summed over the valid answers."""
+        """The task's loss, summed over the valid answers."""
         answers = self.valid_answers(inputs, frame_mask)
         rows = self.distributions(self.logits(outputs), inputs, frame_mask)[answers]
         return F.cross_entropy(rows.float(), self.labels(inputs)[answers], reduction="sum")
 
     def predictions(self, logits, frame_mask: Tensor, config):
-        """The model's outputs as an evaluation is given them."""
+        """The model's outputs as passed to an evaluation."""
         return logits
 
 
 class _OwnLoss(Head):
-    """The model computes its loss itself, a mean over the valid answers."""
+    """The model computes the loss itself, as a mean over the valid answers."""
 
     def model_inputs(self, inputs):
         return dict(inputs) | self.options
 
     def task_loss(self, outputs, inputs, frame_mask, config):
         answers = self.valid_answers(inputs, frame_mask)
-        # The mean over no answer is NaN.
+        # The mean over no answers is NaN.
         return outputs.loss * answers.sum() if answers.any() else outputs.logits.sum() * 0
 
 
 class _Clips(_OwnLoss):
-    """An answer a clip or sentence. The loss depends on the config: classes, numbers, several classes at once."""
+    """One answer per clip or sentence. The config decides the loss: one class, several classes or numbers."""
 
     def valid_answers(self, inputs, frame_mask):
         labels = self.labels(inputs)
@@ -97,7 +97,7 @@ class _Clips(_OwnLoss):
 
 
 class _Speakers(_Clips):
-    """An answer a clip. The stock loss, which has weights of its own, leaves none out."""
+    """One answer per clip. The stock loss, which has weights of its own, cannot ignore one."""
 
     def valid_answers(self, inputs, frame_mask):
         answers = super().valid_answers(inputs, frame_mask)
@@ -107,7 +107,7 @@ class _Speakers(_Clips):
 
 
 class _DecoderTokens(_OwnLoss):
-    """An answer a label, which the decoder reads too."""
+    """One answer per label; the decoder also reads the labels."""
 
     label_names = ()
 
@@ -119,20 +119,20 @@ class _DecoderTokens(_OwnLoss):
 
 
 class _Frames(Head):
-    """An answer a frame, padding left out. The stock loss counts padding too."""
+    """One answer per frame, without padding. The stock loss counts padding too."""
 
     of_frames = True
 
     def labels(self, inputs):
         labels = inputs.get("labels")
-        return None if labels is None else labels.argmax(-1)  # (batch, L), of one-hot (batch, L, classes)
+        return None if labels is None else labels.argmax(-1)  # (batch, L), from one-hot (batch, L, classes)
 
     def valid_answers(self, inputs, frame_mask):
         return frame_mask
 
 
 class _CTC(Head):
-    """An answer a frame; the labels, padded with negative numbers, have a length of their own."""
+    """One answer per frame; the labels, padded with negative numbers, have their own length."""
 
     of_frames = True
 
@@ -141,7 +141,7 @@ class _CTC(Head):
 
     def task_loss(self, outputs, inputs, frame_mask, config):
         labels, vocabulary = self.labels(inputs), outputs.logits.shape[-1]
-        # ctc_loss does not look, and reads out of bounds.
+        # ctc_loss does not check this, and reads out of bounds.
         if labels.numel() and (largest := int(labels.max())) >= vocabulary:
             raise ValueError(f"labels: got {largest}; want ids below {vocabulary}, the size of the vocabulary")
         # (L, batch, vocabulary)
@@ -159,7 +159,7 @@ class _CTC(Head):
             )
 
     def predictions(self, logits, frame_mask, config):
-        # What CTC says of padding is not part of the answer: all blank, which decoding drops.
+        # Outputs at padding are not part of the answer: they become blank, which decoding drops.
         frames, *more = logits if isinstance(logits, tuple) else (logits,)
         frames[~frame_mask] = torch.finfo(frames.dtype).min
         frames[..., config.pad_token_id].masked_fill_(~frame_mask, 0)
@@ -167,7 +167,7 @@ class _CTC(Head):
 
 
 class _Tokens(Head):
-    """An answer a token: those that have a label, or all of them where there are no labels."""
+    """One answer per token with a label, or per token if there are no labels."""
 
     of_frames = True
 
@@ -182,7 +182,7 @@ class _Tokens(Head):
 
 
 class _NextTokens(_Tokens):
-    """An answer a token: the one behind it."""
+    """One answer per token: the next token."""
 
     def labels(self, inputs):
         labels = inputs.get("labels")
@@ -190,7 +190,7 @@ class _NextTokens(_Tokens):
 
 
 class _Span(Head):
-    """Two answers a sequence, where a span starts and where it ends: the classes are its tokens, padding left out."""
+    """Two answers per sequence, the start and the end of a span: the classes are its tokens, without padding."""
 
     label_names = ("start_positions", "end_positions")
     of_frames = True
@@ -200,7 +200,7 @@ class _Span(Head):
         missing = [name for name, positions in given.items() if positions is None]
         if len(missing) == 1:
             raise ValueError(f"{missing[0]}: got None; want start_positions and end_positions, or neither")
-        # (batch, 2); below 0 is 0 for transformers, too
+        # (batch, 2); transformers also clamps negative positions to 0
         return None if missing else torch.stack([x.flatten() for x in given.values()], 1).clamp(min=0)
 
     def logits(self, outputs):
@@ -210,8 +210,8 @@ class _Span(Head):
         return logits.transpose(1, 2).masked_fill(~frame_mask[:, None], -math.inf)  # (batch, 2, L)
 
     def valid_answers(self, inputs, frame_mask):
-        # A position behind the last token is of a span that was cut off. The stock loss ignores it only if it lies
-        # behind the padding as well, which depends on the other sentences of the batch.
+        # A position after the last token belongs to a span that was cut off. The stock loss ignores it only if it is
+        # also after the padding, which depends on the other sentences of the batch.
         labels, last = self.labels(inputs), frame_mask.shape[1] - 1
         if labels is None:
             return frame_mask.any(-1, keepdim=True).expand(-1, 2)
@@ -224,7 +224,7 @@ class _Span(Head):
 
 
 class _Choices(Head):
-    """An answer a question, over its choices: inputs are (batch, choices, L), and each choice is a sequence."""
+    """One answer per question, over its choices: inputs are (batch, choices, L), and each choice is a sequence."""
 
     def sequences(self, inputs):
         return {k: x.flatten(0, 1) for k, x in super().sequences(inputs).items()}
@@ -240,8 +240,8 @@ class _Choices(Head):
         return frame_mask.new_ones(len(inputs["input_ids"])) if labels is None else labels != IGNORED
 
 
-# By the end of the class name of the head or of a class that it derives from. Heads for pretraining are not here: they
-# have two tasks with answers of their own, or draw at random what a frame is compared with.
+# By the suffix of the class name of the head or of one of its bases. Heads for pretraining are not here: they have two
+# tasks with separate answers, or draw at random what a frame is compared with.
 _KINDS: dict[str, type[Head]] = {
     "ForCTC": _CTC,
     "ForAudioFrameClassification": _Frames,

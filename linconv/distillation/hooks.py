@@ -1,7 +1,7 @@
-"""The output of each transformer block, caught by forward hooks.
+"""The output of each transformer block, captured by forward hooks.
 
-``output_hidden_states`` will not do: layer drop shortens its tuple, its last entry is normalised in some families and
-not in others, and head classes differ in what they pass on.
+``output_hidden_states`` is not suitable: LayerDrop shortens its tuple, its last entry is normalized in some families
+and not in others, and head classes differ in what they pass on.
 """
 
 from collections.abc import Iterable
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 class LayerStates:
-    """Catches what each of ``layers`` returns while the context is entered: ``with LayerStates(layers) as states``.
+    """Captures what each of ``layers`` returns within the context: ``with LayerStates(layers) as states``.
 
-    ``states.after`` is one hidden state (batch, L, d) a layer, part of the autograd graph; ``states.before`` is what
-    the first layer was given. A recomputation in the backward pass (gradient checkpointing) is not caught, for the
-    context is left by then.
+    ``states.after`` holds one hidden state (batch, L, d) per layer, part of the autograd graph; ``states.before`` is
+    the input of the first layer. A recomputation in the backward pass (gradient checkpointing) is not captured, since
+    the context has ended by then.
     """
 
     def __init__(self, layers: Iterable[nn.Module]):

@@ -1,4 +1,4 @@
-"""The learning rate's course over a run, and optimizers that do without one."""
+"""Learning rate schedules, and optimizers that need none."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +11,9 @@ __all__ = ["exponential_decay", "set_training", "teacher_scheduler"]
 
 
 def set_training(optimizer: Optimizer | None, training: bool) -> None:
-    """Has the parameters be those to train on, or those to evaluate and keep.
+    """Switches the parameters to those for training, or those for evaluation and saving.
 
-    The two differ where an optimizer is schedule-free (arXiv 2405.15682): what it is good for is a mean of the steps.
+    They differ if the optimizer is schedule-free (arXiv 2405.15682): evaluation uses a mean over the steps.
     """
     switch = getattr(optimizer, "train" if training else "eval", None)
     if switch is not None:
@@ -32,10 +32,10 @@ def _exponential(step: float, *, warmup: int, steps: int, decay_to: float) -> fl
 
 
 def teacher_scheduler(optimizer: Optimizer, args, *, steps: int, updates: int) -> LRScheduler:
-    """The student's schedule over ``steps`` squeezed into the teacher's ``updates``, at whose last it ends.
+    """The student's schedule over ``steps``, compressed so that it ends at the last of the teacher's ``updates``.
 
     Raises:
-        ValueError: the student's goes by scores.
+        ValueError: the student's schedule depends on evaluation scores.
     """
     warmup = args.get_warmup_steps(steps)
     if args.exponential_decay_to is not None:
