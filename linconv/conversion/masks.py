@@ -109,8 +109,8 @@ def seq_lens(attention_mask: Tensor | None, batch: int, length: int) -> Tensor |
         batch, length: of the hidden states.
 
     Raises:
-        ValueError: a mask of another form or size, or one with valid frames behind padding ones; its values are read on
-            the CPU only, for elsewhere that would stall the device.
+        ValueError: the mask has another form or size, or valid frames after padding. Its values are read only on the
+            CPU, since reading them elsewhere would stall the device.
     """
     if attention_mask is None:
         return None
@@ -135,8 +135,8 @@ class WaveformMask:
         """As the stock model, with attention_mask (batch, samples) over input_values, the padding on the right.
 
         Raises:
-            ValueError: a mask of another size, or one with the padding elsewhere; its values are read on the CPU only,
-                for elsewhere that would stall the device.
+            ValueError: the mask has another size, or padding elsewhere. Its values are read only on the CPU, since
+                reading them elsewhere would stall the device.
         """
         if attention_mask is not None:
             if attention_mask.shape != input_values.shape:
@@ -167,7 +167,7 @@ class AttentionSlot(nn.Module):
 
     Args:
         mixer: the `linconv.mixers.Mixer`.
-        outputs: what the attention module returned after the hidden state: names of arguments that it handed on, and of
+        outputs: what the attention module returned after the hidden state: names of arguments that it passed on, and of
             values that a mixer does not have, which are None.
     """
 

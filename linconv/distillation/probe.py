@@ -1,4 +1,4 @@
-"""Where the hidden states of a few fixed clips are as training goes on, of the student and of its teacher."""
+"""Records the hidden states of student and teacher for a few fixed clips during training."""
 
 from pathlib import Path
 
@@ -18,13 +18,14 @@ PROBE_FILE = "probe.safetensors"
 
 class Probe(TrainerCallback):
     """Writes ``probe.safetensors``: under ``student/STEP`` and ``teacher/STEP`` the mean over frames of each clip's
-    hidden states, (clips, layers, d) in bfloat16, before the first step and at ``points`` steps, the last among them.
+    hidden states, (clips, layers, d) in bfloat16, before the first step and at ``points`` steps, including the last.
 
-    Models run in evaluation mode and draw nothing at random, so training goes on as it would without.
+    Models run in evaluation mode and training's random state is kept, so training continues as it would without.
 
     Args:
         trainer: the DistillationTrainer it belongs to.
-        batch: the clips, as the collator makes them.
+        batch: the clips, from the collator.
+        points: how many steps to measure at, evenly spaced.
     """
 
     def __init__(self, trainer, batch: dict, points: int = 20):
@@ -49,14 +50,14 @@ class Probe(TrainerCallback):
             self._measure(step)
 
     def _measure(self, step: int) -> None:
-        set_training(self.trainer.optimizer, False)  # in every process, lest their weights differ
+        set_training(self.trainer.optimizer, False)  # in every process, so that their weights agree
         if not self.trainer.is_world_process_zero():
             return
-        # Without the labels where they are for a loss alone: the teacher may have other classes.
+        # Without labels that only the loss needs: the teacher may have other classes.
         inputs = {name: x for name, x in self.batch.items() if name not in self.trainer.head.label_names}
         inputs = self.trainer._prepare_inputs(inputs)
         frames = self.trainer._frame_mask(inputs)  # (batch, L)
-        # Some models draw numbers, for layers to drop, in evaluation mode too: training goes on with its own.
+        # Some models draw random numbers for LayerDrop in evaluation mode too: training keeps its own state.
         device = self.trainer.args.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             for name, model in (("student", self.trainer.student), ("teacher", self.trainer.teacher)):

@@ -1,4 +1,4 @@
-"""The order in which examples are drawn where batches are to be of like lengths."""
+"""The order of training examples when batches group similar lengths."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,19 +9,19 @@ __all__ = ["LikeLengths"]
 
 
 class LikeLengths(torch.utils.data.Sampler):
-    """Each index once, drawn anew each epoch, so that those side by side are of like lengths.
+    """Each index once, in a new order each epoch in which neighbours have similar lengths.
 
-    As transformers' LengthGroupedSampler: examples are drawn at random into groups of up to 50 batches (a quarter of
-    the epoch where it has fewer), and each group is sorted, the longest first. But a draw follows from the seed and the
-    epoch alone. Theirs is from torch's generator, whose state at the start of an epoch is unknown to a run that is
-    resumed in its middle.
+    As in transformers' LengthGroupedSampler, examples are drawn at random into groups of up to 50 batches (a quarter of
+    the epoch if that is less), and each group is sorted, longest first. But the order depends only on the seed and the
+    epoch. Transformers draws it from torch's generator, whose state at the start of an epoch is unknown to a run that
+    resumes in the middle.
 
     Args:
         lengths: of each example, in any unit.
-        batch_size: how many indices side by side are one optimizer step, of all processes.
+        batch_size: how many consecutive indices make one optimizer step, over all processes.
         seed: of all draws.
-        epoch: gives the number of the epoch that begins. It is asked, for not every loader hands ``set_epoch`` on to a
-            sampler: accelerate's does not where several processes resume.
+        epoch: returns the number of the epoch that begins. It is a function because not every loader passes
+            ``set_epoch`` on to a sampler: accelerate's does not when several processes resume.
     """
 
     def __init__(self, lengths: Sequence[float], batch_size: int, seed: int, epoch: Callable[[], int]):

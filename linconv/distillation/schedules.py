@@ -1,6 +1,6 @@
-"""Which of the teacher's lessons count at which step, and where the student's kept weights come from.
+"""Which of the teacher's losses count at which step, and where the student's kept weights come from.
 
-A mode is a function of the optimizer step alone, so a resumed run needs nothing but its step to go on as before.
+A mode depends only on the optimizer step, so a resumed run needs only its step to continue as before.
 """
 
 import re
@@ -26,7 +26,7 @@ ORIGINS = ("target", "source")
 
 @dataclass(frozen=True)
 class Lessons:
-    """The losses that count at one step, beside that of the task."""
+    """The losses that count at one step, besides the task's."""
 
     layers: bool
     kd: bool
@@ -51,13 +51,13 @@ class Mode:
         return self
 
     def lessons(self, step: int) -> Lessons:
-        """What the teacher teaches at optimizer step ``step``, counted from 0."""
+        """The teacher's losses that count at optimizer step ``step``, counted from 0."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Unguided(Mode):
-    """The pretrained model, converted and trained on the task alone."""
+    """The pretrained model, converted and trained only on the task."""
 
     origin = "source"
 
@@ -89,11 +89,12 @@ class TargetGuided(Mode):
 
 @dataclass(frozen=True)
 class TrajectoryGuided(Mode):
-    """A teacher that starts as the student does, from the pretrained model, and is fine-tuned beside it.
+    """A teacher that starts from the pretrained model, as the student does, and is fine-tuned beside it.
 
     Args:
-        update_every: how many optimizer steps of the student go by for one of the teacher. The teacher's optimizer and
-            learning rate are as the student's, the schedule squeezed into the updates that there will be.
+        update_every: the student's optimizer steps per update of the teacher. The teacher has the student's kind of
+            optimizer and, unless ``teacher_learning_rate`` is set, its learning rate; the schedule is compressed to the
+            number of the teacher's updates.
     """
 
     update_every: int = 1
@@ -109,11 +110,11 @@ class TrajectoryGuided(Mode):
 
 @dataclass(frozen=True)
 class WaypointGuided(Mode):
-    """Teachers are the snapshots of a finished fine-tuning: at each step the first one after it, then the last.
+    """The teachers are snapshots of a finished fine-tuning: at each step the first one after it, at the end the last.
 
     Args:
         checkpoints: the snapshots' folders, each named after its step, such as ``checkpoint-300``; or one folder that
-            holds them. ``linconv finetune`` keeps such folders with ``model.waypoints``.
+            contains them. ``linconv finetune`` keeps such folders if ``model.waypoints`` is set.
     """
 
     checkpoints: Sequence[str | Path]
@@ -152,12 +153,12 @@ class WaypointGuided(Mode):
 
 @dataclass(frozen=True)
 class Hybrid(Mode):
-    """Guided by ``mode`` at first, then left to the task.
+    """Guided by ``mode`` at first; later one or both of its losses are dropped.
 
     Args:
         mode: the mode that guides.
         drop_layer_loss_at, drop_kd_at: the optimizer step, counted from 0, from which that loss no longer counts.
-            None: it always counts.
+            None: it is never dropped.
     """
 
     mode: Mode = TargetGuided()
@@ -200,7 +201,7 @@ MODES: dict[str, type[Mode]] = {
 
 
 def make_mode(name: str, **options) -> Mode:
-    """The mode called ``name`` with the options of its class; what Hybrid does not know goes to the mode it wraps."""
+    """The mode called ``name`` with the options of its class; Hybrid passes others on to the mode it wraps."""
     if not isinstance(name, str) or name not in MODES:
         near = get_close_matches(str(name), MODES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

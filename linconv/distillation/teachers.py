@@ -1,8 +1,8 @@
-"""Teachers that move while the student learns: along their own fine-tuning, or from one saved snapshot to the next.
+"""Teachers: fixed ones, and ones that change during training, by their own fine-tuning or from snapshot to snapshot.
 
 The trainer calls ``advance(step, batches, counts)`` before each optimizer step of the student, and ``save`` and
-``load`` with its checkpoints. What a teacher is at a step depends on the step alone, and, for the one that is trained,
-on what went into the checkpoint; so a resumed run goes on as before.
+``load`` with its checkpoints. The teacher at a step depends only on the step and, if it is trained, on the contents of
+the checkpoint, so a resumed run continues as before.
 """
 
 import copy
@@ -21,9 +21,9 @@ from linconv.distillation.schedules import Mode, TrajectoryGuided, WaypointGuide
 
 __all__ = ["FixedTeacher", "TrajectoryTeacher", "WaypointTeacher", "check_fits", "check_trainable", "make_teacher"]
 
-FOLDER = "teacher"  # in a checkpoint of the student
+FOLDER = "teacher"  # inside a checkpoint of the student
 OPTIMIZER_FILE = "teacher_optimizer.pt"
-# Where the config says how many classes an answer has, by the end of the head's class name.
+# The config entry with the number of classes of an answer, by the suffix of the head's class name.
 _CLASSES = {
     "ForCTC": "vocab_size",
     "ForMaskedLM": "vocab_size",
@@ -37,36 +37,36 @@ _CLASSES = {
 
 
 class FixedTeacher:
-    """One that stays as it is."""
+    """A teacher that does not change."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model.eval().requires_grad_(False)
 
     def advance(self, step: int, batches: list[dict], counts: Tensor) -> Tensor | None:
-        """Makes the teacher what it is to be at optimizer step ``step``, counted from 0.
+        """Updates the teacher for optimizer step ``step``, counted from 0.
 
         Args:
             batches: the micro-batches of this step, in this process.
             counts: [answers, frames] of the step, over all its micro-batches and all processes.
 
         Returns:
-            This process's share of the teacher's own mean loss, where it was trained.
+            This process's share of the teacher's own mean loss; None if it was not trained.
         """
         return None
 
     def save(self, folder: str) -> None:
-        """Writes what ``load`` needs into a checkpoint; called in one process."""
+        """Writes what ``load`` needs into a checkpoint; called in one process only."""
 
     def load(self, folder: str) -> None:
-        """Takes up again what a checkpoint holds.
+        """Restores the teacher from a checkpoint.
 
         Raises:
-            ValueError: the checkpoint is not one of a run with such a teacher.
+            ValueError: the checkpoint is not from a run with such a teacher.
         """
 
 
 class WaypointTeacher(FixedTeacher):
-    """The first snapshot of a fine-tuning that lies after the current step; then the last one."""
+    """The first snapshot of a fine-tuning after the current step; at the end, the last one."""
 
     def __init__(self, model: PreTrainedModel, mode: WaypointGuided):
         super().__init__(model)
@@ -80,7 +80,7 @@ class WaypointTeacher(FixedTeacher):
 
 
 class TrajectoryTeacher(FixedTeacher):
-    """Trained on the task beside the student: before step s it has had s // update_every updates."""
+    """Trained on the task beside the student: at step s it has had s // update_every updates."""
 
     def __init__(self, model: PreTrainedModel, mode: TrajectoryGuided, trainer):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -89,7 +89,7 @@ class TrajectoryTeacher(FixedTeacher):
             parameter.requires_grad_(True)
         self.update_every, self.trainer = mode.update_every, trainer
         self.optimizer = self.scheduler = None
-        # Each call of train makes a new student then, whose teacher starts where this one does.
+        # With model_init each call of train makes a new student, and its teacher starts from these weights.
         self.start = copy.deepcopy(model.state_dict()) if trainer.model_init is not None else None
 
     def _prepare(self) -> None:
@@ -105,13 +105,13 @@ class TrajectoryTeacher(FixedTeacher):
             {"params": [p for n, p in named if n in decayed], "weight_decay": trainer.args.weight_decay},
             {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
         ]
-        groups = options.pop("params", groups)  # of optimizers that share parameters out themselves
+        groups = options.pop("params", groups)  # from optimizers that group parameters themselves
         self.optimizer = kind(groups, **options)
         updates = max((steps - 1) // self.update_every, 1)
         self.scheduler = teacher_scheduler(self.optimizer, trainer.args, steps=steps, updates=updates)
 
     def advance(self, step: int, batches: list[dict], counts: Tensor) -> Tensor | None:
-        if step == 0:  # of a run that may not be the first
+        if step == 0:  # possibly of a second run
             self.optimizer = None
             if self.start is not None:
                 self.model.load_state_dict(self.start)
@@ -134,7 +134,7 @@ class TrajectoryTeacher(FixedTeacher):
             loss.backward()
             total = total + loss.detach()
         self.model.eval()
-        # Layer drop is drawn in each process: all of them must know which gradients there are in any.
+        # Each process draws its own LayerDrop: all must know which gradients exist in any of them.
         found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64, device=trainer.args.device)
         for parameter, anywhere in zip(parameters, trainer.accelerator.reduce(found, "sum").tolist()):
             if anywhere:
@@ -161,18 +161,18 @@ class TrajectoryTeacher(FixedTeacher):
             )
         self._prepare()
         _read(self.model, Path(folder) / FOLDER)
-        # Not to the device at once: of several processes on a CPU it is cpu:0, which torch.load does not know. The
-        # optimizer brings its state to where the parameters are.
+        # Not directly to the device: with several processes on a CPU it is cpu:0, which torch.load does not know. The
+        # optimizer moves its state to the parameters' device.
         state = torch.load(Path(folder) / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 
 
 def check_trainable(name: str, model: PreTrainedModel) -> None:
-    """The weights that are trained are in single precision at least.
+    """Checks that trained weights are at least in single precision; ``name`` is the argument's name for errors.
 
     Raises:
-        ValueError: they are in half precision, where small steps are rounded away; ``name`` is the argument's.
+        ValueError: a trained weight is in half precision, where small steps are rounded away.
     """
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.element_size() < 4:
@@ -183,13 +183,13 @@ def check_trainable(name: str, model: PreTrainedModel) -> None:
 
 
 def check_fits(student: PreTrainedModel, teacher: PreTrainedModel, *, kd: bool) -> None:
-    """The teacher hears what the student hears, and what it says of it can be compared.
+    """Checks that the teacher takes the student's inputs, and that their hidden states and outputs can be compared.
 
     Args:
-        kd: whether outputs are compared, too.
+        kd: whether outputs are compared too.
 
     Raises:
-        ValueError: it cannot be, as far as configs and classes tell.
+        ValueError: they do not fit, as far as configs and classes tell.
     """
     got, want = len(encoder_layers(teacher)), len(encoder_layers(student))
     if got != want:
@@ -231,7 +231,7 @@ def _classes(model: PreTrainedModel) -> int | None:
 
 
 def make_teacher(model: PreTrainedModel, mode: Mode, trainer) -> FixedTeacher:
-    """The teacher that ``mode`` wants, made of ``model``."""
+    """The teacher that ``mode`` needs, made from ``model``."""
     accept_checkpoint_names(model)
     guide = mode.guide
     if isinstance(guide, TrajectoryGuided):
@@ -242,7 +242,7 @@ def make_teacher(model: PreTrainedModel, mode: Mode, trainer) -> FixedTeacher:
 
 
 def _read(model: PreTrainedModel, folder: str | Path) -> None:
-    """The weights of a checkpoint folder into ``model``, which must have the same ones."""
+    """Loads the weights of a checkpoint folder into ``model``, which must have the same ones."""
     file = Path(folder) / "model.safetensors"
     try:
         load_model(model, file, device=str(model.device))

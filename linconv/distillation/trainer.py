@@ -1,4 +1,4 @@
-"""Training of a converted student beside its teacher, on transformers' Trainer."""
+"""Trains a converted student with its teacher, based on transformers' Trainer."""
 
 import contextlib
 import itertools
@@ -35,47 +35,48 @@ from linconv.ops.distillation_loss import distillation_terms
 __all__ = ["METRICS_FILE", "DistillationTrainer"]
 
 METRICS_FILE = "metrics.jsonl"
-LOSSES = ("task_loss", "layer_loss", "kd_loss")  # in a log record, as far as a step has them
-SECONDS_TO_FREE = 1  # what processes gathered from each other, at the end of a run: far more than it takes
+LOSSES = ("task_loss", "layer_loss", "kd_loss")  # in a log record, if the step has them
+SECONDS_TO_FREE = 1  # wait at the end of a run until gathered memory is freed: far more than it takes
 
 logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(Trainer):
-    """Trains ``model``, the student, on its task and, as ``mode`` has it, on what ``teacher`` shows.
+    """Trains ``model``, the student, on its task and, depending on ``mode``, to match ``teacher``.
 
-    Everything that transformers' Trainer does it does here too: resuming, Accelerate's ways of running on many
-    devices, bf16, streaming data sets, gradient checkpointing, logging. Beside that:
+    Everything that transformers' Trainer supports works here too: resuming, Accelerate's ways of running on many
+    devices, bf16, streaming data sets, gradient checkpointing, logging. In addition:
 
-    - The three losses are means over all that goes into one optimizer step (see :class:`DistillationArguments`).
-    - The teacher is in evaluation mode while it teaches, and not an optimizer parameter. Where the mode moves it, it
-      does so between steps, and what it takes to go on is in the student's checkpoints (linconv.distillation.teachers).
-      It is given the student's batch with the student's SpecAugment mask. Layer drop is turned off in the student, each
-      of whose layers has its counterpart to follow.
-    - Each log record holds the parts of the loss, and per layer the MSE and the cosine between student and teacher
+    - The three losses are means over one whole optimizer step (see :class:`DistillationArguments`).
+    - The teacher teaches in evaluation mode, and its weights are not in the student's optimizer. If the mode changes
+      it, this happens between steps, and the student's checkpoints hold what is needed to continue
+      (linconv.distillation.teachers). It gets the student's batch with the student's SpecAugment mask. LayerDrop is
+      turned off in the student, because each of its layers follows one of the teacher's.
+    - Each log record contains the parts of the loss, and per layer the MSE and the cosine between student and teacher
       (``layer_mse/1``, ...), over the optimizer step that was logged. All records also go to ``metrics.jsonl`` in
-      ``output_dir``. A loss there that is not finite ends the training where weights are not finite any more, and is
-      warned of where they are.
-    - Resuming from a checkpoint gives the same losses as a run never stopped, bit for bit on one CPU.
-    - With ``train_sampling_strategy="group_by_length"`` batches to train on are of like lengths. Evaluation is in the
-      order of its data set all the same, for single clips are compared between runs.
+      ``output_dir``. If a loss there is not finite, training ends if weights are not finite either; otherwise there is
+      a warning.
+    - Resuming from a checkpoint gives the same losses as an uninterrupted run, bit for bit on one CPU.
+    - With ``train_sampling_strategy="group_by_length"`` training batches group similar lengths. Evaluation still uses
+      the order of its data set, because single clips are compared between runs.
 
     Args:
-        model: the student, its weights in float32, or PEFT's model of it. None where ``model_init`` makes it.
+        model: the student, with float32 weights, or a PEFT model of it. None if ``model_init`` makes it.
         args: :class:`DistillationArguments`.
-        teacher: a model with as many transformer layers as the student, of the same widths, and with a head for the
-            same task; in any dtype, unless it is trained. It may be None when ``mode`` is Unguided; if given then, it
-            is only measured against. For TrajectoryGuided the pretrained model; for WaypointGuided any of the
+        teacher: a model with as many transformer layers as the student, of the same width, and with a head for the
+            same task; in any dtype, unless it is trained. It may be None if ``mode`` is Unguided; if given then, it is
+            only used for measurements. For TrajectoryGuided it is the pretrained model, for WaypointGuided any of the
             snapshots.
-        mode: None is ``TargetGuided()`` with a teacher, ``Unguided()`` without.
-        lengths: of each training example, in any unit, for batches of like lengths. None leaves it to the stock
-            Trainer, which looks for ``length_column_name`` in a ``datasets.Dataset``, else takes the len of what the
-            model is given of each example.
+        mode: None means ``TargetGuided()`` with a teacher, ``Unguided()`` without.
+        lengths: of each training example, in any unit, for batches of similar lengths. None leaves it to the stock
+            Trainer, which looks for ``length_column_name`` in a ``datasets.Dataset``, or else takes the ``len`` of each
+            example's model input.
         **kwargs: as for transformers' Trainer.
 
     Raises:
-        TypeError, ValueError: an argument that is not what is described here, as far as classes and configs tell; the
-            message names it. FloatingPointError, of ``train``: training has diverged.
+        TypeError, ValueError: an argument does not fit this description, as far as classes and configs tell; the
+            message names it.
+        FloatingPointError: raised by ``train`` when training has diverged.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class DistillationTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         if self.train_dataset is not None and args.train_sampling_strategy == "group_by_length":
             self._check_has_lengths(self.train_dataset)
-        # Both say that compute_loss has divided by what is in the whole accumulated batch.
+        # Both state that compute_loss has already divided by the counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._take(self.model, teacher)
@@ -121,7 +122,7 @@ class DistillationTrainer(Trainer):
             options = {"precision": precision, "embeddings": args.include_embeddings}
             self.cache = ActivationCache(args.teacher_cache, self.teacher, self.head, **options)
             self.add_callback(_FlushCache(self.cache))
-        self._batches: list | None = None  # of the optimizer step to come
+        self._batches: list | None = None  # of the next optimizer step
         self._measures: dict[str, Tensor] = {}
         self.add_callback(_TrimMetrics())
 
@@ -131,7 +132,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def student(self) -> PreTrainedModel:
-        """``model`` itself, where PEFT has put one of its own around it."""
+        """The student itself, without PEFT's wrapper."""
         return without_adapters(self.model)
 
     def call_model_init(self, trial=None):
@@ -176,10 +177,10 @@ class DistillationTrainer(Trainer):
             check_trainable("teacher", teacher)
 
     def _check_losses(self, teacher: PreTrainedModel | None) -> None:
-        """There is something to learn, and the weights go with the layers."""
+        """Checks that some loss counts, and that the layer weights match the layers."""
         args = self.args
         last = args.max_steps - 1 if args.max_steps > 0 else sys.maxsize
-        for step, when in ((0, ""), (last, " to the end")):  # what a mode has dropped does not come back
+        for step, when in ((0, ""), (last, " to the end")):  # a loss that a mode has dropped does not come back
             lessons = self.mode.lessons(step)
             if not (args.alpha_ce or lessons.kd and args.alpha_kd or lessons.layers and args.alpha_ld):
                 got = f"{args.alpha_ce:g}, {args.alpha_kd:g}, {args.alpha_ld:g}"
@@ -195,12 +196,12 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"layer_weights: got {weights}; want numbers from 0 up")
 
     def leave_process_group(self) -> None:
-        """Ends a run over several processes: the last call of a script, without effect in a single process.
+        """Ends a run over several processes: the last call of a script. No effect in a single process.
 
-        Gloo's threads need the interpreter to free what they gathered. Left to the interpreter's end, one that still
-        waits for it aborts the process; and to end the group at once would wait for them with the interpreter held,
-        for ever. So they are given it first: at a barrier, and for a moment after it, since what the barrier itself
-        waited for is freed behind it. Nothing tells when that is done.
+        Gloo's threads need the interpreter lock to free gathered data. If a thread still waits for it when the
+        interpreter exits, the process aborts; ending the group at once would hold the lock and wait for the threads
+        forever. So the threads get the lock first: at a barrier, and for a moment after it, because the barrier's own
+        data are freed after it. Nothing signals when that is done.
         """
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
@@ -224,8 +225,8 @@ class DistillationTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         lengths = self.lengths
         if lengths is None:
-            columns = hasattr(dataset, "column_names")  # of a datasets.Dataset, where lengths may be one
-            # Others may be readable behind their end, where transformers looks for an IndexError: a Subset raises it.
+            columns = hasattr(dataset, "column_names")  # a datasets.Dataset; lengths may be a column
+            # Others may be readable past their end, where transformers expects an IndexError: a Subset raises it.
             ending = dataset if columns else torch.utils.data.Subset(dataset, range(len(dataset)))
             try:
                 lengths = super()._get_train_sampler(ending).lengths
@@ -250,22 +251,22 @@ class DistillationTrainer(Trainer):
         return super().get_test_dataloader(list(test_dataset) if shared_out else test_dataset)
 
     def _is_shared_out(self, dataset) -> bool:
-        """A stream over several processes, each of which is given as many examples, some twice. To score each of them
-        once takes their number, so they are held in memory."""
+        """Whether a stream is split over several processes, which get equal numbers of examples, some of them twice.
+        Scoring each example once requires their number, so they are held in memory."""
         return self.accelerator.num_processes > 1 and isinstance(dataset, torch.utils.data.IterableDataset)
 
     # ---- The loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, with [answers, frames] summed over them and over all processes."""
-        # The stock Trainer would gather the number of labels, in those processes alone whose first batch has some.
+        # The stock Trainer would gather the number of labels only in processes whose first batch has labels.
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if 0 < self.state.max_steps <= self.state.global_step:
-            # Resumed at its last step: the Trainer would look for its end only after one more.
+            # Resumed at the last step: the Trainer would check for the end only after one more.
             self.control.should_training_stop = True
             batches = []
         elif not self._is_whole(batches, num_batches):
-            # The end of a stream: the Trainer would take no step here, but leave these gradients to the next one.
+            # End of a stream: the Trainer would take no step here, but would leave these gradients to the next one.
             batches = []
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
@@ -277,7 +278,7 @@ class DistillationTrainer(Trainer):
         return batches, self.accelerator.reduce(counts, "sum").clamp(min=1)
 
     def _is_whole(self, batches: list, num_batches: int) -> bool:
-        """Whether there are micro-batches for one more step, in every process: shards of a stream may be unequal."""
+        """Whether every process has micro-batches for one more step: shards of a stream may be unequal."""
         whole = len(batches) == num_batches
         if self.accelerator.num_processes == 1 or has_length(self.train_dataset):
             return whole
@@ -285,7 +286,7 @@ class DistillationTrainer(Trainer):
         return int(found) == self.accelerator.num_processes
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        # Here, not where the batches are taken: a resumed run gets its random state back in between.
+        # Here, not where the batches are fetched: a resumed run restores its random state in between.
         if self._batches is not None:
             batches, self._batches = self._batches, None
             if self.guide is not None:
@@ -295,28 +296,28 @@ class DistillationTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def inputs_for(self, model: PreTrainedModel, inputs: dict) -> dict:
-        """What the student or the teacher is given of a batch: the signal in the dtype of that model's weights."""
+        """The inputs of the student or the teacher for a batch: the signal in the dtype of that model's weights."""
         given, name = self.head.model_inputs(inputs), model.main_input_name
         if name in given and given[name].is_floating_point():
             given[name] = given[name].to(model.dtype)
         return given
 
     def autocast_for(self, model: PreTrainedModel):
-        """The context of a forward pass of the student or the teacher: autocast, where ``args`` want it.
+        """The context of a forward pass of the student or the teacher: autocast, if ``args`` enable it.
 
-        A model in the half precision that is not autocast's runs in its own: on a CPU, kernels do not take both.
+        A model in the other half precision runs in its own dtype, since CPU kernels do not accept both.
         """
         other = {"bf16": torch.float16, "fp16": torch.bfloat16}.get(self.accelerator.mixed_precision)
         return contextlib.nullcontext() if model.dtype is other else self.accelerator.autocast()
 
     def augmentation_for(self, model: PreTrainedModel, inputs: dict, frame_mask: Tensor) -> SharedSpecAugment:
-        """A draw of SpecAugment for a batch, by the settings of ``model``."""
+        """A draw of SpecAugment for a batch, with the settings of ``model``."""
         given = self.head.sequences(inputs)
         frames = given[model.main_input_name].shape[-1]
         return SharedSpecAugment(model, frame_mask, signal_mask=given.get("attention_mask"), frames=frames)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """In training, this micro-batch's share of the loss of its optimizer step; else the task's mean loss."""
+        """In training, this micro-batch's share of the optimizer step's loss; in evaluation, the task's mean loss."""
         frame_mask = self._frame_mask(inputs)  # (sequences, L)
         answers = self.head.valid_answers(inputs, frame_mask)
         if not model.training:
@@ -340,8 +341,8 @@ class DistillationTrainer(Trainer):
         if self.head.labels(inputs) is not None and self.args.alpha_ce > 0:
             loss = loss + self.args.alpha_ce * task
         else:
-            # DistributedDataParallel waits for a gradient of all that led to an output: nothing of each is added. A
-            # product with 0 would not do, for a task's loss that is left out may be infinite.
+            # DistributedDataParallel waits for the gradients of all outputs, so an empty sum over each is added. A
+            # product with 0 would not do, because the unused task loss may be infinite.
             given = (logits, outputs.get("loss"))
             loss = loss + sum(x.flatten()[:0].sum() for x in given if x is not None)
         with_layers, with_kd = lessons.layers and self.args.alpha_ld > 0, lessons.kd and self.args.alpha_kd > 0
@@ -376,13 +377,13 @@ class DistillationTrainer(Trainer):
             self._measure(kd_loss=kd)
         if measured:
             self._measure(layer_mse=share_of_frames * terms.mse, layer_cosine=share_of_frames * terms.cosine)
-        # Processes average their gradients, where the sum is wanted: all_answers and all_frames are those of all.
+        # Processes average their gradients, but the sum is needed: all_answers and all_frames count all processes.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def _teach(self, inputs, augment: SharedSpecAugment, frame_mask: Tensor, with_states: bool):
-        """The teacher's hidden states, none where they are not wanted, and its logits."""
+        """The teacher's hidden states, empty unless ``with_states``, and its logits."""
         if self.cache is not None:
             if (frame_mask[:, 1:] & ~frame_mask[:, :-1]).any():
                 raise ValueError(
@@ -397,7 +398,7 @@ class DistillationTrainer(Trainer):
         return (states if with_states else ()), logits
 
     def _ask(self, inputs, augment: SharedSpecAugment) -> tuple[list[Tensor], Tensor]:
-        # Without the labels where they are for a loss alone: the teacher may have other classes.
+        # Without labels that only the loss needs: the teacher may have other classes.
         inputs = {name: x for name, x in inputs.items() if name not in self.head.label_names}
         states = LayerStates(self.teacher_layers)
         with states, augment.applied_to(self.teacher), self.autocast_for(self.teacher):
@@ -408,18 +409,18 @@ class DistillationTrainer(Trainer):
         return [states.before, *states.after] if self.args.include_embeddings else states.after
 
     def _frame_mask(self, inputs) -> Tensor:
-        """bool (sequences, L): the frames of the hidden states that stand for input, not padding."""
+        """bool (sequences, L): True at the frames of the hidden states that are not padding."""
         given = self.head.sequences(inputs)
         x, mask = given[self.student.main_input_name], given.get("attention_mask")
         everything = x.new_ones((x.shape[0], x.shape[-1]), dtype=torch.int64)
         mask = everything if mask is None else mask
-        if mask.shape[-1] != x.shape[-1]:  # such as one over the samples, which Whisper takes too
+        if mask.shape[-1] != x.shape[-1]:  # such as one over samples, which Whisper accepts too
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}, wanted {tuple(everything.shape)}, one entry for each "
                 f"frame of {self.student.main_input_name}"
             )
         length = int(frame_lengths(self.student, everything[:1]))
-        if length == mask.shape[-1]:  # tokens, whose padding may be on the left where a model attends to the past only
+        if length == mask.shape[-1]:  # tokens, which may be padded on the left in a causal model
             return mask.bool()
         return torch.arange(length, device=x.device) < frame_lengths(self.student, mask)[:, None]
 
@@ -437,7 +438,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs, start_time=None):
         record = {}
         if "loss" in logs:
-            # A process whose batches had no labels has measured no task's loss.
+            # A process whose batches had no labels has no task loss.
             for name in dict.fromkeys(gather_object(list(self._measures))):
                 value = self._measures.get(name, torch.zeros((), device=self.args.device))
                 record[name] = self.accelerator.reduce(value, "sum").tolist()
@@ -451,11 +452,11 @@ class DistillationTrainer(Trainer):
             record = {"step": self.state.global_step, **{k: v for k, v in logs.items() if "/" not in k}, **record}
             with open(os.path.join(self.args.output_dir, METRICS_FILE), "a") as file:
                 file.write(json.dumps(record) + "\n")
-        # The Trainer's last record is of no step, and of steps behind the last one with losses weights alone can tell.
+        # The Trainer's last record has no losses: for steps after the last logged one, only the weights can be checked.
         self._check_finite({name: record[name] for name in LOSSES if name in record}, at_the_end="train_loss" in logs)
 
     def _check_finite(self, losses: dict[str, float], at_the_end: bool) -> None:
-        """Ends a run that would go on for nothing. The Trainer's own mean leaves out what is not finite."""
+        """Ends a run that has diverged. The Trainer's own mean leaves out losses that are not finite."""
         sound = all(map(math.isfinite, losses.values()))
         if sound and not at_the_end:
             return
@@ -485,7 +486,7 @@ class DistillationTrainer(Trainer):
         return loss, logits, labels
 
     def _check_all_have_labels(self, inputs: dict) -> None:
-        """Raises ValueError where some processes alone have labels: they would wait for the others' losses for ever."""
+        """Raises ValueError if only some processes have labels: they would wait for the others' losses forever."""
         if (processes := self.accelerator.num_processes) == 1:
             return
         labelled = all(inputs.get(name) is not None for name in self.label_names)
@@ -499,8 +500,8 @@ class DistillationTrainer(Trainer):
     # ---- The optimizer
 
     def get_decay_parameter_names(self, model):
-        """As the stock Trainer, less what mixers name: the rates, skips and steps of a state."""
-        # By the mixers' own lists too, for copies of a parameter have lost mamba_ssm's mark.
+        """As the stock Trainer, without the parameters that mixers exclude: the rates, skips and steps of a state."""
+        # The mixers' own lists are used too, because copies of a parameter lose mamba_ssm's attribute.
         spared = {name for name, parameter in model.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
         for path, module in model.named_modules():
             if isinstance(module, Mixer):
@@ -524,23 +525,23 @@ class DistillationTrainer(Trainer):
     # ---- Checkpoints
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
-        """Epochs done, and batches done of the one that is to go on. The Trainer takes all of a stream's for one."""
+        """Finished epochs, and finished batches of the current one. The Trainer counts all of a stream as one epoch."""
         done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
         state = os.path.join(checkpoint or "", TRAINER_STATE_NAME)
         if checkpoint is None or has_length(self.train_dataset) or not os.path.isfile(state):
             return done
-        then = TrainerState.load_from_json(state)  # whose epoch is counted in the steps of the run as it was then
+        then = TrainerState.load_from_json(state)  # its epoch is counted in the steps of that run
         epochs, part = divmod(then.epoch, 1)
         batches = round(part * then.max_steps * self.args.gradient_accumulation_steps)
         return int(epochs), 0 if self.args.ignore_data_skip else batches
 
     def save_model(self, *args, **kwargs):
-        set_training(self.optimizer, False)  # the Trainer leaves this to an evaluation, which may not come before
+        set_training(self.optimizer, False)  # the Trainer leaves this to an evaluation, which may not come first
         super().save_model(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.cache is not None:  # a resumed run must find what this one was given
+        if self.cache is not None:  # a resumed run must find the values that this one used
             self.cache.flush()
         if self.guide is not None and self.args.should_save:
             self.guide.save(output_dir)
@@ -552,7 +553,7 @@ class DistillationTrainer(Trainer):
 
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that a PeftModel is of, its adapters in the places of some layers; any other one itself."""
+    """The base model of a PeftModel, with adapters in place of some layers; any other model itself."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
@@ -565,7 +566,7 @@ class _FlushCache(TrainerCallback):
 
 
 class _TrimMetrics(TrainerCallback):
-    """Drops the records of steps that a run, killed after its last checkpoint, is about to do again."""
+    """Drops the records of steps that a run, killed after its last checkpoint, will repeat."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         path = os.path.join(args.output_dir, METRICS_FILE)
