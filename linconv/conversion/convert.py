@@ -112,7 +112,7 @@ def check_mixer(mixer: str, family: families.Family) -> type[mixers.Mixer]:
 
 
 def check_weights(teacher: PreTrainedModel) -> None:
-    """Checks that the weights can be copied. A model on the meta device without accelerate's hooks passes: it has sizes.
+    """Checks that the weights can be copied. A meta-device model without accelerate's hooks passes: it has sizes.
 
     Raises:
         ValueError: accelerate has offloaded weights.

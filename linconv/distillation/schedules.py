@@ -89,7 +89,7 @@ class TargetGuided(Mode):
 
 @dataclass(frozen=True)
 class TrajectoryGuided(Mode):
-    """A teacher that starts from the pretrained model, as the student does, and is fine-tuned beside it.
+    """A teacher that starts from the pretrained model, as the student does, and is fine-tuned alongside it.
 
     Args:
         update_every: the student's optimizer steps per update of the teacher. The teacher has the student's kind of

@@ -80,7 +80,7 @@ class WaypointTeacher(FixedTeacher):
 
 
 class TrajectoryTeacher(FixedTeacher):
-    """Trained on the task beside the student: at step s it has had s // update_every updates."""
+    """Trained on the task alongside the student: at step s it has had s // update_every updates."""
 
     def __init__(self, model: PreTrainedModel, mode: TrajectoryGuided, trainer):
         trained = [p for p in model.parameters() if p.requires_grad]
