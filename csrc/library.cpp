@@ -8,8 +8,8 @@
 //                                    STABLE_TORCH_LIBRARY_IMPL(linconv, CPU, m) { m.impl("short_conv", TORCH_BOX(&short_conv)); }
 //   3. linconv/ops/<op>/__init__.py   registers the fake kernel and the autograd formula.
 //
-// A backward pass that is a kernel of its own is an operator of its own, <op>_backward. All but linear_out are functional: no argument is
-// written, no output aliases an input.
+// A backward pass that is a kernel of its own is an operator of its own, <op>_backward. All but linear_out are functional:
+// no argument is written, no output aliases an input.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
