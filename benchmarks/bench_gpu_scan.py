@@ -7,7 +7,7 @@ whose results or gradients are wrong, nor of a peer whose are. Rows of "plans" s
 over batches; all others are of the plan that is chosen. Times are of calls, as peers' are; ours are timed as replays of
 a CUDA graph too, since short calls take what Python takes. Floors are the least bytes of forward at the rate of a large
 copy in the same run. Memory is what is allocated at its highest beyond arguments, results and gradients. First calls
-are of a process of their own, with Triton's cache on disk empty and then full, and come first: peers tune for minutes.
+are of a process of their own, with Triton's cache on disk empty and then full.
 Peers, each as a row of its own with the ratio of its time to ours:
 
 - cuda: our own fused kernel, forward, and the same gradients; where the CUDA library is loaded.
@@ -282,7 +282,6 @@ def body(record, lengths, widths):
     for width in widths:
         dstate = DSTATES[width]
         peers = check(width, dstate, linear_peers())
-        time_first_calls(record, width)
         for length in lengths:
             tensors = arguments(width, dstate, length)
             base = dict(width=width, length=length, gpu=torch.cuda.get_device_name())
@@ -327,6 +326,7 @@ def body(record, lengths, widths):
                             )  # fmt: skip
                 except RuntimeError as error:  # the backend does not take this, or has no memory for it
                     print(f"not compared with {name} at {length} frames: {str(error).splitlines()[0]}")
+        time_first_calls(record, width)
 
 
 if __name__ == "__main__":

@@ -36,18 +36,18 @@ def of(**fields):
 # Fields of Tiles by what they are candidates for.
 CANDIDATES = {
     "outputs": [
-        *of(chunk=[64], rows=[64], block_n=[64, 128], heads=[1, 2, 4], warps=[4], stages=[1, 2, 3]),
-        *of(chunk=[64], rows=[64], block_n=[32, 64], heads=[2, 4], warps=[8], stages=[2]),
-        *of(chunk=[64], rows=[32], block_n=[64], heads=[1, 2], warps=[4], stages=[2]),
-        *of(chunk=[128], rows=[64], block_n=[64], heads=[1, 2], warps=[4], stages=[1, 2]),
+        *of(chunk=[64], rows=[64], block_n=[64, 128], heads=[6, 16], warps=[4], stages=[3, 4]),
+        *of(chunk=[64], rows=[64], block_n=[128], heads=[4, 16], warps=[4], stages=[1]),
+        *of(chunk=[128], rows=[64], block_n=[64, 128], heads=[2, 6, 16], warps=[4], stages=[1, 2, 3]),
     ],
     "states": of(chunk=[64, 128], state_n=[64, 128], state_warps=[4, 8]),
-    "sweeps": of(chunk=[64, 128], sweep_n=[32, 64, 128], sweep_warps=[2, 4], sweep_stages=[2, 3, 4]),
+    "sweeps": [
+        *of(chunk=[64, 128], sweep_n=[64, 128], sweep_warps=[4], sweep_stages=[2, 3, 4]),
+        *of(chunk=[64, 128], sweep_p=[32], sweep_n=[64, 128], sweep_warps=[4], sweep_stages=[2, 3, 4]),
+        *of(chunk=[128], sweep_n=[128], sweep_warps=[8], sweep_stages=[2, 3]),
+    ],
     "gradients": [
-        *of(gradient_n=[64], gradient_heads=[8, 16], gradient_warps=[4], gradient_stages=[1, 2, 3]),
-        *of(gradient_n=[64, 128], gradient_warps=[8], gradient_stages=[1, 2]),
-        *of(gradient_n=[32], gradient_warps=[4], gradient_stages=[2, 3]),
-        *of(gradient_chunk=[32], gradient_n=[64, 128], gradient_warps=[2, 4], gradient_stages=[1, 2]),
+        *of(gradient_n=[64], gradient_heads=[16], gradient_warps=[4], gradient_stages=[3, 4]),
     ],
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sequences at once, in place of each case's own number; or largest: as many as the limits take",
     )
+    run.add_argument("--graph", action="store_true", help="replay CUDA graphs, so that no time is the host's")
     run.add_argument(
         "--lengths", nargs="+", type=above_zero(int), metavar="L", help="measure at these lengths, predict the others"
     )
@@ -94,6 +95,8 @@ def main(arguments: argparse.Namespace) -> int:
         return _write(arguments)
     if not arguments.suites:
         raise UserError("bench: got no suite; want one of " + ", ".join(_names()) + ", or all")
+    if arguments.graph and arguments.device != "cuda":
+        raise UserError(f"--graph: wants --device cuda, got {arguments.device}")
     suites = {name: _cases(name, arguments) for name in _expanded(arguments.suites)}
     empty = [name for name, cases in suites.items() if not cases]
     if empty and (not arguments.list or len(empty) == len(suites)):  # a list of many says which of them have any
@@ -150,6 +153,8 @@ def _cases(suite: str, arguments) -> list:
         setting = case.setting
         if arguments.batch is not None:
             setting = setting.with_batch(arguments.batch)
+        if arguments.graph:
+            setting = replace(setting, graph=True)
         case = replace(
             case,
             setting=replace(setting, seed=arguments.seed),

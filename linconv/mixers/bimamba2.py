@@ -8,6 +8,7 @@ from torch import nn
 from linconv.mixers.protocol import Linear
 from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, scan_flops
 from linconv.ops import checks
+from linconv.ops.columns import split
 
 # How a parameter of mamba_ssm's Mamba2 lies in the stacked one: as row block, column block or entry `direction`.
 _ROWS, _COLUMNS = ("in_proj.weight",), ("out_proj.weight",)
@@ -55,7 +56,7 @@ class BiMamba2(DualMixer):
         self.check_hidden_states(hidden_states)
         # Split before moving directions first: gradients are then joined in the projection's layout, with one copy.
         columns = torch.unflatten(self.in_proj(hidden_states), -1, (2, self.d_in_proj))  # (b, L, 2, d_in_proj)
-        parts = columns.split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
+        parts = split(columns, (self.d_inner, self.conv_dim, self.nheads))
         y = self.conv_scan_norm(*(part.movedim(-2, 0) for part in parts), seq_lens)  # (2, b, L, d_inner)
         return self.out_proj(y.movedim(0, -2).flatten(-2))  # (b, L, 2 d_inner), a view
 

@@ -7,6 +7,7 @@ from linconv import ops
 from linconv.mixers.causal import CausalConv, CausalMixer, MambaState
 from linconv.mixers.protocol import Linear, check_integer
 from linconv.mixers.state_space import StateSpaceMixer, draw_steps
+from linconv.ops.columns import split
 from linconv.ops.linear import linear
 
 
@@ -58,7 +59,7 @@ class Mamba(CausalMixer, StateSpaceMixer):
     def forward(self, hidden_states, seq_lens=None, state: MambaState | None = None):
         """As `Mixer.forward`; ``state``, if given, is continued and updated to each row's last valid frame."""
         self.check_hidden_states(hidden_states)
-        x, z = self.in_proj(hidden_states).split(self.d_inner, dim=-1)
+        x, z = split(self.in_proj(hidden_states), (self.d_inner, self.d_inner))
         x = self.convolve(x, seq_lens, state)
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         if type(self.dt_proj) is Linear:

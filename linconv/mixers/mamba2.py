@@ -6,6 +6,7 @@ from linconv import ops
 from linconv.mixers.causal import CausalConv, CausalMixer, MambaState
 from linconv.mixers.protocol import Linear
 from linconv.mixers.state_space import DualMixer, GatedRMSNorm, scan_flops
+from linconv.ops.columns import split
 
 
 class Mamba2(CausalMixer, DualMixer):
@@ -31,7 +32,7 @@ class Mamba2(CausalMixer, DualMixer):
     def forward(self, hidden_states, seq_lens=None, state: MambaState | None = None):
         """As `Mixer.forward`; ``state``, if given, is continued and updated to each row's last valid frame."""
         self.check_hidden_states(hidden_states)
-        z, xBC, dt = self.in_proj(hidden_states).split((self.d_inner, self.conv_dim, self.nheads), dim=-1)
+        z, xBC, dt = split(self.in_proj(hidden_states), (self.d_inner, self.conv_dim, self.nheads))
         if state is None:
             return self.out_proj(self.conv_scan_norm(z, xBC, dt, seq_lens))
         xBC = self.convolve(xBC, seq_lens, state)

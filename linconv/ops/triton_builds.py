@@ -97,12 +97,15 @@ def build_of(kernel, arguments: dict[str, Any], num_warps: int, num_stages: int,
     import triton.language as tl
 
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
+    unspecialized = {p.name for p in kernel.params if p.do_not_specialize}
     signature, constants, aligned = {}, {}, []
 
     def kind(key, value) -> str:
         if isinstance(value, torch.Tensor):
             aligned.append(key)
             return "*" + TYPES[value.dtype]
+        if key in unspecialized:
+            return "i32"
         if key in constexprs or value is None or (isinstance(value, int) and value == 1):
             constants[key] = value.value if isinstance(value, tl.constexpr) else value
             return "constexpr"

@@ -752,6 +752,13 @@ def test_batch_on_the_command_line(capsys):
     assert "want a number from 1 up, or largest" in capsys.readouterr().err
 
 
+def test_graphs_on_the_command_line(capsys):
+    assert main(["bench", "conv", "--list", "--device", "cuda", "--batch", "8", "--graph", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.count("bfloat16, batch 8, CUDA graph") == 2
+    assert main(["bench", "conv", "--list", "--graph"]) == 2
+    assert "--graph: wants --device cuda, got cpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_models_are_checked_as_they_are_timed(mixed, monkeypatch):
     from linconv.benchmarking.suites import model

@@ -73,6 +73,21 @@ def test_matches_the_recurrence(plan, regime, diagonal, kind):
     assert_matches_the_recurrence(arguments, plan, **options)
 
 
+@pytest.mark.parametrize("dstate, inside", [(3, 2), (9, 1), (20, 0)])
+@by_each_plan
+def test_dx_is_written_where_states_stood(plan, dstate, inside):
+    """Those of as many directions as fit there."""
+    from linconv.ops.ssd import triton as scan
+
+    arguments = on_device(scan_arguments(1, 48, 2, 5, 1, dstate, per_direction=REGIMES["hydra"]))
+    assert_matches_the_recurrence(arguments, plan, diagonal="shifted")
+    tensors = [arguments[n].to("meta") for n in NAMES]
+    dx, states = scan._dx_and_states(scan.Scan(*tensors, False, 0.0, 1.0, None, None, None, directions=2), 16)
+    shared = [s.untyped_storage()._cdata == dx.untyped_storage()._cdata for s in states]
+    assert shared == [True] * inside + [False] * (2 - inside)
+    assert dx.untyped_storage().nbytes() <= (1 + scan.SPARE_MEMORY) * dx.nbytes
+
+
 @pytest.mark.parametrize("low", [0.0, -0.5])
 @pytest.mark.parametrize("regime, diagonal, kind", CASES)
 def test_steps_in_exponents(monkeypatch, regime, diagonal, kind, low):

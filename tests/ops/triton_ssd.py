@@ -168,7 +168,7 @@ def test_launches_of_each_plan(monkeypatch, regime):
     launched.clear()
     scan.scan_backward(one, one.empty(*one.x.shape))
     assert [name for name, _ in launched] == [
-        "chunk_decays", "sweep_states", "chunk_outputs", "chunk_gradients", "step_gradients", "sum_parts",
+        "chunk_decays", "sweep_states", "chunk_gradients", "chunk_outputs", "step_gradients", "sum_parts",
     ]  # fmt: skip
     launched.clear()
     chunks = dataclasses.replace(one, plan="chunks")
@@ -177,5 +177,5 @@ def test_launches_of_each_plan(monkeypatch, regime):
     launched.clear()
     scan.scan_backward(chunks, one.empty(*one.x.shape))
     assert [name for name, _ in launched] == [
-        "chunk_states", "pass_states", "chunk_outputs", "chunk_gradients", "step_gradients", "sum_parts",
+        "chunk_states", "pass_states", "chunk_gradients", "chunk_outputs", "step_gradients", "sum_parts",
     ]  # fmt: skip

@@ -4,6 +4,8 @@ import dataclasses
 
 import torch
 
+from linconv.ops.columns import joined
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -49,5 +51,5 @@ class Layout:
         parts = (x, B[0], C[0], B[1], C[1]) if self.shared else (x, B, C)
         # reshape, since torch has no rule for batched gradients of flatten.
         columns = [part.reshape(*part.shape[:-2], part.shape[-2] * part.shape[-1]) for part in parts]
-        joined = torch.cat(columns, dim=-1)
-        return joined[None] if self.directions == 1 or self.shared else joined
+        gradients = joined(columns)
+        return gradients[None] if self.directions == 1 or self.shared else gradients

@@ -333,6 +333,5 @@ dispatch.register(
     setup_context=_save,
     backward=_backward,
     triton="linconv.ops.distillation_loss.triton",
-    # Memory bandwidth is the limit, not tensor cores, and CUDA C++ needs fewer launches. Neither has been measured.
-    prefer=("cuda", "triton"),
+    prefer=("triton", "cuda"),
 )

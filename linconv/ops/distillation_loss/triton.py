@@ -29,20 +29,23 @@ class Tile:
     warps: int
 
 
-def choose_tile(width: int, math: torch.dtype, held: bool) -> Tile:
-    """The committed table, of every GPU: 16 elements of a side a thread, 32 where a row is held and very long.
+def choose_tile(width: int, math: torch.dtype, held: bool, gradient: bool = False) -> Tile:
+    """The committed table, of every GPU. In bfloat16 on an H200 it is the fastest of what benchmarks/tune_gpu_tiles.py
+    tries: a thread has 32 elements of a side where a row is held, else 16, and 8 for the gradients of logits.
 
     Args:
         width: elements of a row.
         math: what is computed in.
         held: whether a row is to be held in registers, up to 16,384 elements in float32; longer ones are read again,
             out of the L2 cache.
+        gradient: of logits.
     """
-    size = 4 // (2 if math == torch.float64 else 1)  # K elements a tile at most, logits
-    columns = min(triton.next_power_of_2(width), (4 if held else 1) * size * 1024)
-    rows = min(32, max(1, size * 512 // columns))  # of 64 rows of logits, what is kept of each spills
-    warps = 4 if rows * columns <= size * 512 else 8 if rows * columns <= size * 1024 else 16
-    return Tile(rows, columns, warps)
+    size = 2048 // (2 if math == torch.float64 else 1)  # elements of a tile of short rows
+    of_a_warp = size // 2 if held else size // 8 if gradient else size // 4
+    most = 8 * size if held else size // 2 if gradient else size
+    columns = min(triton.next_power_of_2(width), most)
+    rows = min(32, max(1, min(size, most) // columns))  # of 64 rows of logits, what is kept of each spills
+    return Tile(rows, columns, min(16, max(2 if held else 4, rows * columns // of_a_warp)))
 
 
 def _math(*tensors: torch.Tensor | None) -> torch.dtype:
@@ -163,7 +166,7 @@ def _layers_forward(student, teacher, mask, layer_norm) -> tuple[torch.Tensor, t
 def _launch_logits(kernel, student, teacher, mask, temperature, columns: bool, arguments: dict) -> None:
     batch, frames, classes = student.shape
     math = _math(student, teacher)
-    tile = choose_tile(classes, math, held=False)
+    tile = choose_tile(classes, math, held=False, gradient=columns)
     grid = triton.cdiv(batch * frames, tile.rows), triton.cdiv(classes, tile.columns) if columns else 1
     launch(
         kernel,

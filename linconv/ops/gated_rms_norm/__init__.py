@@ -119,4 +119,5 @@ dispatch.register(
     setup_context=_save,
     backward=_backward,
     triton="linconv.ops.gated_rms_norm.triton",
+    prefer=("triton", "cuda"),
 )

@@ -29,7 +29,8 @@ class Tile:
 
 
 def choose_tile(group_size: int, directions: int, math: torch.dtype, gradient: bool) -> Tile:
-    """The committed table, of every GPU: 16 elements a thread forward, 8 backward, in float64 half as many.
+    """The committed table, of every GPU: 16 elements a thread forward, 8 backward, in float64 half as many. On an H200
+    they are the fastest of what benchmarks/tune_gpu_tiles.py tries, or within 4 % of it.
 
     A group of up to 4,096 channels is held in registers; half as many in float64, and for the gradients of two
     directions; a quarter for those in float64.
@@ -37,9 +38,10 @@ def choose_tile(group_size: int, directions: int, math: torch.dtype, gradient: b
     wide = math == torch.float64
     most = 4096 // ((4 if wide else directions) if gradient else (2 if wide else 1))
     columns = min(triton.next_power_of_2(group_size), most)
-    elements = (1024 if gradient else 2048) // (2 if wide else 1)  # of four warps
-    rows = max(1, min(FRAMES, elements // columns))
-    return Tile(rows, columns, 4 if columns <= elements else 8)  # of more, not each could have 255 registers
+    of_a_warp = (256 if gradient else 512) // (2 if wide else 1)
+    least, at_most = (4, 4 * of_a_warp) if gradient else (2, 2 * of_a_warp)
+    rows = max(1, min(FRAMES, at_most // columns))
+    return Tile(rows, columns, max(least, min(8, columns // of_a_warp)))  # of more, not each could have 255 registers
 
 
 @dataclass

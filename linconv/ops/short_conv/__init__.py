@@ -150,4 +150,5 @@ dispatch.register(
     setup_context=_save,
     backward=_backward,
     triton="linconv.ops.short_conv.triton",
+    prefer=("triton", "cuda"),
 )

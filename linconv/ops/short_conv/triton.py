@@ -36,7 +36,8 @@ class Tile:
 
 
 def choose_tile(width: int, together: int, math: torch.dtype, gradient: bool) -> Tile:
-    """The committed table, of every GPU.
+    """The committed table, of every GPU: on an H200 the fastest of what benchmarks/tune_gpu_tiles.py tries, in bfloat16
+    and for directions that are a program each; else what registers have room for.
 
     Args:
         width: of the filter.
@@ -46,10 +47,11 @@ def choose_tile(width: int, together: int, math: torch.dtype, gradient: bool) ->
     """
     wide = math == torch.float64
     if not gradient:
-        return Tile(4, 64 if wide else 128, 32, 2 if wide else 4)
+        return Tile(4, 64 if wide else 128, 32, 2 if wide else 8)
+    if together == 1 and not wide:
+        return Tile(2, 128, 64, 4)
     narrow = together == 2 or width > 4
-    channels = (64 if narrow else 128) // (2 if wide else 1)
-    return Tile(4, channels, 32 if width <= 4 else 64, 4 if narrow and together == 1 and not wide else 2)
+    return Tile(4, (64 if narrow else 128) // (2 if wide else 1), 32 if width <= 4 else 64, 2)
 
 
 @dataclass

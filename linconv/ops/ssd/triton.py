@@ -10,6 +10,7 @@ to the host, and in one plan no result depends on the batch that a sequence stan
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -22,6 +23,7 @@ from linconv.ops.ssd import triton_kernels as kernels
 from linconv.ops.ssd import triton_sweeps as sweeps
 from linconv.ops.ssd.triton_tiles import (
     PLANS,
+    PROGRAMS_OF_OUTPUTS,
     choose_plan,
     choose_tiles,
     forced_plan,
@@ -35,6 +37,7 @@ MATH = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 STEP_OPTIONS = ("SOFTPLUS", "LOW", "HIGH")
 TYPES = ("MATH", "OPERAND", "PRECISION")
+SPARE_MEMORY = 1 / 16  # of a result, if that is enough for what would else need memory of its own
 
 
 def _divisor(number: int, at_most: int) -> int:
@@ -86,12 +89,13 @@ class Scan:
         capability = capability_of(self.x)
         sizes = (self.operand, self.precision, self.headdim, self.dstate, capability)
         self.tiles = choose_tiles(*sizes)
+        on_gpu = self.x.device.type == "cuda"
+        properties = torch.cuda.get_device_properties(self.x.device) if on_gpu else None
+        self.multiprocessors = properties.multi_processor_count if on_gpu else 0
         if not self.plan:
             blocks = triton.cdiv(self.headdim, self.tiles.sweep_p) * triton.cdiv(self.dstate, self.tiles.sweep_n)
             programs = self.sequences * self.heads * blocks * self.directions
-            on_gpu = self.x.device.type == "cuda"
-            multiprocessors = torch.cuda.get_device_properties(self.x.device).multi_processor_count if on_gpu else 0
-            self.plan = choose_plan(programs, multiprocessors, capability, self.precision)
+            self.plan = choose_plan(programs, self.multiprocessors, capability, self.precision)
 
     def slots(self, chunk: int) -> int:
         if self.cu_seqlens is not None:
@@ -104,6 +108,16 @@ class Scan:
     def heads_at_once(self) -> int:
         """Heads of a program of the kernels that take a frame's steps, which stand side by side."""
         return min(16, triton.next_power_of_2(self.heads))
+
+    def heads_of_outputs(self, programs: int) -> int:
+        """Heads that a program of the outputs takes, of which there are so many for each head: as many as share what
+        they have in common and leave enough programs to fill the GPU."""
+        at_most = max(1, programs * self.heads // max(1, self.multiprocessors * PROGRAMS_OF_OUTPUTS))
+        return _divisor(self.heads // self.groups, min(self.tiles.heads, at_most))
+
+    def states_of_chunks(self, chunk: int) -> tuple:
+        """The shape of the states that enter each chunk."""
+        return self.directions, self.heads, self.slots(chunk), self.headdim, self.dstate
 
     def last_states(self):
         """Memory for the states after the last step, where there is one direction."""
@@ -154,15 +168,18 @@ def _state_strides(tensor, prefix) -> dict:
     return {f"{prefix}_{letter}": stride for letter, stride in zip("shpn", values)}
 
 
-def _states(scan: Scan, chunk: int, dy=None, dlast=None):
-    """(states that enter each chunk, their decays as kernels take them, last states, gradient of the first states).
+def _states(scan: Scan, chunk: int, states, dy=None, dlast=None):
+    """Fills the states that enter each chunk, those of each direction in memory of their own.
 
-    With dy the gradients of the states that leave each chunk stand behind the states.
+    With dy, the gradients of the states that leave each chunk too.
+
+    Returns:
+        (these gradients, decays as kernels take them, last states, gradient of the first states); None for what there
+        is not.
     """
     slots = scan.slots(chunk)
     per_chunk = (scan.directions, scan.heads, slots)
-    kinds = 1 if dy is None else 2
-    states = scan.empty(kinds, *per_chunk, scan.headdim, scan.dstate, dtype=scan.operand)
+    leaving = scan.empty(*per_chunk, scan.headdim, scan.dstate, dtype=scan.operand) if dy is not None else None
     of_frames = (*per_chunk, chunk)
     decays = dict(
         v_of=scan.empty(*of_frames),
@@ -174,20 +191,21 @@ def _states(scan: Scan, chunk: int, dy=None, dlast=None):
     last = scan.last_states() if dy is None else None
     dfirst = scan.empty(*per_sequence) if dy is not None and scan.initial_states is not None else None
     find = _swept_states if scan.plan == "sweeps" else _passed_states
-    find(scan, chunk, states, decays, dy, last, dlast, dfirst)
-    return states, decays, last, dfirst
+    memory = dict(states=states[0], other_states=states[-1], leaving=leaving)
+    find(scan, chunk, memory, decays, dy, last, dlast, dfirst)
+    return leaving, decays, last, dfirst
 
 
-def _passed_states(scan: Scan, chunk: int, states, decays, dy, last, dlast, dfirst):
+def _passed_states(scan: Scan, chunk: int, memory, decays, dy, last, dlast, dfirst):
     """What each chunk adds, all at once, and then from chunk to chunk."""
-    slots, tiles, kinds = scan.slots(chunk), scan.tiles, states.shape[0]
+    slots, tiles, kinds = scan.slots(chunk), scan.tiles, 1 if dy is None else 2
     p_tiles, n_tiles = triton.cdiv(scan.headdim, tiles.state_p), triton.cdiv(scan.dstate, tiles.state_n)
     launch(
         kernels.chunk_states,
         (slots * scan.directions, scan.heads * p_tiles * n_tiles),
         dict(
             x=scan.x, dt=scan.dt, A=scan.A, dt_bias=scan.dt_bias, B=scan.B, dy=dy, C=None if dy is None else scan.C,
-            states=states, **decays, **scan.sizes(slots), **_x_strides(scan.x, "x"), **_dt_strides(scan),
+            **memory, **decays, **scan.sizes(slots), **_x_strides(scan.x, "x"), **_dt_strides(scan),
             **_B_strides(scan.B, "B"), **_x_strides(dy, "dy"), **_B_strides(None if dy is None else scan.C, "C"),
             **scan.options("DIRECTIONS", "FLIP", "SHIFTED", "KIND", *STEP_OPTIONS, *TYPES),
             GRADIENT=dy is not None, Q=chunk, BLOCK_P=tiles.state_p, BLOCK_N=tiles.state_n,
@@ -202,7 +220,7 @@ def _passed_states(scan: Scan, chunk: int, states, decays, dy, last, dlast, dfir
         kernels.pass_states,
         (scan.sequences * triton.cdiv(scan.headdim * scan.dstate, block), scan.heads * scan.directions * kinds),
         dict(
-            states=states, total_of=decays["total_of"], first=scan.initial_states, last=last, dlast=dlast,
+            **memory, total_of=decays["total_of"], first=scan.initial_states, last=last, dlast=dlast,
             dfirst=dfirst, **sizes, **_state_strides(scan.initial_states, "first"), **_state_strides(dlast, "dlast"),
             **scan.options("DIRECTIONS", "FLIP", "KIND", "MATH"), Q=chunk, BLOCK=block, STAGES=4,
         ),
@@ -210,9 +228,9 @@ def _passed_states(scan: Scan, chunk: int, states, decays, dy, last, dlast, dfir
     )  # fmt: skip
 
 
-def _swept_states(scan: Scan, chunk: int, states, decays, dy, last, dlast, dfirst):
+def _swept_states(scan: Scan, chunk: int, memory, decays, dy, last, dlast, dfirst):
     """By a program for each sequence, head and direction, chunk after chunk."""
-    slots, tiles = scan.slots(chunk), scan.tiles
+    slots, tiles, kinds = scan.slots(chunk), scan.tiles, 1 if dy is None else 2
     sizes = scan.sizes(slots)
     for name in ("group_heads", "headdim", "dstate"):
         del sizes[name]
@@ -232,9 +250,9 @@ def _swept_states(scan: Scan, chunk: int, states, decays, dy, last, dlast, dfirs
     C = None if dy is None else scan.C
     launch(
         sweeps.sweep_states,
-        (scan.sequences * tiles_of_state, scan.heads * scan.directions * states.shape[0]),
+        (scan.sequences * tiles_of_state, scan.heads * scan.directions * kinds),
         dict(
-            x=scan.x, B=scan.B, dy=dy, C=C, states=states, first=scan.initial_states, last=last, dlast=dlast,
+            x=scan.x, B=scan.B, dy=dy, C=C, **memory, first=scan.initial_states, last=last, dlast=dlast,
             dfirst=dfirst, **decays, **sizes, **_x_strides(scan.x, "x"), **_B_strides(scan.B, "B"),
             **_x_strides(dy, "dy"), **_B_strides(C, "C"), **_state_strides(scan.initial_states, "first"),
             **_state_strides(dlast, "dlast"),
@@ -249,24 +267,26 @@ def _outputs(scan: Scan, chunk, rows, z, out, states, decays, gradient: bool, sk
     """y from x, or with ``gradient`` dx from dy, and where there is a ``skipped`` sums for D's gradient."""
     slots, tiles = scan.slots(chunk), scan.tiles
     left, right = (scan.B, scan.C) if gradient else (scan.C, scan.B)
+    stages = (tiles.dx_stages if gradient else 0) or tiles.stages
     x = None if skipped is None else scan.x
-    heads = _divisor(scan.heads // scan.groups, tiles.heads)
     p_tiles = triton.cdiv(scan.headdim, tiles.block_p)
     ways = scan.directions if not scan.summed else 1
+    blocks = slots * (chunk // rows)
+    heads = scan.heads_of_outputs(blocks * p_tiles * ways)
     out_strides = _x_strides(out, "out")
     del out_strides["out_p"]
     launch(
         kernels.chunk_outputs,
-        (slots * (chunk // rows), p_tiles * (scan.heads // heads) * ways),
+        (blocks, p_tiles * (scan.heads // heads) * ways),
         dict(
             z=z, x=x, rows=left, columns=right, D=scan.D, states=states, out=out, skipped_of=skipped, **decays,
             **scan.sizes(slots), **_x_strides(z, "z"), **_x_strides(x, "x"),
             **_B_strides(left, "r"), **_B_strides(right, "c"), **_strides(scan.D, "D", "h", 1), **out_strides,
             **scan.options("DIRECTIONS", "SUMMED", "SUM_D", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
-            GRADIENT=gradient, Q=chunk, ROWS=rows, HEADS=heads, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
-            STAGES=tiles.stages,
+            heads_at_once=heads, GRADIENT=gradient, Q=chunk, ROWS=rows, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
+            STAGES=stages,
         ),
-        tiles.warps, tiles.stages, **(ALL_REGISTERS if tiles.warps > 4 else {}),
+        tiles.warps, stages, **(ALL_REGISTERS if tiles.warps > 4 else {}),
     )  # fmt: skip
 
 
@@ -274,9 +294,23 @@ def scan_forward(scan: Scan):
     """(y as x, contiguous; the last states of the one direction, or None)."""
     y = scan.empty(*scan.x.shape, dtype=scan.x.dtype)
     chunk = scan.tiles.chunk
-    states, decays, last, _ = _states(scan, chunk)
+    states = scan.empty(*scan.states_of_chunks(chunk), dtype=scan.operand)
+    _, decays, last, _ = _states(scan, chunk, states)
     _outputs(scan, chunk, scan.tiles.rows, scan.x, y, states, decays, gradient=False)
     return y, last
+
+
+def _dx_and_states(scan: Scan, chunk: int):
+    """(memory for dx, memory for each direction's states), in dx's as many directions as fit: dx comes when these have
+    been used. For that dx's memory may be a little larger than dx."""
+    one = scan.states_of_chunks(chunk)[1:]
+    size, elements = math.prod(one), scan.x.numel()
+    fitting = int(elements * (1 + SPARE_MEMORY)) // size if size and scan.operand == scan.x.dtype else 0
+    fitting = min(scan.directions, fitting)
+    memory = scan.empty(max(elements, fitting * size), dtype=scan.x.dtype)
+    inside = memory[: fitting * size].view(fitting, *one).unbind()
+    apart = scan.empty(scan.directions - fitting, *one, dtype=scan.operand).unbind()
+    return memory[:elements].view(scan.x.shape), (*inside, *apart)
 
 
 def scan_backward(scan: Scan, dy, dlast=None):
@@ -285,12 +319,8 @@ def scan_backward(scan: Scan, dy, dlast=None):
     chunk = tiles.gradient_chunk
     slots, directions, heads = scan.slots(chunk), scan.directions, scan.heads
     group_heads = heads // scan.groups
-    dx = scan.empty(*scan.x.shape, dtype=scan.x.dtype)
-    rows = min(tiles.rows, chunk)
-    states, decays, _, dfirst = _states(scan, chunk, dy, dlast)
-    p_tiles, ways = triton.cdiv(scan.headdim, tiles.block_p), 1 if scan.summed else directions
-    skipped = None if scan.D is None else scan.empty(p_tiles, ways, heads, slots, chunk)
-    _outputs(scan, chunk, rows, dy, dx, states[1:], decays, gradient=True, skipped=skipped)
+    dx, states = _dx_and_states(scan, chunk)
+    leaving, decays, _, dfirst = _states(scan, chunk, states, dy, dlast)
 
     def like(argument):
         return scan.empty(*argument.shape, dtype=argument.dtype) if argument is not None else scan.empty(0)
@@ -320,7 +350,8 @@ def scan_backward(scan: Scan, dy, dlast=None):
         kernels.chunk_gradients,
         (slots * directions, 2 * n_tiles * scan.groups * blocks),
         dict(
-            dy=dy, x=scan.x, B=scan.B, C=scan.C, states=states, dB=dB_parts, dC=dC_parts, **decays, **for_steps,
+            dy=dy, x=scan.x, B=scan.B, C=scan.C, states=states[0], other_states=states[-1], leaving=leaving,
+            dB=dB_parts, dC=dC_parts, **decays, **for_steps,
             **scan.sizes(slots), **_x_strides(dy, "dy"), **_x_strides(scan.x, "x"),
             **_B_strides(scan.B, "B"), **_B_strides(scan.C, "C"),
             **scan.options("DIRECTIONS", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
@@ -329,6 +360,11 @@ def scan_backward(scan: Scan, dy, dlast=None):
         ),
         tiles.gradient_warps, tiles.gradient_stages, **ALL_REGISTERS,
     )  # fmt: skip
+
+    # Not before the gradients above: dx may stand where their states did.
+    p_tiles, ways = triton.cdiv(scan.headdim, tiles.block_p), 1 if scan.summed else directions
+    skipped = None if scan.D is None else scan.empty(p_tiles, ways, heads, slots, chunk)
+    _outputs(scan, chunk, min(tiles.rows, chunk), dy, dx, leaving, decays, gradient=True, skipped=skipped)
 
     per_head = scan.empty(3, *per_chunk)  # A's, dt_bias's, D's
     sizes = scan.sizes(slots)

@@ -110,6 +110,16 @@ def load_tile(
 
 
 @triton.jit
+def states_of(
+    direction, states, other_states, slots, heads, headdim: tl.constexpr, dstate: tl.constexpr
+):  # fmt: skip
+    """Where (direction, head, slot) counts from, of states (heads, slots, headdim, dstate) for each direction, which
+    may stand apart: each may be in memory that is no one's as yet."""
+    size = tl.full([], headdim * dstate, tl.int64) * heads * slots
+    return tl.where(direction == 0, states, other_states - size)
+
+
+@triton.jit
 def load_state(states, at, p, n, headdim: tl.constexpr, dstate: tl.constexpr, BY_COLUMN: tl.constexpr):
     """A tile of the state of one chunk of one head: (headdim, dstate), or (dstate, headdim) if BY_COLUMN."""
     states += at * (headdim * dstate)

@@ -23,6 +23,7 @@ from linconv.ops.ssd.triton_chunk import (
     scores_in_sight,
     sequence_of,
     source_of,
+    states_of,
     store_decays,
     widened,
 )
@@ -31,7 +32,7 @@ from linconv.ops.triton_math import sigmoid
 
 @triton.jit
 def chunk_states(
-    x, dt, A, dt_bias, B, dy, C, states, v_of, step_of, w_of, total_of, bounds,
+    x, dt, A, dt_bias, B, dy, C, states, other_states, leaving, v_of, step_of, w_of, total_of, bounds,
     frames, sequences, slots, heads,
     x_d, x_b, x_t, x_h, x_p, dt_d, dt_b, dt_t, dt_h, A_d, A_h, bias_d, bias_h, B_d, B_b, B_t, B_g, B_n,
     dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
@@ -42,9 +43,9 @@ def chunk_states(
 ):  # fmt: skip
     """What each chunk adds to the state that leaves it and, with GRADIENT, to the gradient of the state that enters it.
 
-    states (1 or 2 with GRADIENT, directions, heads, slots, headdim, dstate); v_of, step_of, w_of (directions, heads,
-    slots, Q) and total_of (directions, heads, slots) keep v, dt, w and the chunk's total for the kernels that follow;
-    step_of or w_of is None.
+    states and other_states (heads, slots, headdim, dstate): those of either direction; leaving (directions, ...):
+    gradients of both. v_of, step_of, w_of (directions, heads, slots, Q) and total_of (directions, heads, slots) keep v,
+    dt, w and the chunk's total for the kernels that follow; step_of or w_of is None.
     """
     slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
     direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
@@ -72,7 +73,8 @@ def chunk_states(
         store_decays(v_of, step_of, w_of, total_of, at, at * Q + position, v, step, total, position >= 0, None)
     p = p_tile * BLOCK_P + tl.arange(0, BLOCK_P)
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = states + at * (headdim * dstate) + p[:, None] * dstate + n[None, :]
+    out = states_of(direction, states, other_states, slots, heads, headdim, dstate)
+    offset = p[:, None] * dstate + n[None, :]
     kept = (p < headdim)[:, None] & (n < dstate)[None, :]
 
     nothing = tl.zeros([BLOCK_P, BLOCK_N], MATH)
@@ -81,7 +83,7 @@ def chunk_states(
         B, direction, row, begin + frame, head // group_heads, n, valid, dstate, B_d, B_b, B_t, B_g, B_n, OPERAND, False
     )  # fmt: skip
     added = added_by(rows, factor, tl.exp2(total - v) * step, nothing, MATH, OPERAND, PRECISION)
-    tl.store(out, added.to(OPERAND), mask=kept)
+    tl.store(out + at * (headdim * dstate) + offset, added.to(OPERAND), mask=kept)
     if GRADIENT:
         source, there = source_of(frame, valid, length, reverse, SHIFTED)
         dy_rows = load_tile(
@@ -92,13 +94,12 @@ def chunk_states(
             False,
         )  # fmt: skip
         added = added_by(dy_rows, factor, tl.where(valid, tl.exp2(u), 0), nothing, MATH, OPERAND, PRECISION)
-        out += tl.full([], DIRECTIONS, tl.int64) * heads * slots * headdim * dstate
-        tl.store(out, added.to(OPERAND), mask=kept)
+        tl.store(leaving + at * (headdim * dstate) + offset, added.to(OPERAND), mask=kept)
 
 
 @triton.jit
 def pass_states(
-    states, total_of, first, last, dlast, dfirst, bounds, frames, slots, heads,
+    states, other_states, leaving, total_of, first, last, dlast, dfirst, bounds, frames, slots, heads,
     first_s, first_h, first_p, first_n, dlast_s, dlast_h, dlast_p, dlast_n,
     headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
@@ -106,6 +107,7 @@ def pass_states(
 ):  # fmt: skip
     """From what each chunk adds to the state that enters it, in place; gradients run against a direction's own order.
 
+    states, other_states and leaving: see `chunk_states`.
     first, last (sequences, heads, headdim, dstate): the states before the first and after the last step; dlast, dfirst:
     their gradients. Each may be None: zero, or not wanted.
     """
@@ -133,7 +135,10 @@ def pass_states(
         pointer = dlast + sequence * dlast_s + head * dlast_h + p * dlast_p + n * dlast_n
         state += tl.load(pointer, mask=of_gradients, other=0).to(MATH)
     against_time = is_reversed(direction, FLIP) != (gradient == 1)
-    own = states + (gradient * DIRECTIONS * heads * slots + slot) * size + element
+    own = states_of(direction, states, other_states, slots, heads, headdim, dstate)
+    if leaving is not None:
+        own = tl.where(gradient == 0, own, leaving)
+    own += slot * size + element
     for c in tl.range(0, chunks, num_stages=STAGES):
         chunk = tl.where(against_time, chunks - 1 - c, c).to(tl.int64)
         added = tl.load(own + chunk * size, mask=kept, other=0).to(MATH)
@@ -174,32 +179,76 @@ def _decays_between(
     v_of, step_of, w_of, total_of, direction, head, slot, slots, heads, valid_i, q, reverse,
     SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """(exponents of one direction's decays (rows, Q), dt that broadcasts to them, the factors of what rows take from
-    the state). Where there is w, dt is in the exponents.
+    """(exponents of one direction's decays between the frames of a block, dt that broadcasts to them, the factors of
+    what rows take from the state). Where there is w, dt is in the exponents.
 
     With GRADIENT, rows are frames and columns results: dx is the scan turned round, with B and C in each other's place.
     """
     at = (direction * heads + head) * slots + slot
-    rows = at * Q + q
-    j = tl.arange(0, Q)
+    of_block = at * Q + q
     step = 1.0
+    u = load_u(v_of + at * Q, q, reverse, Q, SHIFTED)
+    w = tl.load(w_of + of_block) if w_of is not None else tl.load(v_of + of_block)
     if GRADIENT:
-        u = load_u(v_of + at * Q, j, reverse, Q, SHIFTED)[None, :]
-        if w_of is not None:
-            exponents = u - tl.load(w_of + rows)[:, None]
-        else:
-            exponents = u - tl.load(v_of + rows)[:, None]
-            step = tl.load(step_of + rows)[:, None]
-        return exponents, step, decayed_step(tl.load(total_of + at), v_of, step_of, w_of, rows)
+        exponents = u[None, :] - w[:, None]
+        if w_of is None:
+            step = tl.load(step_of + of_block)[:, None]
+        return exponents, step, decayed_step(tl.load(total_of + at), v_of, step_of, w_of, of_block)
     else:
-        columns = at * Q + j
-        u = load_u(v_of + at * Q, q, reverse, Q, SHIFTED)
-        if w_of is not None:
-            exponents = u[:, None] - tl.load(w_of + columns)[None, :]
-        else:
-            exponents = u[:, None] - tl.load(v_of + columns)[None, :]
-            step = tl.load(step_of + columns)[None, :]
+        exponents = u[:, None] - w[None, :]
+        if w_of is None:
+            step = tl.load(step_of + of_block)[None, :]
         return exponents, step, tl.where(valid_i, tl.exp2(u), 0)
+
+
+@triton.jit
+def _other_block(
+    o, block, direction, reverse, BLOCKS: tl.constexpr, SUMMED: tl.constexpr, GRADIENT: tl.constexpr
+):  # fmt: skip
+    """(number of the o-th other block of a chunk, whether it is later, the direction between it and ``block``, whether
+    that is backward, whether there is one)."""
+    other = (block + o) % BLOCKS
+    later = other > block
+    if SUMMED:
+        backward = later != GRADIENT
+        return other, later, direction + backward, backward, True
+    else:
+        return other, later, direction, reverse, later == (reverse != GRADIENT)
+
+
+@triton.jit
+def _from_block(
+    result, scores, round, z, v_of, step_of, w_of, o, block, direction, head, slot, slots, heads, row, begin, chunk,
+    length, q, p, reverse, z_d, z_b, z_t, z_h, z_p,
+    headdim: tl.constexpr, SUMMED: tl.constexpr, SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, Q: tl.constexpr,
+    ROWS: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """result plus what rows take from the frames of the o-th other block of their chunk.
+
+    All of these are on one side of the rows, and none of them is out of sight. So a decay is that from the frame to the
+    edge of the frames' block, times that from there to the result: factors of columns and of rows, each at most 1.
+    """
+    other, later, between, backward, seen = _other_block(o, block, direction, reverse, Q // ROWS, SUMMED, GRADIENT)
+    at = ((between * heads + head) * slots + slot) * Q
+    last = tl.where(seen, length, 0)
+    position = other * ROWS + tl.arange(0, ROWS)
+    valid = (chunk * Q).to(tl.int32) + position < last
+    values = load_tile(
+        z, direction, row, begin + chunk * Q + position, head, p, valid, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND,
+        False,
+    )  # fmt: skip
+    if GRADIENT:
+        edge = tl.load(v_of + at + block * ROWS + tl.where(later, ROWS - 1, 0))
+        by_row = decayed_step(edge, v_of, step_of, w_of, at + q)
+        by_column = tl.exp2(load_u(v_of + at, position, backward, Q, SHIFTED) - edge)
+    else:
+        edge = tl.load(v_of + at + other * ROWS + tl.where(later, 0, ROWS - 1))
+        by_row = tl.exp2(load_u(v_of + at, q, backward, Q, SHIFTED) - edge)
+        by_column = decayed_step(edge, v_of, step_of, w_of, at + position)
+    by_row = tl.where((chunk * Q).to(tl.int32) + q < last, by_row, 0)
+    by_column = tl.where(valid, by_column, 0)
+    weights = widened(scores, round, MATH) * by_row[:, None] * by_column[None, :]
+    return tl.dot(weights.to(OPERAND), values, result, input_precision=PRECISION, out_dtype=MATH)
 
 
 @triton.jit
@@ -227,12 +276,12 @@ def _from_state(
 
 @triton.jit
 def _add_own(
-    result, values, z, x, D, v_of, step_of, w_of, skipped_of, own_score, direction, head, slot, slots, heads, row,
-    frame, q, p, valid, z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, D_d, D_h, headdim: tl.constexpr,
-    SUM_D: tl.constexpr, Q: tl.constexpr, MATH: tl.constexpr,
+    result, values, x, D, v_of, step_of, w_of, skipped_of, own_score, direction, head, slot, slots, heads, row,
+    frame, q, p, valid, x_d, x_b, x_t, x_h, x_p, D_d, D_h, headdim: tl.constexpr, SUM_D: tl.constexpr, Q: tl.constexpr,
+    MATH: tl.constexpr,
 ):  # fmt: skip
-    """result plus what is of the frame itself: times D, and times the other direction's own_score and step. values are
-    those of all frames of the chunk. Either factor may be None, as x and skipped_of, see `chunk_outputs`."""
+    """result plus what is of the frame itself: values times D, and times the other direction's own_score and step.
+    Either factor may be None, as x and skipped_of, see `chunk_outputs`."""
     if D is not None or own_score is not None:
         skip = tl.zeros(q.shape, MATH)
         if D is not None:
@@ -242,10 +291,7 @@ def _add_own(
         if own_score is not None:
             at = (((direction + 1) * heads + head) * slots + slot) * Q + q
             skip += own_score * decayed_step(tl.load(v_of + at), v_of, step_of, w_of, at)
-        if q.shape[0] == Q:
-            own = values.to(MATH)
-        else:
-            own = load_tile(z, direction, row, frame, head, p, valid, headdim, z_d, z_b, z_t, z_h, z_p, MATH, False)
+        own = values.to(MATH)
         result += skip[:, None] * own
         if skipped_of is not None:
             own *= load_tile(x, direction, row, frame, head, p, valid, headdim, x_d, x_b, x_t, x_h, x_p, MATH, False)
@@ -253,22 +299,23 @@ def _add_own(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads_at_once"])
 def chunk_outputs(
     z, x, rows, columns, D, states, v_of, step_of, w_of, total_of, out, skipped_of, bounds,
-    frames, sequences, slots, heads,
+    frames, sequences, slots, heads, heads_at_once,
     z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n,
     D_d, D_h, out_d, out_b, out_t, out_h,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, SUMMED: tl.constexpr, SUM_D: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr,
     SHIFTED: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MATH: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MATH: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y from x, with rows = C and columns = B; with GRADIENT dx from dy, with rows = B and columns = C.
 
-    SUMMED: both directions' weights are added up and multiply z as one product. A program takes ROWS frames of a chunk,
-    BLOCK_P columns of headdim and HEADS heads of a group, which share the products of rows and columns.
+    SUMMED: both directions' weights are added up and multiply z as one product. A program takes a block of ROWS frames
+    of a chunk, BLOCK_P columns of headdim and heads_at_once heads of a group, which share the products of rows and
+    columns. How many heads that is changes no bit.
 
     skipped_of (tiles of headdim, directions or 1 if SUMMED, heads, slots, Q): parts of the sums over x . dy, for
     `step_gradients`; it and x may be None.
@@ -277,10 +324,10 @@ def chunk_outputs(
     slot = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
     p_tiles = (headdim + BLOCK_P - 1) // BLOCK_P
-    head_blocks = heads // HEADS
+    head_blocks = heads // heads_at_once
     p_tile = tl.program_id(1) % p_tiles
     p = p_tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    first_head = (tl.program_id(1) // p_tiles % head_blocks).to(tl.int64) * HEADS
+    first_head = (tl.program_id(1) // p_tiles % head_blocks).to(tl.int64) * heads_at_once
     # Where both are summed a constant, for which masks and sources of frames are simpler.
     direction = tl.full([], 0, tl.int64)
     if not SUMMED:
@@ -291,9 +338,7 @@ def chunk_outputs(
     chunk = slot - first_slot(sequence, bounds, frames, Q, KIND)
     q = block * ROWS + tl.arange(0, ROWS)
     i = (chunk * Q).to(tl.int32) + q
-    j = (chunk * Q).to(tl.int32) + tl.arange(0, Q)
     valid_i = i < length
-    valid_j = j < length
     stored = valid_i if KIND == "cu_seqlens" else i < frames
     kept = stored[:, None] & (p < headdim)[None, :]
     # Results are our own memory, in which offsets in a chunk are small: 64 bits would take twice the registers.
@@ -303,7 +348,7 @@ def chunk_outputs(
         WAYS: tl.constexpr = 1 if SUMMED else DIRECTIONS
         skipped_of += ((p_tile * WAYS + direction) * heads * slots + slot) * Q
     if chunk * Q + block * ROWS >= length:
-        for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
+        for h in tl.range(0, heads_at_once, num_stages=STAGES, disable_licm=True):
             zeros = tl.zeros([ROWS, BLOCK_P], out.dtype.element_ty)
             tl.store(out + (first_head + h) * out_h + out_offset, zeros, mask=kept)
         return
@@ -313,7 +358,7 @@ def chunk_outputs(
     HELD: tl.constexpr = dstate <= BLOCK_N  # one tile has all of dstate: rows are read once for all heads
     reverse = is_reversed(direction, FLIP)
     source_i, there_i = source_of(i, valid_i, length, reverse, SHIFTED_ROWS)
-    source_j, there_j = source_of(j, valid_j, length, reverse, SHIFTED_COLUMNS)
+    source_j, there_j = source_of(i, valid_i, length, reverse, SHIFTED_COLUMNS)
     held, other_held = None, None
     if HELD:
         n = tl.arange(0, BLOCK_N)
@@ -324,12 +369,11 @@ def chunk_outputs(
         held, rows, columns, direction, row, begin, source_i, source_j, there_i, there_j, group,
         r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
     )  # fmt: skip
-    j_in_chunk = tl.arange(0, Q)
     own_score = None
-    scores = scores_in_sight(scores, q, j_in_chunk, reverse, is_strict(direction, ONCE, SHIFTED), GRADIENT)
+    scores = scores_in_sight(scores, q, q, reverse, is_strict(direction, ONCE, SHIFTED), GRADIENT)
     if SUMMED:
         source_i, there_i = source_of(i, valid_i, length, True, SHIFTED_ROWS)
-        source_j, there_j = source_of(j, valid_j, length, True, SHIFTED_COLUMNS)
+        source_j, there_j = source_of(i, valid_i, length, True, SHIFTED_COLUMNS)
         if HELD:
             n = tl.arange(0, BLOCK_N)
             other_held = load_tile(
@@ -343,22 +387,33 @@ def chunk_outputs(
         # Off the diagonal one direction alone sees a pair of frames: one score and one power do for both. The backward
         # one's part of the diagonal stays apart.
         if not (ONCE or SHIFTED):
-            own_score = tl.sum(tl.where(q[:, None] == j_in_chunk[None, :], other_scores, 0), 1)
-        forward = j_in_chunk[None, :] >= q[:, None] if GRADIENT else q[:, None] >= j_in_chunk[None, :]
+            own_score = tl.sum(tl.where(q[:, None] == q[None, :], other_scores, 0), 1)
+        forward = q[None, :] >= q[:, None] if GRADIENT else q[:, None] >= q[None, :]
         scores = tl.where(forward, scores, other_scores)
-    for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
+    scores_of_blocks = ()
+    for o in tl.static_range(1, BLOCKS):
+        other, _, between, backward, seen = _other_block(o, block, direction, reverse, BLOCKS, SUMMED, GRADIENT)
+        last = tl.where(seen, length, 0)
+        j = (chunk * Q).to(tl.int32) + other * ROWS + tl.arange(0, ROWS)
+        source_i, there_i = source_of(i, valid_i, length, backward, SHIFTED_ROWS)
+        source_j, there_j = source_of(j, j < last, length, backward, SHIFTED_COLUMNS)
+        between_blocks = _scores(
+            None, rows, columns, between, row, begin, source_i, source_j, there_i, there_j, group,
+            r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
+        )  # fmt: skip
+        scores_of_blocks = scores_of_blocks + (between_blocks.to(OPERAND),)
+    for h in tl.range(0, heads_at_once, num_stages=STAGES, disable_licm=True):
         head = first_head + h
         values = load_tile(
-            z, direction, row, begin + j, head, p, valid_j, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND, False
+            z, direction, row, begin + i, head, p, valid_i, headdim, z_d, z_b, z_t, z_h, z_p, OPERAND, False
         )
         # What is of the frame itself comes first, so that nothing of it is held until the last; but last of all without
         # tensor cores, where it would take registers from factors of products.
         result = tl.zeros([ROWS, BLOCK_P], MATH)
         if PRECISION != "ieee":
             result = _add_own(
-                result, values, z, x, D, v_of, step_of, w_of, skipped_of, own_score, direction, head, slot, slots,
-                heads, row, begin + i, q, p, valid_i, z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, D_d, D_h,
-                headdim, SUM_D, Q, MATH,
+                result, values, x, D, v_of, step_of, w_of, skipped_of, own_score, direction, head, slot, slots, heads,
+                row, begin + i, q, p, valid_i, x_d, x_b, x_t, x_h, x_p, D_d, D_h, headdim, SUM_D, Q, MATH,
             )  # fmt: skip
         exponents, step, entered = _decays_between(
             v_of, step_of, w_of, total_of, direction, head, slot, slots, heads, valid_i, q, reverse, SHIFTED, GRADIENT,
@@ -377,6 +432,12 @@ def chunk_outputs(
             weights *= step
         # Weights are done with before the states are looked at: both at once are more than there are registers.
         result = tl.dot(weights.to(OPERAND), values, result, input_precision=PRECISION, out_dtype=MATH)
+        for o in tl.static_range(1, BLOCKS):
+            result = _from_block(
+                result, scores_of_blocks[o - 1], h, z, v_of, step_of, w_of, o, block, direction, head, slot, slots,
+                heads, row, begin, chunk, length, q, p, reverse, z_d, z_b, z_t, z_h, z_p, headdim,
+                SUMMED, SHIFTED, GRADIENT, Q, ROWS, MATH, OPERAND, PRECISION,
+            )  # fmt: skip
         result += _from_state(
             held, rows, states, entered, direction, head, slot, slots, heads, row, begin, length, i, group, p,
             r_d, r_b, r_t, r_g, r_n, headdim, dstate, FLIP, SHIFTED_ROWS, BLOCK_N, MATH, OPERAND, PRECISION,
@@ -389,9 +450,8 @@ def chunk_outputs(
             )  # fmt: skip
         if PRECISION == "ieee":
             result = _add_own(
-                result, values, z, x, D, v_of, step_of, w_of, skipped_of, own_score, direction, head, slot, slots,
-                heads, row, begin + i, q, p, valid_i, z_d, z_b, z_t, z_h, z_p, x_d, x_b, x_t, x_h, x_p, D_d, D_h,
-                headdim, SUM_D, Q, MATH,
+                result, values, x, D, v_of, step_of, w_of, skipped_of, own_score, direction, head, slot, slots, heads,
+                row, begin + i, q, p, valid_i, x_d, x_b, x_t, x_h, x_p, D_d, D_h, headdim, SUM_D, Q, MATH,
             )  # fmt: skip
         result = tl.where(valid_i[:, None], result, 0)
         tl.store(out + head * out_h + out_offset, result.to(out.dtype.element_ty), mask=kept)
@@ -399,8 +459,8 @@ def chunk_outputs(
 
 @triton.jit
 def _gradients_of(
-    rows, others, columns, own, states, v_of, step_of, w_of, total_of, out, moved_of, given_of, carried_of, bounds,
-    slot, direction, tile, group, head_block, part, frames, sequences, slots, heads,
+    rows, others, columns, own, states, leaving, v_of, step_of, w_of, total_of, out, moved_of, given_of, carried_of,
+    bounds, slot, direction, tile, group, head_block, part, frames, sequences, slots, heads,
     r_d, r_b, r_t, r_h, r_p, o_d, o_b, o_t, o_h, o_p, c_d, c_b, c_t, c_g, c_n,
     own_d, own_b, own_t, own_g, own_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr, OF_B: tl.constexpr,
@@ -464,7 +524,6 @@ def _gradients_of(
     for h in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         head = group * group_heads + head_block * HEADS + h
         at = (direction * heads + head) * slots + slot
-        gradient_at = at + tl.full([], DIRECTIONS, tl.int64) * heads * slots
         of_tile = at + tile * DIRECTIONS * heads * slots
         of_part = at + part * DIRECTIONS * heads * slots
         if OF_B:
@@ -490,7 +549,7 @@ def _gradients_of(
                 row_tile = load_tile(
                     rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, OPERAND, False
                 )
-            state = load_state(states, gradient_at if OF_B else at, p, n, headdim, dstate, False)
+            state = load_state(leaving if OF_B else states, at, p, n, headdim, dstate, False)
             result = tl.dot(row_tile, state, result, input_precision=PRECISION, out_dtype=MATH)
             if OF_B:
                 before = load_state(states, at, p, n, headdim, dstate, False)
@@ -560,8 +619,8 @@ def _gradients_of(
 
 @triton.jit
 def chunk_gradients(
-    dy, x, B, C, states, v_of, step_of, w_of, total_of, dB, dC, moved_of, given_of, carried_of, bounds,
-    frames, sequences, slots, heads,
+    dy, x, B, C, states, other_states, leaving, v_of, step_of, w_of, total_of, dB, dC, moved_of, given_of, carried_of,
+    bounds, frames, sequences, slots, heads,
     dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n, C_d, C_b, C_t, C_g, C_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
     DIRECTIONS: tl.constexpr, FLIP: tl.constexpr, ONCE: tl.constexpr, SHIFTED: tl.constexpr, KIND: tl.constexpr,
@@ -585,18 +644,19 @@ def chunk_gradients(
     tile = part % n_tiles
     group = (tl.program_id(1) // (2 * n_tiles) % (heads // group_heads)).to(tl.int64)
     head_block = (tl.program_id(1) // (2 * n_tiles) // (heads // group_heads)).to(tl.int64)
+    states = states_of(direction, states, other_states, slots, heads, headdim, dstate)
     if part < n_tiles:
         _gradients_of(
-            x, dy, C, B, states, v_of, step_of, w_of, total_of, dB, moved_of, given_of, carried_of, bounds, slot,
-            direction, tile, group, head_block, part, frames, sequences, slots, heads,
+            x, dy, C, B, states, leaving, v_of, step_of, w_of, total_of, dB, moved_of, given_of, carried_of, bounds,
+            slot, direction, tile, group, head_block, part, frames, sequences, slots, heads,
             x_d, x_b, x_t, x_h, x_p, dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
             B_d, B_b, B_t, B_g, B_n, group_heads, headdim, dstate, True,
             DIRECTIONS, FLIP, ONCE, SHIFTED, KIND, Q, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,
         )  # fmt: skip
     else:
         _gradients_of(
-            dy, x, B, C, states, v_of, step_of, w_of, total_of, dC, moved_of, given_of, carried_of, bounds, slot,
-            direction, tile, group, head_block, part, frames, sequences, slots, heads,
+            dy, x, B, C, states, leaving, v_of, step_of, w_of, total_of, dC, moved_of, given_of, carried_of, bounds,
+            slot, direction, tile, group, head_block, part, frames, sequences, slots, heads,
             dy_d, dy_b, dy_t, dy_h, dy_p, x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n,
             C_d, C_b, C_t, C_g, C_n, group_heads, headdim, dstate, False,
             DIRECTIONS, FLIP, ONCE, SHIFTED, KIND, Q, HEADS, BLOCK_P, BLOCK_N, STAGES, MATH, OPERAND, PRECISION,

@@ -18,6 +18,7 @@ from linconv.ops.ssd.triton_chunk import (
     load_u,
     sequence_of,
     source_of,
+    states_of,
     store_decays,
 )
 
@@ -115,7 +116,8 @@ def _sweep(
 
 @triton.jit
 def sweep_states(
-    x, B, dy, C, states, v_of, step_of, w_of, total_of, first, last, dlast, dfirst, bounds, frames, slots, heads,
+    x, B, dy, C, states, other_states, leaving, v_of, step_of, w_of, total_of, first, last, dlast, dfirst, bounds,
+    frames, slots, heads,
     x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n, dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n,
     first_s, first_h, first_p, first_n, dlast_s, dlast_h, dlast_p, dlast_n,
     group_heads: tl.constexpr, headdim: tl.constexpr, dstate: tl.constexpr,
@@ -126,23 +128,23 @@ def sweep_states(
     """The states that enter each chunk and, where there is a dy, in programs of their own the gradients of those that
     leave it.
 
-    states (1 or 2 with dy, directions, heads, slots, headdim, dstate). first, last (sequences, heads, headdim, dstate):
-    the states before the first and after the last step; dlast, dfirst: their gradients. Each may be None: zero, or not
-    wanted.
+    states and other_states (heads, slots, headdim, dstate): those of either direction; leaving (directions, ...):
+    gradients of both. first, last (sequences, heads, headdim, dstate): the states before the first and after the last
+    step; dlast, dfirst: their gradients. Each may be None: zero, or not wanted.
     """
     head = (tl.program_id(1) % heads).to(tl.int64)
     direction = (tl.program_id(1) // heads % DIRECTIONS).to(tl.int64)
     if tl.program_id(1) < heads * DIRECTIONS:
+        own = states_of(direction, states, other_states, slots, heads, headdim, dstate)
         _sweep(
-            x, B, states, v_of, step_of, w_of, total_of, first, last, bounds, frames, slots, heads,
+            x, B, own, v_of, step_of, w_of, total_of, first, last, bounds, frames, slots, heads,
             x_d, x_b, x_t, x_h, x_p, B_d, B_b, B_t, B_g, B_n, first_s, first_h, first_p, first_n, direction,
             head, group_heads, headdim, dstate, FLIP, SHIFTED, False, KIND, Q, BLOCK_P, BLOCK_N, MATH, OPERAND,
             PRECISION, STAGES,
         )  # fmt: skip
     elif dy is not None:
-        gradients = states + tl.full([], DIRECTIONS, tl.int64) * heads * slots * headdim * dstate
         _sweep(
-            dy, C, gradients, v_of, step_of, w_of, total_of, dlast, dfirst, bounds, frames, slots, heads,
+            dy, C, leaving, v_of, step_of, w_of, total_of, dlast, dfirst, bounds, frames, slots, heads,
             dy_d, dy_b, dy_t, dy_h, dy_p, C_d, C_b, C_t, C_g, C_n, dlast_s, dlast_h, dlast_p, dlast_n,
             direction, head, group_heads, headdim, dstate, FLIP, SHIFTED, True, KIND, Q, BLOCK_P, BLOCK_N, MATH,
             OPERAND, PRECISION, STAGES,

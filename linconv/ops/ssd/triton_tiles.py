@@ -22,6 +22,7 @@ class Tiles:
         gradient_p, gradient_n: columns of headdim and dstate of a tile of the gradients.
         heads, gradient_heads: at most so many heads of a group share one program's products of B and C.
         warps, state_warps, sweep_warps, gradient_warps, stages, sweep_stages, gradient_stages: of each kernel.
+        dx_stages: of the outputs' kernel where it computes dx; 0: ``stages``.
     """
 
     chunk: int
@@ -33,7 +34,7 @@ class Tiles:
     gradient_chunk: int
     gradient_p: int
     gradient_n: int
-    heads: int = 4
+    heads: int = 16
     gradient_heads: int = 8
     sweep_p: int = 64
     sweep_n: int = 64
@@ -43,6 +44,7 @@ class Tiles:
     gradient_warps: int = 8
     stages: int = 2
     sweep_stages: int = 3
+    dx_stages: int = 0
     gradient_stages: int = 1
 
 
@@ -52,13 +54,13 @@ class Tiles:
 # ``shipped()`` lists.
 TILES = {
     ("bf16", 8): Tiles(
-        chunk=64, rows=64, block_p=64, block_n=32, state_p=64, state_n=64, sweep_p=32, heads=2, warps=4,
+        chunk=64, rows=64, block_p=64, block_n=32, state_p=64, state_n=64, sweep_p=32, warps=4,
         gradient_chunk=32, gradient_p=64, gradient_n=64, gradient_heads=16, gradient_warps=4,
     ),
     ("bf16", 9): Tiles(
         chunk=64, rows=64, block_p=64, block_n=64, state_p=64, state_n=128, sweep_n=128, warps=4,
         gradient_chunk=64, gradient_p=64, gradient_n=64, gradient_heads=16, gradient_warps=4,
-        stages=1, gradient_stages=2,
+        stages=3, gradient_stages=3,
     ),
     ("bf16", 10): Tiles(
         chunk=64, rows=32, block_p=64, block_n=32, state_p=64, state_n=64, warps=4, stages=1,
@@ -73,7 +75,7 @@ TILES = {
         gradient_chunk=64, gradient_p=32, gradient_n=32,
     ),
     ("tf32", 10): Tiles(
-        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=32, heads=2,
+        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=32,
         gradient_chunk=32, gradient_p=32, gradient_n=16,
     ),
     ("tf32x3", 8): Tiles(
@@ -99,14 +101,14 @@ TILES = {
     ),
     ("fp64", 8): Tiles(
         chunk=32, rows=32, block_p=32, block_n=32, state_p=32, state_n=32,
-        gradient_chunk=16, gradient_p=16, gradient_n=32, heads=1, gradient_heads=1, warps=4, stages=1,
+        gradient_chunk=16, gradient_p=16, gradient_n=32, gradient_heads=1, warps=4, stages=1,
     ),
 }  # fmt: skip
-# What is otherwise where dstate is 65 to 128.
-WIDE = {("bf16", 9): {"stages": 3}}
+# What is otherwise where dstate is 65 to 128, and where it is more, which no GPU has told of.
+WIDE = {("bf16", 9): {128: {"block_n": 128, "dx_stages": 1}, 256: {"stages": 1}}}
 # Bytes of registers that a thread may spill, most of them from before a kernel's loop until after it: on an H200 the
-# gradients take two thirds of the time of the fastest tiles that spill nothing.
-MAY_SPILL = {("bf16", 9): 32}
+# gradients take two thirds of the time of the fastest tiles that spill nothing, and dx of dstate 128 nine tenths.
+MAY_SPILL = {("bf16", 9): 40}
 
 
 def _products(operand: torch.dtype, precision: str) -> str:
@@ -121,12 +123,12 @@ def choose_tiles(operand: torch.dtype, precision: str, headdim: int, dstate: int
     """The committed table: tiles by the type that products are taken in, sizes, and the GPU's compute capability."""
     tiles = _of_architecture(TILES, _products(operand, precision), capability)
     P, N = power_of_two(headdim), power_of_two(dstate)
+    tiles = replace(tiles, **WIDE.get((_products(operand, precision), capability // 10), {}).get(N, {}))
     columns = {name: min(P, getattr(tiles, name)) for name in ("block_p", "state_p", "sweep_p", "gradient_p")}
     columns |= {name: min(N, getattr(tiles, name)) for name in ("block_n", "state_n", "sweep_n", "gradient_n")}
     if N > 128:
         columns["gradient_n"] = min(columns["gradient_n"], 32)
-    wide = WIDE.get((_products(operand, precision), capability // 10), {}) if N == 128 else {}
-    return replace(tiles, **columns, **wide)
+    return replace(tiles, **columns)
 
 
 def rounds_products(operand: torch.dtype, precision: str) -> bool:
@@ -142,6 +144,9 @@ def may_spill(operand: torch.dtype, precision: str, capability: int) -> int:
 def power_of_two(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
+
+# Programs for each multiprocessor that the outputs have at least, where they could have as many.
+PROGRAMS_OF_OUTPUTS = 3
 
 PLANS = ("chunks", "sweeps")
 # Programs for each multiprocessor, by major compute capability, from which on sweeps are taken: for Hopper as
