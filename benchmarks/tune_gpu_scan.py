@@ -36,9 +36,10 @@ def of(**fields):
 # Fields of Tiles by what they are candidates for.
 CANDIDATES = {
     "outputs": [
-        *of(chunk=[64], rows=[64], block_n=[64, 128], heads=[6, 16], warps=[4], stages=[3, 4]),
-        *of(chunk=[64], rows=[64], block_n=[128], heads=[4, 16], warps=[4], stages=[1]),
-        *of(chunk=[128], rows=[64], block_n=[64, 128], heads=[2, 6, 16], warps=[4], stages=[1, 2, 3]),
+        *of(chunk=[64], rows=[64], block_n=[64, 128], heads=[4, 6, 16], warps=[4], stages=[1, 2, 3, 4]),
+        *of(chunk=[64], rows=[64], block_n=[64, 128], heads=[16], warps=[8], stages=[1, 2]),
+        *of(chunk=[64], rows=[32], block_n=[64], heads=[16], warps=[4], stages=[1, 2, 3]),
+        *of(chunk=[128], rows=[64], block_n=[64, 128], heads=[6, 16], warps=[4], stages=[1, 2, 3]),
     ],
     "states": of(chunk=[64, 128], state_n=[64, 128], state_warps=[4, 8]),
     "sweeps": [
@@ -47,7 +48,9 @@ CANDIDATES = {
         *of(chunk=[128], sweep_n=[128], sweep_warps=[8], sweep_stages=[2, 3]),
     ],
     "gradients": [
-        *of(gradient_n=[64], gradient_heads=[16], gradient_warps=[4], gradient_stages=[3, 4]),
+        *of(gradient_n=[64], gradient_heads=[8, 16], gradient_warps=[4], gradient_stages=[1, 2, 3, 4]),
+        *of(gradient_n=[64, 128], gradient_warps=[8], gradient_stages=[1, 2]),
+        *of(gradient_chunk=[32], gradient_n=[64, 128], gradient_warps=[4], gradient_stages=[1, 2]),
     ],
 }  # fmt: skip
 
@@ -70,6 +73,8 @@ def scan_with(kind, fields, tensors):
     scan.plan = plan
     most = {"n": scan.dstate, "p": scan.headdim}
     fields = {name: min(value, most.get(name.rsplit("_")[-1], value)) for name, value in fields.items()}
+    if "block_n" in fields:
+        fields["dx_n"] = fields["block_n"]
     scan.tiles = replace(scan.tiles, **fields)
     return scan
 

@@ -63,6 +63,7 @@ def graphed(work: Callable[[], object]) -> Callable[[], object]:
         graph.replay()
         return results
 
+    replay.work = work  # what the graph reads, which is not its own, must stay in memory
     return replay
 
 

@@ -3,10 +3,13 @@
 import argparse
 import dataclasses
 import functools
+import gc
 import json
 import pickle
 import statistics
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -440,6 +443,21 @@ def test_a_graph_is_captured_of_the_same_work(monkeypatch):
     assert case().with_setting(graph=True).key == f"{case().key}, CUDA graph"
     work(synthetic, ("linear",), dataclasses.replace(setting, graph=False), 200)
     assert len(captured) == 1
+
+
+def test_what_a_graph_reads_stays_in_memory(monkeypatch):
+    from linconv.benchmarking.latency import graphed
+
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    weights = torch.ones(3)
+    replay, lives = graphed(lambda weights=weights: weights.sum()), weakref.ref(weights)
+    del weights
+    gc.collect()
+    assert lives() is not None and replay().item() == 3
+    del replay
+    gc.collect()
+    assert lives() is None
 
 
 def test_judge_knows_right_from_wrong():

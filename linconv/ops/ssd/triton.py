@@ -4,9 +4,10 @@ The states that enter each chunk are found by one of two plans, each of two laun
 adds to the state, then the states from chunk to chunk. In sweeps, where those fill the GPU: the decays of each chunk,
 then a sweep over the chunks of each sequence, head and direction with the state in registers, so that states go to
 memory once and not three times. Forward is three launches, the last one that of the outputs. Backward saves nothing but
-its inputs: states and their gradients (two launches); dx, by the kernel of the outputs; the gradients of B and C; those
-of dt; sums of what chunks, heads or directions share. Nothing else runs on the device in between, nothing is read back
-to the host, and in one plan no result depends on the batch that a sequence stands in.
+its inputs: states and their gradients (two launches); the gradients of B and C; dx, by the kernel of the outputs, in
+the memory where states were; the gradient of dt; sums of what chunks, heads or directions share. Nothing else runs on
+the device in between, nothing is read back to the host, and in one plan no result depends on the batch that a sequence
+stands in.
 """
 
 import functools
@@ -110,8 +111,11 @@ class Scan:
         return min(16, triton.next_power_of_2(self.heads))
 
     def heads_of_outputs(self, programs: int) -> int:
-        """Heads that a program of the outputs takes, of which there are so many for each head: as many as share what
-        they have in common and leave enough programs to fill the GPU."""
+        """Heads that a program of the outputs takes: as many as leave enough programs to fill the GPU.
+
+        Args:
+            programs: how many there are for each head.
+        """
         at_most = max(1, programs * self.heads // max(1, self.multiprocessors * PROGRAMS_OF_OUTPUTS))
         return _divisor(self.heads // self.groups, min(self.tiles.heads, at_most))
 
@@ -267,7 +271,7 @@ def _outputs(scan: Scan, chunk, rows, z, out, states, decays, gradient: bool, sk
     """y from x, or with ``gradient`` dx from dy, and where there is a ``skipped`` sums for D's gradient."""
     slots, tiles = scan.slots(chunk), scan.tiles
     left, right = (scan.B, scan.C) if gradient else (scan.C, scan.B)
-    stages = (tiles.dx_stages if gradient else 0) or tiles.stages
+    block_n = (tiles.dx_n if gradient else 0) or tiles.block_n
     x = None if skipped is None else scan.x
     p_tiles = triton.cdiv(scan.headdim, tiles.block_p)
     ways = scan.directions if not scan.summed else 1
@@ -283,10 +287,10 @@ def _outputs(scan: Scan, chunk, rows, z, out, states, decays, gradient: bool, sk
             **scan.sizes(slots), **_x_strides(z, "z"), **_x_strides(x, "x"),
             **_B_strides(left, "r"), **_B_strides(right, "c"), **_strides(scan.D, "D", "h", 1), **out_strides,
             **scan.options("DIRECTIONS", "SUMMED", "SUM_D", "FLIP", "ONCE", "SHIFTED", "KIND", *TYPES),
-            heads_at_once=heads, GRADIENT=gradient, Q=chunk, ROWS=rows, BLOCK_P=tiles.block_p, BLOCK_N=tiles.block_n,
-            STAGES=stages,
+            heads_at_once=heads, GRADIENT=gradient, Q=chunk, ROWS=rows, BLOCK_P=tiles.block_p, BLOCK_N=block_n,
+            STAGES=tiles.stages,
         ),
-        tiles.warps, stages, **(ALL_REGISTERS if tiles.warps > 4 else {}),
+        tiles.warps, tiles.stages, **(ALL_REGISTERS if tiles.warps > 4 else {}),
     )  # fmt: skip
 
 
@@ -301,8 +305,11 @@ def scan_forward(scan: Scan):
 
 
 def _dx_and_states(scan: Scan, chunk: int):
-    """(memory for dx, memory for each direction's states), in dx's as many directions as fit: dx comes when these have
-    been used. For that dx's memory may be a little larger than dx."""
+    """(dx, memory for the states of each direction).
+
+    dx is computed last, so its memory holds the states of as many directions as fit until then, for which it may be a
+    little larger than dx.
+    """
     one = scan.states_of_chunks(chunk)[1:]
     size, elements = math.prod(one), scan.x.numel()
     fitting = int(elements * (1 + SPARE_MEMORY)) // size if size and scan.operand == scan.x.dtype else 0

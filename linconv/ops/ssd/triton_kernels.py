@@ -401,6 +401,7 @@ def chunk_outputs(
             None, rows, columns, between, row, begin, source_i, source_j, there_i, there_j, group,
             r_d, r_b, r_t, r_g, r_n, c_d, c_b, c_t, c_g, c_n, dstate, BLOCK_N, MATH, OPERAND, PRECISION,
         )  # fmt: skip
+        # As they are multiplied: in full they would take twice the registers.
         scores_of_blocks = scores_of_blocks + (between_blocks.to(OPERAND),)
     for h in tl.range(0, heads_at_once, num_stages=STAGES, disable_licm=True):
         head = first_head + h

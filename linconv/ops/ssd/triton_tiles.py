@@ -22,7 +22,7 @@ class Tiles:
         gradient_p, gradient_n: columns of headdim and dstate of a tile of the gradients.
         heads, gradient_heads: at most so many heads of a group share one program's products of B and C.
         warps, state_warps, sweep_warps, gradient_warps, stages, sweep_stages, gradient_stages: of each kernel.
-        dx_stages: of the outputs' kernel where it computes dx; 0: ``stages``.
+        dx_n: columns of dstate of a tile of the outputs' kernel where it computes dx; 0: ``block_n``.
     """
 
     chunk: int
@@ -34,6 +34,7 @@ class Tiles:
     gradient_chunk: int
     gradient_p: int
     gradient_n: int
+    dx_n: int = 0
     heads: int = 16
     gradient_heads: int = 8
     sweep_p: int = 64
@@ -44,7 +45,6 @@ class Tiles:
     gradient_warps: int = 8
     stages: int = 2
     sweep_stages: int = 3
-    dx_stages: int = 0
     gradient_stages: int = 1
 
 
@@ -105,10 +105,10 @@ TILES = {
     ),
 }  # fmt: skip
 # What is otherwise where dstate is 65 to 128, and where it is more, which no GPU has told of.
-WIDE = {("bf16", 9): {128: {"block_n": 128, "dx_stages": 1}, 256: {"stages": 1}}}
+WIDE = {("bf16", 9): {128: {"block_n": 128, "dx_n": 64}, 256: {"stages": 1}}}
 # Bytes of registers that a thread may spill, most of them from before a kernel's loop until after it: on an H200 the
-# gradients take two thirds of the time of the fastest tiles that spill nothing, and dx of dstate 128 nine tenths.
-MAY_SPILL = {("bf16", 9): 40}
+# gradients take two thirds of the time of the fastest tiles that spill nothing.
+MAY_SPILL = {("bf16", 9): 32}
 
 
 def _products(operand: torch.dtype, precision: str) -> str:
@@ -145,7 +145,8 @@ def power_of_two(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-# Programs for each multiprocessor that the outputs have at least, where they could have as many.
+# Programs of the outputs for each multiprocessor, at least, if a head is a program: with more of them one has fewer
+# heads, which share its products of B and C.
 PROGRAMS_OF_OUTPUTS = 3
 
 PLANS = ("chunks", "sweeps")
