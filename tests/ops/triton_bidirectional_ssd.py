@@ -1,5 +1,6 @@
 """bidirectional_ssd on its Triton kernels; run by test_triton.py."""
 
+import dataclasses
 import itertools
 
 import interpreter
@@ -71,6 +72,24 @@ def test_matches_the_recurrence(plan, regime, diagonal, kind):
     arguments = on_device(scan_arguments(batch, LONGEST, 2, 5, 1, 3, per_direction=REGIMES[regime]))
     options = dict(dt_softplus=True, dt_limit=(0.2, 1.5), diagonal=diagonal, **sequences(kind, batch, LONGEST))
     assert_matches_the_recurrence(arguments, plan, **options)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+@pytest.mark.parametrize(
+    "regime, diagonal, kind",
+    [("separate", "shifted", "seq_lens"), ("hydra", "once", "cu_seqlens"), ("hydra", "both", "seq_lens")],
+)
+def test_any_number_of_blocks_in_a_chunk(monkeypatch, rows, regime, diagonal, kind):
+    """Four, or one, where tests have two otherwise, and a GPU one."""
+    from linconv.ops.ssd import triton as scan
+
+    shipped = scan.choose_tiles
+    changes = dict(chunk=16, gradient_chunk=16, rows=rows) if interpreter.INTERPRETING else dict(rows=16)
+    monkeypatch.setattr(scan, "choose_tiles", lambda *sizes: dataclasses.replace(shipped(*sizes), **changes))
+    batch = {"seq_lens": 3, "cu_seqlens": 1}[kind]
+    arguments = on_device(scan_arguments(batch, 40, 2, 5, 1, 3, per_direction=REGIMES[regime]))
+    options = dict(dt_softplus=True, diagonal=diagonal, **sequences(kind, batch, 40))
+    assert_matches_the_recurrence(arguments, "chunks", **options)
 
 
 @pytest.mark.parametrize("dstate, inside", [(3, 2), (9, 1), (20, 0)])
