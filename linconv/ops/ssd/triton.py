@@ -24,7 +24,7 @@ from linconv.ops.ssd import triton_kernels as kernels
 from linconv.ops.ssd import triton_sweeps as sweeps
 from linconv.ops.ssd.triton_tiles import (
     PLANS,
-    PROGRAMS_OF_OUTPUTS,
+    PROGRAM_IN_HEADS,
     choose_plan,
     choose_tiles,
     forced_plan,
@@ -111,13 +111,19 @@ class Scan:
         return min(16, triton.next_power_of_2(self.heads))
 
     def heads_of_outputs(self, programs: int) -> int:
-        """Heads that a program of the outputs takes: as many as leave enough programs to fill the GPU.
+        """Heads that a program of the outputs takes: with more of them fewer programs do what they have in common, with
+        less the GPU is fuller.
 
         Args:
             programs: how many there are for each head.
         """
-        at_most = max(1, programs * self.heads // max(1, self.multiprocessors * PROGRAMS_OF_OUTPUTS))
-        return _divisor(self.heads // self.groups, min(self.tiles.heads, at_most))
+        at_once = max(1, self.multiprocessors * self.tiles.resident)
+
+        def time(heads):
+            return triton.cdiv(programs * self.heads // heads, at_once) * (PROGRAM_IN_HEADS + heads), -heads
+
+        group_heads = self.heads // self.groups
+        return min((h for h in range(1, self.tiles.heads + 1) if group_heads % h == 0), key=time)
 
     def states_of_chunks(self, chunk: int) -> tuple:
         """The shape of the states that enter each chunk."""

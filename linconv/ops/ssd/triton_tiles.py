@@ -21,6 +21,7 @@ class Tiles:
         sweep_p, sweep_n: of a tile of the states, in sweeps.
         gradient_p, gradient_n: columns of headdim and dstate of a tile of the gradients.
         heads, gradient_heads: at most so many heads of a group share one program's products of B and C.
+        resident: programs of the outputs that a multiprocessor has at once.
         warps, state_warps, sweep_warps, gradient_warps, stages, sweep_stages, gradient_stages: of each kernel.
         dx_n: columns of dstate of a tile of the outputs' kernel where it computes dx; 0: ``block_n``.
     """
@@ -36,6 +37,7 @@ class Tiles:
     gradient_n: int
     dx_n: int = 0
     heads: int = 16
+    resident: int = 2
     gradient_heads: int = 8
     sweep_p: int = 64
     sweep_n: int = 64
@@ -105,7 +107,7 @@ TILES = {
     ),
 }  # fmt: skip
 # What is otherwise where dstate is 65 to 128, and where it is more, which no GPU has told of.
-WIDE = {("bf16", 9): {128: {"block_n": 128, "dx_n": 64}, 256: {"stages": 1}}}
+WIDE = {("bf16", 9): {128: {"block_n": 128, "dx_n": 64, "resident": 1}, 256: {"stages": 1}}}
 # Bytes of registers that a thread may spill, most of them from before a kernel's loop until after it: on an H200 the
 # gradients take two thirds of the time of the fastest tiles that spill nothing.
 MAY_SPILL = {("bf16", 9): 32}
@@ -145,9 +147,9 @@ def power_of_two(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-# Programs of the outputs for each multiprocessor, at least, if a head is a program: with more of them one has fewer
-# heads, which share its products of B and C.
-PROGRAMS_OF_OUTPUTS = 3
+# A program of the outputs with h heads takes the time of h + this many: 1.7 at dstate 64 and 3.1 at 128 by an H200's
+# times at 4,096 frames, of which such a sum explains those at dstate 64 to 1 %.
+PROGRAM_IN_HEADS = 2
 
 PLANS = ("chunks", "sweeps")
 # Programs for each multiprocessor, by major compute capability, from which on sweeps are taken: for Hopper as
