@@ -15,7 +15,7 @@ import triton.language as tl
 
 from linconv.ops import triton_launch
 from linconv.ops.linformer import triton_kernels as kernels
-from linconv.ops.triton_launch import capability_of, empty, launch, launched
+from linconv.ops.triton_launch import ALL_REGISTERS, capability_of, empty, launch, launched
 from linconv.ops.triton_numbers import bits_of
 from linconv.ops.triton_replay import replayed
 
@@ -274,6 +274,7 @@ def linformer_attend_backward(grad, q, k, v, scale, dropout_p, seed, seq_lens):
         dict(common, dk_parts=dk_parts, dv_parts=dv_parts, splits=splits, BR=tiles.key_ranks, **_split_options()),
         tiles.gradient_warps,
         tiles.stages,
+        **(ALL_REGISTERS if headdim > 128 else {}),
     )
     dk, dv = (empty(t.shape, t, t.dtype) for t in (k, v))
     _sum(dk_parts, dk, seq_lens, frames, False)

@@ -89,7 +89,7 @@ TILES = {
         gradient_chunk=16, gradient_p=32, gradient_n=32,
     ),
     ("tf32x3", 10): Tiles(
-        chunk=64, rows=32, block_p=64, block_n=16, state_p=32, state_n=32, sweep_p=32,
+        chunk=64, rows=64, block_p=64, block_n=16, state_p=32, state_n=32, sweep_p=32,
         gradient_chunk=16, gradient_p=32, gradient_n=32,
     ),
     # Without tensor cores more stands in registers.
