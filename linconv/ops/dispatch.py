@@ -218,7 +218,7 @@ def define_triton(name: str, module: str, run=None) -> None:
     """
     schema = str(getattr(torch.ops.linconv, name).default._schema).split("(", 1)[1]
     torch.library.define(f"linconv::{name}_triton", f"({schema}")
-    run = run or functools.partial(_run_triton, module, name)
+    run = run or functools.partial(run_triton, module, name)
     torch.library.impl(f"linconv::{name}_triton", "CompositeExplicitAutograd", run)
     _triton_operators[name] = module
 
@@ -228,7 +228,8 @@ def _triton_function(module: str, name: str):
     return getattr(importlib.import_module(module), name)
 
 
-def _run_triton(module: str, name: str, *arguments):
+def run_triton(module: str, name: str, *arguments):
+    """Run a module's function of Triton kernels, on the device of its first tensor."""
     function = _triton_function(module, name)
     if not all(map(_is_told, arguments)):
         arguments = tuple(a if _is_told(a) else a.contiguous() for a in arguments)

@@ -4,6 +4,7 @@ No kernel runs here: what would be launched is noted down. That results are righ
 kernels on a GPU, which call it again with other tensors.
 """
 
+import functools
 import gc
 import weakref
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from linconv.ops import triton_replay  # noqa: E402
 from linconv.ops.bidirectional_ssd import triton as bidirectional_ssd  # noqa: E402
+from linconv.ops.conv_scan import launches as conv_scan  # noqa: E402
+from linconv.ops.conv_scan.layout import Layout  # noqa: E402
 from linconv.ops.gated_rms_norm import triton as gated_rms_norm  # noqa: E402
 from linconv.ops.linformer import triton as linformer  # noqa: E402
 from linconv.ops.selective_scan import triton as selective_scan  # noqa: E402
@@ -113,6 +116,19 @@ def attention(length=600):
     return [torch.randn(2, length, 3, 16).transpose(1, 2), *torch.randn(2, 2, 3, 8, 16), 0.25, 0.0, None, None]
 
 
+def layer(directions=2, shared=True, groups=1, dstate=8, heads=4, headdim=16):
+    layout = Layout(directions, shared, heads, headdim, groups, dstate)
+    convolutions = 1 if shared else directions
+    channels = heads * headdim + Layout.states(shared) * groups * dstate
+    two = (2,) if directions == 2 else ()
+    xBC, dt = torch.randn(convolutions, 2, 40, channels + 8)[..., :channels], torch.randn(*two, 2, 40, heads)
+    filters = torch.randn(convolutions, channels, 4), torch.randn(convolutions, channels)
+    of_heads = [torch.randn(*two, heads) for _ in range(3)]
+    lengths = torch.tensor([40, 3])
+    options = ("both", lengths, None) if directions == 2 else (None, lengths, None, False)
+    return [xBC, *filters, 0, lengths, layout, dt, *of_heads, True, 0.0, INF, *options]
+
+
 def with_gradient(arguments, *gradients):
     return lambda: [*map(torch.randn, gradients), *arguments()]
 
@@ -139,6 +155,9 @@ CASES = {
     "short_conv_backward": (short_conv.short_conv_backward, with_gradient(convolution, (2, 2, 40, 16))),
     "gated_rms_norm": (gated_rms_norm.gated_rms_norm, norm),
     "gated_rms_norm_backward": (gated_rms_norm.gated_rms_norm_backward, with_gradient(norm, (2, 2, 40, 16))),
+    "conv_scan": (conv_scan.conv_scan, layer),
+    "conv_scan of two convolutions": (conv_scan.conv_scan, functools.partial(layer, shared=False)),
+    "conv_scan of one direction": (conv_scan.conv_scan, functools.partial(layer, directions=1, shared=False)),
     "linformer_attend": (linformer.linformer_attend, attention),
     "linformer_attend_backward": (linformer.linformer_attend_backward, with_gradient(attention, (2, 3, 600, 16))),
 }

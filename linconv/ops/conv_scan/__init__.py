@@ -113,6 +113,10 @@ class _Steps:
         return x, self.dt, self.A, B, C, *self.of_scan
 
     def run(self):
+        if self.kernels == ["triton", "triton"]:
+            xBC, weight, bias, _, _, lookahead, seq_lens, _ = self.of_conv
+            arguments = (xBC, weight, bias, lookahead, seq_lens, self.layout, self.dt, self.A, *self.of_scan)
+            return dispatch.run_triton("linconv.ops.conv_scan.launches", "conv_scan", *arguments)
         convolve, scan = self.operators()
         y = scan(*self.scanned(convolve(*self.of_conv)))
         return y[0] if self.layout.directions == 1 else y
