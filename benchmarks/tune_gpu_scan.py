@@ -100,6 +100,28 @@ def compile(width, dstate, kind, fields):
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
+def usable(compile, candidates: list[tuple], limit: float) -> list[tuple]:
+    """The candidates for which ``compile`` says None, all compiled side by side, and none after so many seconds."""
+    start, found = time.perf_counter(), []
+    processes = min(16, len(os.sched_getaffinity(0)))
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    futures = {pool.submit(compile, *candidate): candidate for candidate in candidates}
+    try:
+        for future in as_completed(futures, timeout=limit):
+            if (failed := future.result()) is None:
+                found.append(futures[future])
+            else:
+                print(*futures[future], failed)
+    except TimeoutError:
+        print("not all was compiled in time")
+    running = list(pool._processes.values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in running:
+        process.kill()
+    print(f"{len(found)} of {len(candidates)} candidates compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    return sorted(found, key=candidates.index)
+
+
 def flat(results):
     return torch.cat([r.flatten().float() for r in (results if isinstance(results, tuple) else (results,))])
 
@@ -141,29 +163,12 @@ def main():
     candidates = [
         (*width, kind, fields) for kind in options.only for fields in ({}, *CANDIDATES[kind]) for width in widths
     ]
-    start, usable = time.perf_counter(), []
-    processes = min(16, len(os.sched_getaffinity(0)))
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-    futures = {pool.submit(compile, *candidate): candidate for candidate in candidates}
-    try:
-        for future in as_completed(futures, timeout=options.limit):
-            if (failed := future.result()) is None:
-                usable.append(futures[future])
-            else:
-                print(*futures[future], failed)
-    except TimeoutError:
-        print("not all was compiled in time")
-    running = list(pool._processes.values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in running:
-        process.kill()
-    print(f"{len(usable)} of {len(candidates)} candidates compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    usable.sort(key=candidates.index)
+    compiled = usable(compile, candidates, options.limit)
     for width in widths:
         tensors = arguments(*width)
         for kind in options.only:
             committed = {name: flat(work()) for name, work in works(kind, {}, tensors).items()}
-            for fields in [c[3] for c in usable if c[:3] == (*width, kind)]:
+            for fields in [c[3] for c in compiled if c[:3] == (*width, kind)]:
                 row = {}
                 for name, work in works(kind, fields, tensors).items():
                     off = ((flat(work()) - committed[name]).norm() / committed[name].norm()).item()

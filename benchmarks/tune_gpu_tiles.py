@@ -10,16 +10,12 @@ differ from the committed tile's by more than the order of sums explains are tol
 import argparse
 import contextlib
 import importlib
-import os
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
 import torch
-from tune_gpu_scan import flat, kernel_times, of
+from tune_gpu_scan import flat, kernel_times, of, usable
 
 from linconv import ops
 from linconv.benchmarking.record import Record
@@ -54,20 +50,20 @@ def selective_scan(channels, dstate):
     return x, dt, A, B, C, D, z, bias, True, None, None, None, False
 
 
-def conv_tiles(**fields):
-    return [dict(zip(("slices", "channels", "steps", "group", "warps"), values)) for values in fields["values"]]
+def conv_tiles(*tiles):
+    return [dict(zip(("slices", "channels", "steps", "group", "warps"), values)) for values in tiles]
 
 
-CONV = conv_tiles(values=[
+CONV = conv_tiles(
     (4, 128, 32, 8, 4), (4, 128, 64, 4, 4), (4, 128, 16, 4, 4), (4, 256, 32, 4, 8), (4, 256, 32, 4, 4),
     (8, 128, 32, 4, 8), (8, 128, 32, 4, 4), (2, 128, 32, 4, 2), (2, 256, 32, 4, 4), (8, 64, 32, 4, 4),
     (2, 256, 32, 8, 4), (8, 256, 32, 4, 8), (2, 128, 64, 8, 2), (1, 256, 32, 8, 4),
-])  # fmt: skip
-CONV_GRADIENT = conv_tiles(values=[
+)  # fmt: skip
+CONV_GRADIENT = conv_tiles(
     (4, 128, 32, 2, 4), (4, 64, 32, 2, 4), (4, 64, 32, 4, 4), (8, 64, 32, 2, 4), (8, 64, 64, 2, 4), (4, 128, 64, 2, 4),
     (2, 128, 32, 4, 4), (2, 128, 64, 4, 4), (2, 64, 32, 4, 2), (2, 128, 32, 2, 2), (4, 128, 32, 2, 8),
     (8, 128, 32, 2, 8), (4, 64, 64, 4, 4), (2, 64, 64, 4, 2),
-])  # fmt: skip
+)  # fmt: skip
 NORM = of(rows=[1, 2, 4], warps=[2, 4, 8])
 # (operator, what it is called with, arguments of that, candidates of forward, of backward).
 OPERATORS = (
@@ -173,25 +169,8 @@ def main():
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which nothing more is compiled")
     options = parser.parse_args()
     record = Record("tiles", path=options.out)
-    wanted, start, usable = list(candidates(options.only)), time.perf_counter(), []
-    pool = ProcessPoolExecutor(min(16, len(os.sched_getaffinity(0))), mp_context=get_context("spawn"))
-    futures = {pool.submit(compile, *candidate): candidate for candidate in wanted}
-    try:
-        for future in as_completed(futures, timeout=options.limit):
-            if (failed := future.result()) is None:
-                usable.append(futures[future])
-            else:
-                print(*futures[future], failed)
-    except TimeoutError:
-        print("not all was compiled in time")
-    running = list(pool._processes.values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in running:
-        process.kill()
-    print(f"{len(usable)} of {len(wanted)} candidates compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    usable.sort(key=wanted.index)
     last = None
-    for operator, label, gradient, fields in usable:
+    for operator, label, gradient, fields in usable(compile, list(candidates(options.only)), options.limit):
         if last != (operator, label, gradient):
             last = operator, label, gradient
             work = work_of(*last)
