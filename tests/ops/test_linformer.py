@@ -1,3 +1,4 @@
+import importlib
 import math
 import os
 
@@ -457,6 +458,32 @@ def test_rewrite_is_exact(batch, length, heads, headdim, d, bias, shared, length
 
     wanted = gradients(lambda *t: self_attention_by_formula(*t, **options), inputs, upstream)
     torch.testing.assert_close(gradients(ours, inputs, upstream), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sums_rounded_for_tensor_cores(monkeypatch, shared):
+    """As on a GPU in bfloat16, on this device: the error is that of plain torch in bfloat16."""
+    module = importlib.import_module("linconv.ops.linformer")
+    rounded = []
+    monkeypatch.setattr(module, "_rounds_sums", lambda *_: rounded.append(True) or True)
+    proj = [random(300, 32) / 300**0.5, None if shared else random(300, 32) / 300**0.5]
+    exact = [random(2, 300, 128), *weights(128, 64), *proj]
+    exact = [t if t is None or t.dim() != 2 or t.shape[0] != 64 else t / 128**0.5 for t in exact]
+    upstream = random(2, 300, 64)
+    low = [None if t is None else t.bfloat16() for t in exact]
+    exact = [None if t is None else t.double() for t in low]
+    options = dict(num_heads=2)
+    y, wanted = gradients(lambda *t: self_attention_by_formula(*t, **options), exact, upstream)
+    torchs, their = gradients(lambda *t: self_attention_by_formula(*t, **options), low, upstream)
+    ours, found = gradients(
+        lambda *t: linformer_self_attention(*t, **options, rewrite=True, backend=here()), low, upstream
+    )
+    assert len(rounded) == 2 and ours.dtype == torch.bfloat16
+    no_worse_than_torch(ours, torchs, y, 2, "result")
+    names = ("hidden", "wq", "bq", "wk", "bk", "wv", "bv", "proj_k", "proj_v")
+    for name, got, torch_s, exactly in zip(names, found, their, wanted):
+        if got is not None:
+            no_worse_than_torch(got, torch_s, exactly, 3, name)
 
 
 def test_what_stands_in_the_padding_of_hidden_states_reaches_nothing():

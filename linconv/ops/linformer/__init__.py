@@ -192,12 +192,24 @@ def _sum_then_project(hidden, wk, bk, wv, bv, proj_k, proj_v, summed, projected)
     def sums(proj):  # of the frames (batch, r, d), and of a one per frame (batch, r)
         return summed(columns, proj).transpose(1, 2).flatten(-2), summed(ones, proj)[:, 0, :, 0] if biased else None
 
+    def product(frames, factor, weight, bias):
+        bias = None if bias is None else bias.to(frames.dtype)
+        if not _rounds_sums(hidden, weight):
+            return projected(frames, weight.to(frames.dtype), bias, factor)
+        out = projected(frames.to(weight.dtype), weight, None).to(frames.dtype)
+        return out if bias is None else torch.addcmul(out, factor[..., None], bias)
+
     of_keys = sums(proj_k)
     of_values = of_keys if proj_v is None else sums(proj_v)
-    return (
-        projected(frames, weight.to(frames.dtype), None if bias is None else bias.to(frames.dtype), factor)
-        for (frames, factor), weight, bias in ((of_keys, wk, bk), (of_values, wv, bv))
-    )
+    return (product(*of_frames, w, b) for of_frames, w, b in ((of_keys, wk, bk), (of_values, wv, bv)))
+
+
+def _rounds_sums(hidden, weight):
+    """Whether the sums of hidden states over frames are rounded to bfloat16 for the product with a weight.
+
+    A GPU multiplies float32 without its tensor cores. The other order of the products rounds too: every frame's keys.
+    """
+    return hidden.device.type == "cuda" and hidden.dtype == weight.dtype == torch.bfloat16
 
 
 # ---- Checks
