@@ -38,7 +38,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return _joined_as_words(gradients), None
+        return joined(gradients), None
 
 
 def _joined_as_words(columns):

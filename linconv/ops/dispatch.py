@@ -30,6 +30,7 @@ __all__ = [
     "pick",
     "register",
     "register_composite",
+    "run_triton",
     "warn_once",
 ]
 

@@ -74,6 +74,23 @@ def test_matches_the_recurrence(plan, regime, diagonal, kind):
     assert_matches_the_recurrence(arguments, plan, **options)
 
 
+@pytest.mark.parametrize("regime", ["hydra", "separate"])
+def test_heads_of_a_program_change_no_bit(monkeypatch, regime):
+    """They are chosen by length: a sequence alone may have other ones than in a batch."""
+    from linconv.ops.bidirectional_ssd.triton import _both_directions
+    from linconv.ops.ssd import triton as scan
+
+    arguments = on_device(scan_arguments(1, 40, 4, 5, 1, 3, dtype=torch.bfloat16, per_direction=REGIMES[regime]))
+    dy = torch.randn_like(arguments["x"])
+    found = []
+    for heads in (1, 2, 4):
+        monkeypatch.setattr(scan.Scan, "heads_of_outputs", lambda *_, heads=heads: heads)
+        one = _both_directions(*[arguments[n] for n in NAMES], True, 0.0, float("inf"), "both", None, None)
+        found.append([scan.scan_forward(one)[0], *scan.scan_backward(one, dy)])
+    for results in zip(*found):
+        assert not results[0].isnan().any() and all(torch.equal(other, results[0]) for other in results[1:])
+
+
 @pytest.mark.parametrize("rows", [4, 16])
 @pytest.mark.parametrize(
     "regime, diagonal, kind",

@@ -136,6 +136,20 @@ def test_sweeps_are_taken_where_they_fill_the_gpu(monkeypatch):
     assert choose_plan(10**6, 0, 90, "tf32") == "chunks"  # no GPU
 
 
+def test_heads_of_a_program_by_the_programs_there_are():
+    from linconv.ops.ssd.triton import Scan
+
+    arguments = scan_arguments(1, 40, 12, 16, 2, 8)
+    one = Scan(*[arguments[n].to("meta") for n in NAMES], False, 0.0, 1.0, None, None, None, directions=1)
+    one.tiles = dataclasses.replace(one.tiles, heads=16, resident=2)
+    assert one.heads_of_outputs(1) == 6  # no GPU: all of a group
+    one.multiprocessors = 100
+    found = [one.heads_of_outputs(programs) for programs in (0, 1, 16, 30, 66, 100, 100_000)]
+    assert found == [6, 1, 1, 2, 6, 6, 6]
+    one.tiles = dataclasses.replace(one.tiles, heads=4)
+    assert one.heads_of_outputs(100_000) == 3  # a divisor of the group's
+
+
 def test_plan_by_environment(monkeypatch):
     from linconv.ops.ssd.triton_tiles import PLANS, choose_plan
 
