@@ -1,12 +1,17 @@
-"""Host time of Triton operators: from the call to the last launch, worked out at each call and done again.
+"""Host time of Triton operators and of layers, from the call to the last launch.
 
     python benchmarks/bench_launches.py --out benchmarks/results/cpu/launches.json
 
-No GPU is needed, and none is timed: kernels are compiled for sm_90 and given to a driver that launches nothing, so that
-only Python is left, Triton's and ours. First calls are those of a new process, with Triton's cache on disk empty and
-then filled. The driver and the operator's registration with torch add to this.
-The peer is Triton's own launch of the same kernels, which looks up sizes, types and alignment at each call. Batch 8 of
-`--lengths` frames, width 1024, heads of 64, bfloat16; Linformer has r = 256.
+No GPU is needed, and none is timed: kernels are compiled for sm_90 and given to a CUDA driver that launches nothing
+(cuda_driver.py), so that only the host's work is left, without the real driver's. First calls are those of a new
+process, with Triton's cache on disk empty and then filled; kernels and Triton's launcher are compiled in them.
+
+Operators: batch 8 of `--lengths` frames, width 1024, heads of 64, bfloat16; Linformer has r = 256. The operator's
+registration with torch adds to this. The peer is Triton's own launch of the same kernels, which looks up sizes, types
+and alignment at each call.
+
+Layers: 16 frames of 64 channels, bfloat16, forward without gradients and with the backward pass. torch's own kernels
+run on the CPU and are timed too; the peer is Wav2Vec2's attention layer with torch's scaled_dot_product_attention.
 """
 
 import json
@@ -15,64 +20,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
+import cuda_driver
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from linconv.benchmarking import compare
 from linconv.benchmarking.record import run
-from linconv.ops import triton_replay
+from linconv.benchmarking.suites.layer import attention_layer, build
+from linconv.ops import dispatch, triton_replay
 from linconv.ops.bidirectional_ssd import triton as bidirectional_ssd
 from linconv.ops.linformer import triton as linformer
 
 BATCH, HEADS, HEADDIM, DSTATE, RANK = 8, 16, 64, 64, 256
+LAYERS, LAYER_FRAMES, LAYER_WIDTH = ("hydra", "bimamba2"), 16, 64
 INF = float("inf")
 FIRST_CALLS = "first-calls"  # this script as its own process, where Triton has compiled nothing yet
-
-
-class Utilities:
-    """What Triton's runtime queries from a GPU before it launches."""
-
-    @staticmethod
-    def load_binary(*_):
-        return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads
-
-    @staticmethod
-    def unload_module(*_):
-        pass
-
-    @staticmethod
-    def get_device_properties(_):
-        return dict(max_shared_mem=232_448, multiprocessor_count=132, warpSize=32)
-
-
-class Launcher:
-    launches = 0
-
-    def __init__(self, source, metadata):
-        pass
-
-    def __call__(self, *_):
-        Launcher.launches += 1
-
-
-class Driver:
-    """A GPU of compute capability 9.0 that runs nothing."""
-
-    utils, launcher_cls = Utilities, Launcher
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
 
 
 def cases(length):
@@ -96,15 +59,21 @@ def cases(length):
     }
 
 
-def count_launches(work):
-    before = Launcher.launches
+def use_stub():
+    stub = cuda_driver.Stub(cuda_driver.build(Path(tempfile.mkdtemp())))
+    cuda_driver.make_triton_use(stub)
+    return stub
+
+
+def count_launches(stub, work):
+    before = stub.launched.value
     work()
-    return Launcher.launches - before
+    return stub.launched.value - before
 
 
 def first_calls(length):
     """Seconds of each operator's first call in this process, as JSON: compiling, or reading the cache, and launches."""
-    driver.set_active(Driver())
+    use_stub()
     found = {}
     for name, (function, arguments) in cases(length).items():
         start = time.perf_counter()
@@ -113,34 +82,86 @@ def first_calls(length):
     print(json.dumps(found))
 
 
-def body(record, lengths):
-    driver.set_active(Driver())
+def measure_first_calls(record, length):
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
         for state in ("cold", "warm"):
-            command = [sys.executable, __file__, FIRST_CALLS, str(lengths[0])]
+            command = [sys.executable, __file__, FIRST_CALLS, str(length)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             for name, seconds in json.loads(done.stdout).items():
-                record.add(op=name, length=lengths[0], disk_cache=state, first_call_seconds=seconds)
-    for length in lengths:
-        for name, (function, arguments) in cases(length).items():
-            calls = triton_replay.Calls(function.__wrapped__)
-            works = {
-                "again": lambda calls=calls, arguments=arguments: calls((), arguments),
-                "worked out": lambda f=function.__wrapped__, arguments=arguments: f(*arguments),
-            }
+                record.add(op=name, length=length, disk_cache=state, first_call_seconds=seconds)
+
+
+def measure_operators(record, stub, length):
+    for name, (function, arguments) in cases(length).items():
+        calls = triton_replay.Calls(function.__wrapped__)
+        works = {
+            "again": lambda calls=calls, arguments=arguments: calls((), arguments),
+            "worked out": lambda f=function.__wrapped__, arguments=arguments: f(*arguments),
+        }
+        for _ in range(3):
+            works["again"]()
+        launches, others = (count_launches(stub, works[n]) for n in ("again", "worked out"))
+        if launches != others:
+            raise SystemExit(f"{name}: {launches} launches, {others} where they are worked out; no time is reported")
+        taken = {n: latency.median for n, latency in compare(works, min_repeats=300, max_repeats=300).items()}
+        record.add(
+            op=name, length=length, launches=launches, host_seconds=taken["again"], peer="Triton's launch",
+            peer_seconds=taken["worked out"], speedup=taken["worked out"] / taken["again"],
+        )  # fmt: skip
+
+
+def take_cpu_tensors_for_cuda():
+    """Operators choose and launch as on a GPU, products with weights are torch's."""
+    pick = dispatch.pick
+    dispatch._problems["triton", False] = None
+    dispatch._gpu_problem = lambda index, architectures: None
+    triton_replay.repeats = lambda tensor: True
+
+    def picked(op, device, backend=None, **options):
+        return "reference" if op == "linear" else pick(op, torch.device("cuda", 0), "triton", **options)
+
+    dispatch.pick = picked
+
+
+def measure_layers(record, stub):
+    take_cpu_tensors_for_cuda()
+    torch.set_num_threads(1)
+    x = torch.randn(1, LAYER_FRAMES, LAYER_WIDTH, dtype=torch.bfloat16)
+
+    def works_of(module, *gradients):
+        def first(y):
+            return y[0] if isinstance(y, tuple) else y
+
+        def forward():
+            with torch.no_grad():
+                return first(module(x))
+
+        def training():
+            first(module(x)).sum().backward()
+
+        return dict(forward=forward, training=training)
+
+    attention = works_of(attention_layer(LAYER_WIDTH, "sdpa")[0].bfloat16())
+    for name in LAYERS:
+        ours = works_of(build(name, LAYER_WIDTH, LAYER_FRAMES).bfloat16())
+        for kind, work in ours.items():
             for _ in range(3):
-                works["again"]()
-            launches, others = (count_launches(works[n]) for n in ("again", "worked out"))
-            if launches != others:
-                raise SystemExit(
-                    f"{name}: {launches} launches, {others} where they are worked out; no time is reported"
-                )
-            taken = {n: latency.median for n, latency in compare(works, min_repeats=300, max_repeats=300).items()}
+                work()
+            works = {"ours": work, "attention": attention[kind]}
+            taken = {n: latency.median for n, latency in compare(works, min_repeats=1000, max_repeats=1000).items()}
             record.add(
-                op=name, length=length, launches=launches, host_seconds=taken["again"], peer="Triton's launch",
-                peer_seconds=taken["worked out"], speedup=taken["worked out"] / taken["again"],
+                layer=name, kind=kind, launches=count_launches(stub, work), host_seconds=taken["ours"],
+                peer="attention layer", peer_seconds=taken["attention"], speedup=taken["attention"] / taken["ours"],
             )  # fmt: skip
+
+
+def body(record, lengths):
+    measure_first_calls(record, lengths[0])
+    stub = use_stub()
+    for length in lengths:
+        measure_operators(record, stub, length)
+    measure_layers(record, stub)
 
 
 if __name__ == "__main__":

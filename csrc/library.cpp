@@ -21,8 +21,8 @@
 STABLE_TORCH_LIBRARY(linconv, m) {
   m.def("_build_info() -> str");
 
-  // A, D, dt_bias and states are of the math dtype. Backward results stand in the order of the arguments they belong to;
-  // that of an absent one is empty.
+  // A, D, dt_bias and states are of the math dtype; on Triton, D and dt_bias may have any. Backward results stand in the
+  // order of the arguments they belong to; that of an absent one is empty.
 #define SSD_ARGUMENTS                                                                                    \
   "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "    \
   "float dt_min, float dt_max, "

@@ -55,7 +55,8 @@ class BiMamba2(DualMixer):
     def forward(self, hidden_states, seq_lens=None):
         self.check_hidden_states(hidden_states)
         # Split before moving directions first: gradients are then joined in the projection's layout, with one copy.
-        columns = torch.unflatten(self.in_proj(hidden_states), -1, (2, self.d_in_proj))  # (b, L, 2, d_in_proj)
+        columns = self.in_proj(hidden_states)
+        columns = columns.view(*columns.shape[:-1], 2, self.d_in_proj)  # (b, L, 2, d_in_proj)
         parts = split(columns, (self.d_inner, self.conv_dim, self.nheads))
         y = self.conv_scan_norm(*(part.movedim(-2, 0) for part in parts), seq_lens)  # (2, b, L, d_inner)
         return self.out_proj(y.movedim(0, -2).flatten(-2))  # (b, L, 2 d_inner), a view

@@ -1,7 +1,5 @@
 """Hydra: both directions of time as one quasiseparable matrix over shared inputs (arXiv 2407.09941)."""
 
-import torch
-
 from linconv.mixers.protocol import Linear
 from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, scan_flops
 from linconv.ops.columns import split
@@ -40,7 +38,7 @@ class Hydra(DualMixer):
     def forward(self, hidden_states, seq_lens=None):
         self.check_hidden_states(hidden_states)
         z, xBC, dt = split(self.in_proj(hidden_states), (self.d_inner, self.conv_dim, 2 * self.nheads))
-        dt = torch.unflatten(dt, -1, (2, self.nheads)).movedim(-2, 0)  # (2, b, L, heads)
+        dt = dt.view(*dt.shape[:-1], 2, self.nheads).movedim(-2, 0)  # (2, b, L, heads)
         return self.out_proj(self.conv_scan_norm(z, xBC, dt, seq_lens, diagonal="shifted", lookahead=self.d_conv // 2))
 
     def flops(self, length):

@@ -10,13 +10,14 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["once_differentiable", "register_autograd"]
+__all__ = ["call", "once_differentiable", "register_autograd"]
 
 _library = torch.library.Library("linconv", "FRAGMENT")  # registrations live as long as this object
 # Parts that torch's own registration uses; if a torch lacks them, its registration is used. Operators also run below
 # the tracking of views: a result may be a view of memory that nothing else uses, such as one with another order of
 # axes, and a view that an autograd function returns must not be changed in place.
 _MADE_OF = ("_AutoDispatchBelowADInplaceOrView", "_after_ADInplaceOrView_keyset", "_any_requires_grad")
+_below = getattr(torch._C, _MADE_OF[0], None)
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
@@ -78,6 +79,15 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
             return operator.redispatch(keyset & after, *inputs)
 
     _library.impl(name, differentiable, "Autograd", with_keyset=True)
+
+
+def call(operator: Callable, *inputs):
+    """``operator(*inputs)``, which without gradients skips the autograd formula: Python that would only call it."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", -1) >= 0
+    if plain or _below is None or torch._C._functorch.maybe_current_level() is not None:
+        return operator(*inputs)
+    with _below():
+        return operator(*inputs)
 
 
 def _refuse_tangents(name: str, inputs: tuple) -> None:

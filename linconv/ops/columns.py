@@ -24,7 +24,7 @@ def split(rows: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """``rows.split(sizes, dim=-1)``, whose gradients are put together by :func:`joined`."""
     if rows.is_cuda and rows.requires_grad and not torch.compiler.is_compiling():
         return _Split.apply(rows, tuple(sizes))
-    return rows.split(tuple(sizes), dim=-1)
+    return torch.split_with_sizes(rows, tuple(sizes), dim=-1)
 
 
 class _Split(torch.autograd.Function):

@@ -18,18 +18,20 @@ from pathlib import Path
 import torch
 
 from linconv._version import __version__
-from linconv.ops.autograd import register_autograd
+from linconv.ops.autograd import call, register_autograd
 
 __all__ = [
     "LinconvPerformanceWarning",
     "backends",
     "build_info",
     "compiled",
+    "cpu_library",
     "define_triton",
     "operator",
     "pick",
     "register",
     "register_composite",
+    "run",
     "run_triton",
     "warn_once",
 ]
@@ -37,6 +39,7 @@ __all__ = [
 NAMES = ("cpu", "triton", "cuda", "mamba_ssm", "reference")
 # Folder of the compiled libraries; the variable selects a separate build, such as one with sanitizers.
 LIBRARIES = Path(os.environ.get("LINCONV_LIBRARY_PATH") or Path(__file__).parent.parent / "lib")
+CPU_LIBRARY = "liblinconv_cpu.so"
 REBUILD = "reinstall linconv (from a source tree: `pip install --no-build-isolation -e .`) and look at `linconv env`"
 
 
@@ -64,7 +67,7 @@ def _kernels(key: str) -> frozenset[str]:
 
 
 def _load_cpu() -> tuple[str | None, dict]:
-    problem = _load("liblinconv_cpu.so")
+    problem = _load(CPU_LIBRARY)
     if problem is not None:
         return problem, {}
     info = json.loads(torch.ops.linconv._build_info())
@@ -92,6 +95,7 @@ _cuda_kernels = _kernels("CUDA") if _cuda_problem is None else frozenset()
 _triton_operators: dict[str, str] = {}  # the module of each operator that has Triton kernels
 _gpu_preference: dict[str, tuple[str, ...]] = {}
 _of_mamba_ssm = ("ssd", "bidirectional_ssd")  # operators for which the package mamba_ssm has kernels
+_problems: dict[tuple[str, bool], str | None] = {}  # with a package, in Triton's interpreter or not
 _warned: set[str] = set()
 
 
@@ -103,6 +107,11 @@ def build_info() -> dict:
     return dict(_build_info)
 
 
+def cpu_library() -> Path | None:
+    """The compiled CPU library; None if it is not used, for a reason that :func:`backends` gives."""
+    return LIBRARIES / CPU_LIBRARY if _cpu_problem is None else None
+
+
 def compiled(op: str) -> bool:
     """Whether ``torch.ops.linconv.<op>`` has a kernel, in a library of this version."""
     return _cpu_problem is None and (op in _cpu_kernels or op in _cuda_kernels)
@@ -112,20 +121,25 @@ def _triton_problem() -> str | None:
     """Why no Triton kernel can run, or None."""
     if not _triton_operators:
         return "this version has no Triton kernels" if _cpu_problem is None else _cpu_problem
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not (torch.cuda.is_available() or interpreting()):
-        return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
-    return None
+    return _problem_with("triton")
 
 
 def _mamba_ssm_problem() -> str | None:
     """Why the package mamba_ssm cannot run, or None."""
-    if importlib.util.find_spec("mamba_ssm") is None:
-        return "mamba_ssm is not installed"
-    if not (torch.cuda.is_available() or interpreting()):
-        return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
-    return None
+    return _problem_with("mamba_ssm")
+
+
+def _problem_with(package: str) -> str | None:
+    """Why the Triton kernels of a package cannot run, or None."""
+    asked = package, interpreting()
+    if asked not in _problems:  # each call of an operator asks. functools.cache causes warnings in torch.compile.
+        problem = None
+        if importlib.util.find_spec(package) is None:
+            problem = f"{package} is not installed"
+        elif not (torch.cuda.is_available() or interpreting()):
+            problem = "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+        _problems[asked] = problem
+    return _problems[asked]
 
 
 @functools.cache
@@ -259,6 +273,11 @@ def operator(op: str, backend: str):
     if backend == "triton" or (backend == "cuda" and op not in _cuda_kernels):
         return getattr(torch.ops.linconv, f"{op}_triton")
     return getattr(torch.ops.linconv, op)
+
+
+def run(op: str, backend: str, *arguments):
+    """The result of the torch operator that runs ``op`` on ``backend``."""
+    return call(operator(op, backend), *arguments)
 
 
 def backends() -> dict[str, str]:

@@ -8,13 +8,16 @@ import triton.language as tl
 
 from linconv.ops.triton_builds import DEFAULT_OPTIONS, Build, build_of
 
-__all__ = ["ALL_REGISTERS", "MATH", "capability_of", "empty", "launch", "launched", "listener", "poisoned"]
+__all__ = ["ALL_REGISTERS", "MATH", "POISONED", "capability_of", "empty", "launch", "launched", "listener"]
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 # An option of kernels of up to 8 warps. Told no limit, the compiler may spill a few registers of a thread so that one
 # block more fits on a multiprocessor.
 ALL_REGISTERS = {"maxnreg": 255}
+
+# Whether results start as NaN, so that tests see what a kernel forgets to write.
+POISONED = os.environ.get("LINCONV_POISON") == "1"
 
 _record: list | None = None  # where launches go if they are not to be run
 _recorded_capability = 0  # and the GPUs they are for
@@ -23,17 +26,12 @@ _recorded_capability = 0  # and the GPUs they are for
 listener = threading.local()
 
 
-def poisoned() -> bool:
-    """Whether results start as NaN, so that tests see what a kernel forgets to write."""
-    return os.environ.get("LINCONV_POISON") == "1"
-
-
 def empty(shape, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Memory for a result; NaN where results are poisoned."""
     memory = torch.empty(shape, dtype=dtype, device=like.device)
     if (heard := getattr(listener, "current", None)) is not None:
         heard.on_empty(memory)
-    return memory.fill_(float("nan")) if poisoned() else memory
+    return memory.fill_(float("nan")) if POISONED else memory
 
 
 def launch(kernel, grid: tuple, arguments: dict, num_warps: int, num_stages: int = 1, **options) -> None:

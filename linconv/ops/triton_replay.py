@@ -10,11 +10,12 @@ import functools
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
-from linconv.ops import triton_launch
+from linconv.ops.triton_launch import POISONED, listener
+from linconv.ops.triton_program import Address, Launch, Program
 
 __all__ = ["Calls", "replayed"]
 
@@ -27,7 +28,8 @@ def replayed(settings: Callable[[], tuple] = tuple):
     """Makes a function on CUDA tensors repeat what it launched for arguments alike.
 
     The function makes memory by ``triton_launch.empty`` only, launches by ``triton_launch.launch`` only, reads no
-    element of a tensor, and returns tensors that it made, or None in their place. Its first argument is a tensor.
+    element of a tensor, and returns tensors that it made, or None in their place. Its first argument is a tensor. Views
+    of its arguments that it launches with start where these do.
 
     Args:
         settings: what else it depends on, as a tuple that can be compared.
@@ -38,13 +40,17 @@ def replayed(settings: Callable[[], tuple] = tuple):
 
         @functools.wraps(function)
         def run(*arguments):
-            if arguments[0].device.type != "cuda":  # Triton's interpreter, or a list of launches
-                return function(*arguments)
-            return calls(settings(), arguments)
+            return calls(settings(), arguments) if repeats(arguments[0]) else function(*arguments)
 
+        run.calls = calls
         return run
 
     return decorate
+
+
+def repeats(tensor: torch.Tensor) -> bool:
+    """Whether launches are repeated on such tensors: not in Triton's interpreter, or where they are only listed."""
+    return tensor.device.type == "cuda"
 
 
 class Calls:
@@ -69,9 +75,10 @@ class Calls:
         recording = _Recording(arguments)
         with recording:
             results = self.function(*recording.arguments)
-        call = recording.call(results)
-        with self.lock:
-            self.known[key] = call
+        if recording.certain:
+            call = recording.call(results)
+            with self.lock:
+                self.known[key] = call
         return results
 
 
@@ -83,28 +90,25 @@ def _looked_at(argument):
     return argument
 
 
-@dataclass(frozen=True)
-class _Address:
-    """``offset`` bytes behind the start of a tensor: one of the arguments, then of those that were made, by number."""
-
-    tensor: int
-    offset: int
-
-
 class _Recording:
     """Listens to the memory that a function makes and to the kernels that it launches."""
 
     def __init__(self, arguments: tuple):
         # Aliases: a tensor that is passed twice may be two tensors next time.
         self.arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+        self.number = {id(a): i for i, a in enumerate(self.arguments) if isinstance(a, torch.Tensor)}
+        self.starting: dict[tuple, list[int]] = {}  # the arguments that start somewhere
+        for i in self.number.values():
+            self.starting.setdefault(_start(self.arguments[i]), []).append(i)
         self.made: list[torch.Tensor] = []
-        self.launches: list[tuple[Callable, list]] = []
+        self.certain = True  # which argument each view is of
+        self.launches: list[Launch] = []  # addresses from a tensor: an argument, then one that was made, by number
 
     def __enter__(self):
-        triton_launch.listener.current = self
+        listener.current = self
 
     def __exit__(self, *_):
-        triton_launch.listener.current = None
+        listener.current = None
 
     def on_empty(self, tensor: torch.Tensor) -> None:
         self.made.append(tensor)
@@ -112,16 +116,18 @@ class _Recording:
     def on_launch(self, kernel, grid: tuple, arguments: dict, compiled) -> None:
         values = [arguments[name] for name in kernel.arg_names]
         values = [self._address(value) if isinstance(value, torch.Tensor) else value for value in values]
-        self.launches.append((compiled[(*grid, 1, 1)[:3]], values))
+        self.launches.append(Launch(compiled, (*grid, 1, 1)[:3], values))
 
-    def _address(self, tensor: torch.Tensor) -> _Address | int:
+    def _address(self, tensor: torch.Tensor) -> Address | int:
         if tensor.numel() == 0:
             return 0
-        for i, argument in enumerate(self.arguments):
-            if argument is tensor:
-                return _Address(i, 0)
+        if (number := self.number.get(id(tensor))) is not None:
+            return Address(number, 0)
+        if viewed := self.starting.get(_start(tensor)):
+            self.certain &= len(viewed) == 1
+            return Address(viewed[0], 0)
         made = self._made(tensor)
-        return _Address(len(self.arguments) + made, tensor.data_ptr() - self.made[made].data_ptr())
+        return Address(len(self.arguments) + made, tensor.data_ptr() - self.made[made].data_ptr())
 
     def _made(self, tensor: torch.Tensor) -> int:
         def identity(x):  # tensors without elements have no address: any of them will do
@@ -143,9 +149,13 @@ class _Call:
 
     def __init__(self, recording: _Recording, returned: list, several: bool):
         own = list(dict.fromkeys(result[0] for result in returned if result is not None))
-        self.own = [(recording.made[i].shape, recording.made[i].dtype) for i in own]
+        as_made = [recording.made[i] for i in own]
+        for i, result in filter(None, returned):  # made at once as it is returned, if that is all of its memory
+            if as_made[own.index(i)].numel() == result.numel():
+                as_made[own.index(i)] = result
+        self.own = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in as_made]
         self.returned = [
-            None if result is None else (own.index(result[0]), _view(result[1], recording.made[result[0]]))
+            None if result is None else (own.index(result[0]), _view(result[1], as_made[own.index(result[0])]))
             for result in returned
         ]
         self.several = several
@@ -163,30 +173,44 @@ class _Call:
                 start[number] = len(arguments) + len(own), total
                 total += math.ceil(memory.numel() * memory.element_size() / ALIGNMENT) * ALIGNMENT
         self.scratch = total
-        self.launches = []
-        for launch, values in recording.launches:
-            addresses = [(i, v) for i, v in enumerate(values) if isinstance(v, _Address)]
-            places = [(i, start[a.tensor][0], start[a.tensor][1] + a.offset) for i, a in addresses]
-            self.launches.append((launch, values, places))
+        launches = [
+            replace(launch, values=[_counted_from(start, value) for value in launch.values])
+            for launch in recording.launches
+        ]
+        self.program = Program.of(launches)
+        # For Triton, where it has to do them.
+        self.launches = [(launch.compiled[launch.grid], launch.values, launch.addresses()) for launch in launches]
 
     def __call__(self, arguments: tuple):
         device = arguments[0].device
-        own = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.own]
-        scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device)
-        if triton_launch.poisoned():
-            for tensor in own:
-                tensor.fill_(math.nan)
-            scratch.fill_(0xFF)  # NaN in every floating type
+        own = [torch.empty_strided(*size, dtype=dtype, device=device) for *size, dtype in self.own]
+        memory = own
+        if self.scratch:
+            memory = [*own, torch.empty(self.scratch, dtype=torch.uint8, device=device)]
+        if POISONED:
+            for tensor in memory:
+                tensor.fill_(math.nan if tensor.is_floating_point() else 0xFF)  # NaN in every floating type
         starts = [arguments[i].data_ptr() for i in self.arguments]
-        starts += [tensor.data_ptr() for tensor in own]
-        starts.append(scratch.data_ptr())
-        for launch, values, places in self.launches:
-            values = values.copy()
-            for i, tensor, offset in places:
-                values[i] = starts[tensor] + offset
-            launch(*values)
-        results = tuple(None if r is None else _seen(own[r[0]], r[1]) for r in self.returned)
-        return results if self.several else results[0]
+        starts += [tensor.data_ptr() for tensor in memory]
+        if self.program is None or not self.program.run(starts, device.index):
+            for launch, values, addresses in self.launches:
+                values = values.copy()
+                for i, address in addresses:
+                    values[i] = starts[address.start] + address.offset
+                launch(*values)
+        results = [None if r is None else _seen(own[r[0]], r[1]) for r in self.returned]
+        return tuple(results) if self.several else results[0]
+
+
+def _start(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.untyped_storage().data_ptr(), tensor.data_ptr()
+
+
+def _counted_from(start: dict[int, tuple[int, int]], value):
+    if not isinstance(value, Address):
+        return value
+    number, offset = start[value.start]
+    return Address(number, offset + value.offset)
 
 
 def _seen(memory: torch.Tensor, view: tuple | None) -> torch.Tensor:

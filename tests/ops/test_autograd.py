@@ -75,6 +75,28 @@ def test_nothing_is_recorded_where_no_argument_needs_it():
     assert operator(torch.ones(2), [torch.ones(2)], 1.0, None)[0].grad_fn is None
 
 
+def test_a_call_without_gradients_skips_the_formula():
+    """Except in a transform, which has to see it."""
+    operator = define("_test_autograd_skipped")
+
+    def formula(*_):
+        raise AssertionError("the formula")
+
+    torch.library.impl("linconv::_test_autograd_skipped", "Autograd", formula)
+    a = torch.ones(2)
+
+    def function(x):
+        return autograd.call(operator, x, [x], 2.0, None)[0]
+
+    with pytest.raises(AssertionError, match="the formula"):
+        function(a)
+    with torch.no_grad():
+        assert torch.equal(function(a), 4 * a)
+        for transform in (torch.func.jvp, lambda f, x, _: torch.func.grad(lambda a: f(a).sum())(*x)):
+            with pytest.raises(AssertionError, match="the formula"):
+                transform(function, (a,), (a,))
+
+
 def test_forward_mode_is_refused():
     """Below autograd a tangent would be lost, and the derivative be zero."""
     operator = define("with_tangent")

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from linconv.ops import triton_replay  # noqa: E402
+from linconv.ops import triton_launch, triton_replay  # noqa: E402
 from linconv.ops.bidirectional_ssd import triton as bidirectional_ssd  # noqa: E402
 from linconv.ops.conv_scan import launches as conv_scan  # noqa: E402
 from linconv.ops.conv_scan.layout import Layout  # noqa: E402
@@ -39,8 +39,9 @@ class Launch:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """What is launched, in place of launching it."""
+    """What is launched, in place of launching it, always by Triton: for programs see test_triton_program.py."""
     found = []
+    monkeypatch.setattr(triton_replay.Program, "of", lambda launches: None)
 
     class Compiled:
         def __init__(self, kernel):
@@ -116,17 +117,14 @@ def attention(length=600):
     return [torch.randn(2, length, 3, 16).transpose(1, 2), *torch.randn(2, 2, 3, 8, 16), 0.25, 0.0, None, None]
 
 
-def layer(directions=2, shared=True, groups=1, dstate=8, heads=4, headdim=16):
-    layout = Layout(directions, shared, heads, headdim, groups, dstate)
-    convolutions = 1 if shared else directions
-    channels = heads * headdim + Layout.states(shared) * groups * dstate
+def layer(directions=2, shared=True, dstate=8, heads=4, headdim=16):
+    channels = heads * headdim + Layout.states(shared) * dstate
+    per_direction = (2,) if directions == 2 and not shared else ()
+    xBC = torch.randn(*per_direction, 2, 40, channels + 8)[..., :channels]
     two = (2,) if directions == 2 else ()
-    xBC, dt = torch.randn(convolutions, 2, 40, channels + 8)[..., :channels], torch.randn(*two, 2, 40, heads)
-    filters = torch.randn(convolutions, channels, 4), torch.randn(convolutions, channels)
+    filters = torch.randn(*per_direction, channels, 4), torch.randn(*per_direction, channels)
     of_heads = [torch.randn(*two, heads) for _ in range(3)]
-    lengths = torch.tensor([40, 3])
-    options = ("both", lengths, None) if directions == 2 else (None, lengths, None, False)
-    return [xBC, *filters, 0, lengths, layout, dt, *of_heads, True, 0.0, INF, *options]
+    return [xBC, torch.randn(*two, 2, 40, heads), *filters, *of_heads, dstate, 1, "both", 0, torch.tensor([40, 3])]
 
 
 def with_gradient(arguments, *gradients):
@@ -158,6 +156,11 @@ CASES = {
     "conv_scan": (conv_scan.conv_scan, layer),
     "conv_scan of two convolutions": (conv_scan.conv_scan, functools.partial(layer, shared=False)),
     "conv_scan of one direction": (conv_scan.conv_scan, functools.partial(layer, directions=1, shared=False)),
+    "conv_scan's scan_gradients": (conv_scan.scan_gradients, with_gradient(layer, (2, 40, 4, 16))),
+    "conv_scan's scan_gradients of one direction": (
+        conv_scan.scan_gradients,
+        with_gradient(functools.partial(layer, directions=1, shared=False), (2, 40, 4, 16)),
+    ),
     "linformer_attend": (linformer.linformer_attend, attention),
     "linformer_attend_backward": (linformer.linformer_attend_backward, with_gradient(attention, (2, 3, 600, 16))),
 }
@@ -267,6 +270,26 @@ def test_a_tensor_passed_twice_may_be_two_tensors_next_time(launches):
     assert B.data_ptr() != C.data_ptr()
     passed = [launch.arguments[name] for launch in launches[-3:] for name in ("C", "rows") if name in launch.arguments]
     assert C.data_ptr() in passed
+
+
+def test_a_view_of_one_of_two_arguments_alike_is_not_repeated(launches):
+    """Nothing says of which, and next time they may be apart."""
+
+    def function(x, y):
+        view = x[None]
+        names = dict.fromkeys(ssd.kernels.pass_states.arg_names, view)
+        triton_launch.launch(ssd.kernels.pass_states, (1,), {**names, "last": y}, 4)
+
+    calls = triton_replay.Calls(function)
+    x, y = torch.randn(2, 3)
+    for _ in range(3):
+        calls((), (x, x))
+    assert not any(launch.again for launch in launches)
+    calls.known.clear()
+    for _ in range(3):
+        calls((), (x, y))
+    assert launches[-1].again
+    assert launches[-1].arguments["states"] == x.data_ptr() and launches[-1].arguments["last"] == y.data_ptr()
 
 
 def test_results_are_memory_of_their_own(launches):

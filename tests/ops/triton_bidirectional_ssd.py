@@ -74,6 +74,19 @@ def test_matches_the_recurrence(plan, regime, diagonal, kind):
     assert_matches_the_recurrence(arguments, plan, **options)
 
 
+@by_each_plan
+def test_parameters_of_heads_of_any_dtype(plan):
+    """Results are those of a cast before; gradients are rounded once, as those of a cast."""
+    arguments = on_device(scan_arguments(1, LONGEST, 2, 5, 1, 3, per_direction=REGIMES["hydra"], dtype=torch.bfloat16))
+    arguments = {n: t.bfloat16() if n in ("A", "D", "dt_bias") else t for n, t in arguments.items()}
+    cast = {n: t.float() if n in ("A", "D", "dt_bias") else t for n, t in arguments.items()}
+    got, gradients = with_gradients(kernels, arguments, plan=plan, dt_softplus=True)
+    wanted, wanted_gradients = with_gradients(kernels, cast, plan=plan, dt_softplus=True)
+    assert torch.equal(got, wanted)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == arguments[name].dtype and torch.equal(gradient, wanted_gradients[name].to(gradient))
+
+
 @pytest.mark.parametrize("regime", ["hydra", "separate"])
 def test_heads_of_a_program_change_no_bit(monkeypatch, regime):
     """They are chosen by length: a sequence alone may have other ones than in a batch."""

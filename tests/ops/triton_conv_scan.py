@@ -29,3 +29,13 @@ def test_calls_seen_before_take_their_own_tensors():
     """Seen once, noted down, done again (triton_replay.py)."""
     for _ in range(interpreter.CALLS):
         cases.has_the_bits_of_two_calls("shared", torch.bfloat16, False, 20)
+
+
+@pytest.mark.skipif(interpreter.INTERPRETING, reason="nothing is repeated in the interpreter")
+def test_launches_are_repeated_by_compiled_code():
+    from linconv.ops.conv_scan import launches
+
+    launches.conv_scan.calls.known.clear()
+    test_calls_seen_before_take_their_own_tensors()
+    repeated = [call for call in launches.conv_scan.calls.known.values() if call is not None]
+    assert repeated and all(call.program is not None for call in repeated)

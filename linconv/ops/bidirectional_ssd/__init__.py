@@ -54,10 +54,11 @@ def bidirectional_ssd(
             x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, diagonal=diagonal,
             seq_lens=seq_lens, cu_seqlens=cu_seqlens, scan=SCANS[backend],
         )  # fmt: skip
-    A, D, dt_bias = arguments.in_math_dtype(x, A, D, dt_bias)
-    return dispatch.operator("bidirectional_ssd", backend)(
-        x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), diagonal, seq_lens, cu_seqlens
-    )
+    A, D, dt_bias = arguments.of_heads(backend, x, A, D, dt_bias)
+    return dispatch.run(
+        "bidirectional_ssd", backend, x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), diagonal,
+        seq_lens, cu_seqlens,
+    )  # fmt: skip
 
 
 def check_diagonal(diagonal):

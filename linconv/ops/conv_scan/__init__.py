@@ -6,17 +6,16 @@ Only the scan reads the convolution's result (x, B and C). It is not kept: the b
 import torch
 
 from linconv.ops import checks, dispatch
-from linconv.ops.autograd import once_differentiable
+from linconv.ops.autograd import call, once_differentiable
 from linconv.ops.bidirectional_ssd import pick as pick_bidirectional_ssd
 from linconv.ops.conv_scan import reference
 from linconv.ops.conv_scan.arguments import checked
 from linconv.ops.conv_scan.layout import Layout
+from linconv.ops.conv_scan.steps import Steps, StepsOnTriton, launched_together
 from linconv.ops.ssd import pick as pick_ssd
-from linconv.ops.ssd.arguments import in_math_dtype, only_present
+from linconv.ops.ssd.arguments import of_heads, only_present
 
 __all__ = ["conv_scan"]
-
-INF = float("inf")
 
 
 def conv_scan(
@@ -62,10 +61,11 @@ def conv_scan(
     kernels = _kernels(layout, xBC, backend)
     if not (_registered and _COMPILED.issuperset(kernels)):
         return reference.conv_scan(layout, *tensors, diagonal, lookahead, seq_lens, backend)
-    A, D, dt_bias = in_math_dtype(xBC, A, D, dt_bias)
-    return torch.ops.linconv.conv_scan(
-        xBC, dt, conv_weight, conv_bias, A, D, dt_bias, dstate, ngroups, diagonal, lookahead, seq_lens, *kernels
-    )
+    A, D, dt_bias = of_heads(kernels[1], xBC, A, D, dt_bias)
+    return call(
+        torch.ops.linconv.conv_scan, xBC, dt, conv_weight, conv_bias, A, D, dt_bias, dstate, ngroups, diagonal,
+        lookahead, seq_lens, *kernels,
+    )  # fmt: skip
 
 
 _COMPILED = {"cpu", "cuda", "triton"}
@@ -80,64 +80,9 @@ def _kernels(layout, xBC, backend):
     return dispatch.pick("short_conv", xBC.device, backend), scan
 
 
-def _scan(layout):
-    return "ssd" if layout.directions == 1 else "bidirectional_ssd"
-
-
-class _Steps:
-    """The two operators of a call with their arguments: runs one after the other, and their gradients."""
-
-    def __init__(self, xBC, dt, conv_weight, conv_bias, A, D, dt_bias, *options):
-        dstate, ngroups, diagonal, lookahead, seq_lens, *self.kernels = options
-        # Checked again for direct calls of the operator: sizes are used here before a kernel checks them.
-        tensors = (xBC, dt, conv_weight, conv_bias, A, D, dt_bias)
-        self.layout, self.per_direction = checked(*tensors, dstate, ngroups, diagonal, lookahead), xBC.dim() == 4
-        if not self.per_direction:  # the convolution's kernels have an axis of directions
-            xBC, conv_weight = xBC[None], conv_weight[None]
-            conv_bias = None if conv_bias is None else conv_bias[None]
-        self.of_conv = (xBC, conv_weight, conv_bias, True, False, lookahead, seq_lens, None)
-        self.dt, self.A, self.of_scan = dt, A, (D, dt_bias, True, 0.0, INF)
-        if self.layout.directions == 1:
-            self.of_scan += (None, seq_lens, None, False)
-        else:
-            self.of_scan += (diagonal, seq_lens, None)
-
-    def operators(self, suffix=""):
-        """Convolution and scan."""
-        names = ("short_conv", _scan(self.layout))
-        return [dispatch.operator(name + suffix, kernel) for name, kernel in zip(names, self.kernels)]
-
-    def scanned(self, convolved):
-        """The arguments of the scan."""
-        x, B, C = self.layout.operands(convolved)
-        return x, self.dt, self.A, B, C, *self.of_scan
-
-    def run(self):
-        if self.kernels == ["triton", "triton"]:
-            xBC, weight, bias, _, _, lookahead, seq_lens, _ = self.of_conv
-            arguments = (xBC, weight, bias, lookahead, seq_lens, self.layout, self.dt, self.A, *self.of_scan)
-            return dispatch.run_triton("linconv.ops.conv_scan.launches", "conv_scan", *arguments)
-        convolve, scan = self.operators()
-        y = scan(*self.scanned(convolve(*self.of_conv)))
-        return y[0] if self.layout.directions == 1 else y
-
-    def gradients(self, dy):
-        """Gradients of the tensor arguments, in order."""
-        convolve, _ = self.operators()
-        convolve_backward, scan_backward = self.operators("_backward")
-        upstream = (dy, None) if self.layout.directions == 1 else (dy,)
-        dx, ddt, dA, dB, dC, dD, ddt_bias, *_ = scan_backward(*upstream, *self.scanned(convolve(*self.of_conv)))
-        dconvolved = self.layout.joined(dx, dB, dC)
-        del dx, dB, dC
-        of_conv = convolve_backward(dconvolved, *self.of_conv)
-        if not self.per_direction:
-            of_conv = [gradient[0] for gradient in of_conv]
-        dxBC, dconv_weight, dconv_bias = of_conv
-        return dxBC, ddt, dconv_weight, dconv_bias, dA, dD, ddt_bias
-
-
 def _run(*inputs):
-    return _Steps(*inputs).run()
+    *arguments, conv, scan = inputs
+    return launched_together("conv_scan", *arguments) if conv == scan == "triton" else Steps(*inputs).run()
 
 
 def _fake(xBC, dt, conv_weight, conv_bias, A, D, dt_bias, dstate, ngroups, *_):
@@ -159,8 +104,9 @@ def _backward(ctx, dy):
 def _gradients(ctx, dy, *saved):
     *tensors, seq_lens = saved
     options, kernels = ctx.options
-    gradients = _Steps(*tensors, *options, seq_lens, *kernels).gradients(dy)
-    return tuple(only_present(gradients, tensors))
+    arguments = *tensors, *options, seq_lens
+    steps = StepsOnTriton(*arguments) if set(kernels) == {"triton"} else Steps(*arguments, *kernels)
+    return tuple(only_present(steps.gradients(dy), tensors))
 
 
 _registered = dispatch.register_composite("conv_scan", _run, fake=_fake, setup_context=_save, backward=_backward)

@@ -4,20 +4,31 @@ Apart they would each look their arguments up and make their memory, and the vie
 short sequences that takes longer than the kernels.
 """
 
-from linconv.ops.bidirectional_ssd.triton import bidirectional_ssd
-from linconv.ops.short_conv.triton import short_conv
-from linconv.ops.ssd.triton import scan_settings, ssd
+from linconv.ops.bidirectional_ssd import triton as bidirectional_ssd
+from linconv.ops.conv_scan.steps import Steps
+from linconv.ops.short_conv import triton as short_conv
+from linconv.ops.ssd import triton as ssd
+from linconv.ops.ssd.triton import scan_settings
 from linconv.ops.triton_replay import replayed
 
-__all__ = ["conv_scan"]
+__all__ = ["conv_scan", "scan_gradients"]
+
+
+class _Launches(Steps):
+    """What Triton's operators launch, and not these operators, each of which would be repeated on its own."""
+
+    def operators(self, suffix=""):
+        modules = dict(short_conv=short_conv, ssd=ssd, bidirectional_ssd=bidirectional_ssd)
+        return [getattr(modules[name], name + suffix).__wrapped__ for name in self.names]
 
 
 @replayed(scan_settings)
-def conv_scan(xBC, weight, bias, lookahead, seq_lens, layout, dt, A, *of_scan):
-    """The result of the scan whose arguments besides x, dt, A, B and C are of_scan; the others are those of
-    ``linconv::short_conv``."""
-    convolved = short_conv.__wrapped__(xBC, weight, bias, True, False, lookahead, seq_lens, None)
-    x, B, C = layout.operands(convolved)
-    if layout.directions == 1:
-        return ssd.__wrapped__(x, dt, A, B, C, *of_scan)[0]
-    return bidirectional_ssd.__wrapped__(x, dt, A, B, C, *of_scan)
+def conv_scan(*arguments):
+    """``linconv::conv_scan``, whose arguments these are but for the backends."""
+    return _Launches(*arguments, "triton", "triton").run()
+
+
+@replayed(scan_settings)
+def scan_gradients(dy, *arguments):
+    """`Steps.scan_gradients`."""
+    return _Launches(*arguments, "triton", "triton").scan_gradients(dy)

@@ -96,7 +96,9 @@ def distillation_terms(
         )
     rows = None if not student else student[0].shape[:-1]
     logit_rows = None if student_logits is None else student_logits.shape[:-1]
-    mse, cosine, kd, _ = dispatch.operator("distillation_loss", backend)(
+    mse, cosine, kd, _ = dispatch.run(
+        "distillation_loss",
+        backend,
         [_three_axes(x) for x in student],
         [_three_axes(x) for x in teacher],
         _mask_of(mask, rows),

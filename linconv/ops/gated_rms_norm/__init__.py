@@ -44,13 +44,12 @@ def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None, ba
     if backend == "reference":
         return reference.gated_rms_norm(x, z, weight, eps=eps, group_size=group_size, seq_lens=seq_lens)
     x, z, weight = reference.directions(x, z, weight)
-    operator = dispatch.operator("gated_rms_norm", backend)
     if len(lead) == 2:  # already as the operator wants them: views cost time, twice that with gradients
-        out = operator(x, z, weight, eps, group_size or d, seq_lens)
+        out = dispatch.run("gated_rms_norm", backend, x, z, weight, eps, group_size or d, seq_lens)
         return out if per_direction else out[0]
     rows = (math.prod(lead[:-1]), lead[-1] if lead else 1)
     x, z = (t.reshape(t.shape[0], *rows, d) for t in (x, z))
-    out = operator(x, z, weight, eps, group_size or d, seq_lens)
+    out = dispatch.run("gated_rms_norm", backend, x, z, weight, eps, group_size or d, seq_lens)
     if not per_direction:
         return out[0].reshape(*lead, d)
     return out.movedim(0, -2).reshape(*lead, 2, d).movedim(-2, 0)

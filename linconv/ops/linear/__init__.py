@@ -5,6 +5,7 @@ import math
 import torch
 
 from linconv.ops import checks, dispatch
+from linconv.ops.autograd import call
 from linconv.ops.linear import reference
 
 __all__ = ["linear"]
@@ -58,7 +59,7 @@ def _check(x, weight, bias, factor):
 
 
 def _linear(x, weight, bias=None, factor=None):
-    return torch.ops.linconv.linear(x, weight, bias, factor)
+    return call(torch.ops.linconv.linear, x, weight, bias, factor)
 
 
 def _fake(x, weight, bias, factor):

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 
 def linear(x, weight, bias=None, *, factor=None):
     """The function of `linconv.ops.linear.linear`, differentiable by torch."""
-    # torch multiplies only equal dtypes: others are promoted to a common one.
     dtypes = [t.dtype for t in (x, weight, bias) if t is not None]
+    if dtypes.count(x.dtype) == len(dtypes) and (bias is None or factor is None):
+        return F.linear(x, weight, bias)
+    # torch multiplies only equal dtypes: others are promoted to a common one.
     common = functools.reduce(torch.promote_types, dtypes)
     given, (weight, bias) = x.to(common), (None if t is None else t.to(common) for t in (weight, bias))
     if bias is None or factor is None:

@@ -10,7 +10,7 @@ import math
 import torch
 
 from linconv.ops import checks, dispatch
-from linconv.ops.autograd import once_differentiable
+from linconv.ops.autograd import call, once_differentiable
 from linconv.ops.linear import linear
 from linconv.ops.linformer import reference
 
@@ -126,9 +126,10 @@ def linformer_self_attention(
     if rewrite and seed is None and _at_once(hidden, (wq, bq, wk, bk, wv, bv, proj_k, proj_v), backend):
         hidden = hidden.contiguous()
         proj_v = None if shared else proj_v
-        return torch.ops.linconv.linformer_self_attention(
-            hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v, num_heads, scale, normalize, seq_lens
-        )
+        return call(
+            torch.ops.linconv.linformer_self_attention, hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v, num_heads,
+            scale, normalize, seq_lens,
+        )  # fmt: skip
     if seq_lens is not None:  # the padding must not affect the gradients of weights
         hidden = hidden.masked_fill(~reference.valid_frames(seq_lens, length)[..., None], 0)
 
@@ -261,14 +262,14 @@ def _project(x, proj, normalize, seq_lens, backend):
     backend = dispatch.pick("linformer_project", x.device, backend)
     if backend == "reference":
         return reference.project(x, proj, normalize=normalize, seq_lens=seq_lens)
-    return dispatch.operator("linformer_project", backend)(x, proj, normalize, seq_lens)
+    return dispatch.run("linformer_project", backend, x, proj, normalize, seq_lens)
 
 
 def _attend(q, k, v, scale, dropout_p, seed, seq_lens, backend):
     backend = dispatch.pick("linformer_attend", q.device, backend)
     if backend == "reference":
         return reference.attend(q, k, v, scale=scale, dropout_p=dropout_p, seed=seed, seq_lens=seq_lens)
-    return dispatch.operator("linformer_attend", backend)(q, k, v, scale, dropout_p, seed, seq_lens)
+    return dispatch.run("linformer_attend", backend, q, k, v, scale, dropout_p, seed, seq_lens)
 
 
 def _empty_frames(x):

@@ -56,9 +56,10 @@ def selective_scan(
         )  # fmt: skip
     else:
         A, D, dt_bias, initial_states = in_math_dtype(x, A, D, dt_bias, initial_states)
-        y, states = dispatch.operator("selective_scan", backend)(
-            x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states, seq_lens, cu_seqlens, reverse
-        )
+        y, states = dispatch.run(
+            "selective_scan", backend, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states, seq_lens, cu_seqlens,
+            reverse,
+        )  # fmt: skip
     return (y, states) if return_final_states else y
 
 

@@ -54,9 +54,9 @@ def short_conv(
             cu_seqlens=cu_seqlens,
         )  # fmt: skip
     bias = None if bias is None else bias[None]
-    return dispatch.operator("short_conv", backend)(
-        x[None], weight[None], bias, activation == "silu", reverse, lookahead, seq_lens, cu_seqlens
-    )[0]
+    silu = activation == "silu"
+    operands = x[None], weight[None], bias, silu, reverse, lookahead, seq_lens, cu_seqlens
+    return dispatch.run("short_conv", backend, *operands)[0]
 
 
 def bidirectional_short_conv(
@@ -92,9 +92,7 @@ def bidirectional_short_conv(
             x, weight, bias, activation=activation, seq_lens=seq_lens, cu_seqlens=cu_seqlens
         )
     x = x if x.dim() == 4 else x[None]
-    return dispatch.operator("short_conv", backend)(
-        x, weight, bias, activation == "silu", False, 0, seq_lens, cu_seqlens
-    )
+    return dispatch.run("short_conv", backend, x, weight, bias, activation == "silu", False, 0, seq_lens, cu_seqlens)
 
 
 def _check(x, weight, bias, activation, lookahead, seq_lens, cu_seqlens):

@@ -63,22 +63,12 @@ def ssd(
             cu_seqlens=cu_seqlens, reverse=reverse, scan=reference.SCANS[backend],
         )  # fmt: skip
     else:
-        A, D, dt_bias, initial_states = arguments.in_math_dtype(x, A, D, dt_bias, initial_states)
-        y, states = dispatch.operator("ssd", backend)(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            dt_bias,
-            dt_softplus,
-            *map(float, dt_limit),
-            initial_states,
-            seq_lens,
-            cu_seqlens,
-            reverse,
-        )
+        (initial_states,) = arguments.in_math_dtype(x, initial_states)
+        A, D, dt_bias = arguments.of_heads(backend, x, A, D, dt_bias)
+        y, states = dispatch.run(
+            "ssd", backend, x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), initial_states, seq_lens,
+            cu_seqlens, reverse,
+        )  # fmt: skip
     if z is not None:
         y = _gated(y, z, seq_lens, x.dtype, reference.gate if backend in reference.SCANS else _Gate.apply)
     return (y, states) if return_final_states else y

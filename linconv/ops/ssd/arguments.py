@@ -103,6 +103,11 @@ def in_math_dtype(x, *tensors):
     return [None if tensor is None else tensor.to(math_dtype(x)) for tensor in tensors]
 
 
+def of_heads(backend: str, x, A, D, dt_bias):
+    """The per-head parameters as a backend's operators take them: Triton's kernels read D and dt_bias of any dtype."""
+    return (*in_math_dtype(x, A), D, dt_bias) if backend == "triton" else in_math_dtype(x, A, D, dt_bias)
+
+
 def new_gradients(*arguments):
     """An empty tensor of each argument's shape; (0,) for an absent one, in the first argument's math dtype."""
     first = arguments[0]

@@ -1,0 +1,83 @@
+"""The two operators that `conv_scan` consists of, with their arguments."""
+
+import functools
+
+from linconv.ops import dispatch
+from linconv.ops.conv_scan.arguments import checked
+
+INF = float("inf")
+
+
+class Steps:
+    """A valid call: runs one operator after the other, and their gradients.
+
+    Args: those of ``linconv::conv_scan``; the last two are the backends of the convolution and of the scan.
+
+    Raises:
+        TypeError, ValueError: as for `conv_scan`. Sizes are used here before a kernel checks them.
+    """
+
+    def __init__(self, xBC, dt, conv_weight, conv_bias, A, D, dt_bias, *options):
+        dstate, ngroups, diagonal, lookahead, seq_lens, *self.kernels = options
+        tensors = (xBC, dt, conv_weight, conv_bias, A, D, dt_bias)
+        self.layout, self.per_direction = checked(*tensors, dstate, ngroups, diagonal, lookahead), xBC.dim() == 4
+        if not self.per_direction:  # the convolution's kernels have an axis of directions
+            xBC, conv_weight = xBC[None], conv_weight[None]
+            conv_bias = None if conv_bias is None else conv_bias[None]
+        self.of_conv = (xBC, conv_weight, conv_bias, True, False, lookahead, seq_lens, None)
+        self.names = "short_conv", "ssd" if self.layout.directions == 1 else "bidirectional_ssd"
+        self.dt, self.A, self.of_scan = dt, A, (D, dt_bias, True, 0.0, INF)
+        if self.layout.directions == 1:
+            self.of_scan += (None, seq_lens, None, False)
+        else:
+            self.of_scan += (diagonal, seq_lens, None)
+
+    def operators(self, suffix=""):
+        """Convolution and scan."""
+        return [dispatch.operator(name + suffix, kernel) for name, kernel in zip(self.names, self.kernels)]
+
+    def scanned(self, convolved):
+        """The arguments of the scan."""
+        x, B, C = self.layout.operands(convolved)
+        return x, self.dt, self.A, B, C, *self.of_scan
+
+    def run(self):
+        convolve, scan = self.operators()
+        y = scan(*self.scanned(convolve(*self.of_conv)))
+        return y[0] if self.layout.directions == 1 else y
+
+    def scan_gradients(self, dy):
+        """Gradients of x, dt, A, B, C, D and dt_bias, in this order; x, B and C are computed again."""
+        convolve, _ = self.operators()
+        _, scan_backward = self.operators("_backward")
+        upstream = (dy, None) if self.layout.directions == 1 else (dy,)
+        return scan_backward(*upstream, *self.scanned(convolve(*self.of_conv)))[:7]
+
+    def gradients(self, dy):
+        """Gradients of the tensor arguments, in order."""
+        convolve_backward, _ = self.operators("_backward")
+        dx, ddt, dA, dB, dC, dD, ddt_bias = self.scan_gradients(dy)
+        dconvolved = self.layout.joined(dx, dB, dC)
+        del dx, dB, dC
+        of_conv = convolve_backward(dconvolved, *self.of_conv)
+        if not self.per_direction:
+            of_conv = [gradient[0] for gradient in of_conv]
+        dxBC, dconv_weight, dconv_bias = of_conv
+        return dxBC, ddt, dconv_weight, dconv_bias, dA, dD, ddt_bias
+
+
+class StepsOnTriton(Steps):
+    """Those whose kernels are all on Triton: their launches are repeated together.
+
+    Args: those of ``linconv::conv_scan``, but for the backends.
+    """
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments, "triton", "triton")
+        self.arguments = arguments
+
+    def scan_gradients(self, dy):
+        return launched_together("scan_gradients", dy, *self.arguments)
+
+
+launched_together = functools.partial(dispatch.run_triton, "linconv.ops.conv_scan.launches")
