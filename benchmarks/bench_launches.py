@@ -33,7 +33,7 @@ from linconv.ops.bidirectional_ssd import triton as bidirectional_ssd
 from linconv.ops.linformer import triton as linformer
 
 BATCH, HEADS, HEADDIM, DSTATE, RANK = 8, 16, 64, 64, 256
-LAYERS, LAYER_FRAMES, LAYER_WIDTH = ("hydra", "bimamba2"), 16, 64
+LAYERS, LAYER_FRAMES, LAYER_WIDTH = ("hydra", "bimamba2", "linformer"), 16, 64
 INF = float("inf")
 FIRST_CALLS = "first-calls"  # this script as its own process, where Triton has compiled nothing yet
 
@@ -114,12 +114,12 @@ def measure_operators(record, stub, length):
 def take_cpu_tensors_for_cuda():
     """Operators choose and launch as on a GPU, products with weights are torch's."""
     pick = dispatch.pick
-    dispatch._problems["triton", False] = None
+    dispatch._triton_problems[False] = None
     dispatch._gpu_problem = lambda index, architectures: None
     triton_replay.repeats = lambda tensor: True
 
     def picked(op, device, backend=None, **options):
-        return "reference" if op == "linear" else pick(op, torch.device("cuda", 0), "triton", **options)
+        return "reference" if op == "linear" else pick(op, torch.device("cuda", 0), backend, **options)
 
     dispatch.pick = picked
 

@@ -95,7 +95,8 @@ _cuda_kernels = _kernels("CUDA") if _cuda_problem is None else frozenset()
 _triton_operators: dict[str, str] = {}  # the module of each operator that has Triton kernels
 _gpu_preference: dict[str, tuple[str, ...]] = {}
 _of_mamba_ssm = ("ssd", "bidirectional_ssd")  # operators for which the package mamba_ssm has kernels
-_problems: dict[tuple[str, bool], str | None] = {}  # with a package, in Triton's interpreter or not
+_interpreting = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton reads once too
+_triton_problems: dict[bool, str | None] = {}  # in its interpreter or not
 _warned: set[str] = set()
 
 
@@ -121,7 +122,9 @@ def _triton_problem() -> str | None:
     """Why no Triton kernel can run, or None."""
     if not _triton_operators:
         return "this version has no Triton kernels" if _cpu_problem is None else _cpu_problem
-    return _problem_with("triton")
+    if interpreting() not in _triton_problems:  # each call asks. functools.cache causes warnings in torch.compile.
+        _triton_problems[interpreting()] = _problem_with("triton")
+    return _triton_problems[interpreting()]
 
 
 def _mamba_ssm_problem() -> str | None:
@@ -131,15 +134,11 @@ def _mamba_ssm_problem() -> str | None:
 
 def _problem_with(package: str) -> str | None:
     """Why the Triton kernels of a package cannot run, or None."""
-    asked = package, interpreting()
-    if asked not in _problems:  # each call of an operator asks. functools.cache causes warnings in torch.compile.
-        problem = None
-        if importlib.util.find_spec(package) is None:
-            problem = f"{package} is not installed"
-        elif not (torch.cuda.is_available() or interpreting()):
-            problem = "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
-        _problems[asked] = problem
-    return _problems[asked]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if not (torch.cuda.is_available() or interpreting()):
+        return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return None
 
 
 @functools.cache
@@ -166,7 +165,7 @@ def _runs_on(have: int, architecture: str, kind: str) -> bool:
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors: only for checks of their results."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _interpreting
 
 
 def register(op, *, fake, setup_context, backward, fake_backward=None, triton=None, prefer=("cuda", "triton")) -> None:

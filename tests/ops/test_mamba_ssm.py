@@ -7,6 +7,7 @@ import torch
 from scan_cases import REGIMES, scan_arguments, split
 
 from linconv import ops
+from linconv.ops import dispatch
 
 PACKAGE = """
 from linconv.ops.ssd.reference import recurrence
@@ -26,7 +27,7 @@ def package(tmp_path, monkeypatch):
     (folder / "ssd_combined.py").write_text(PACKAGE)
     (tmp_path / "mamba_ssm" / "__init__.py").write_text("import an_extension_that_is_not_there")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "interpreting", lambda: True)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
         del sys.modules[name]
@@ -56,6 +57,6 @@ def test_it_says_why_it_cannot_run(package, monkeypatch):
     with pytest.raises(ValueError, match="mamba_ssm has no short_conv"):
         ops.short_conv(x, torch.randn(4, 3), backend="mamba_ssm")
     assert ops.backends()["mamba_ssm"] == "available"
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     if not torch.cuda.is_available():
         assert "no CUDA device" in ops.backends()["mamba_ssm"]

@@ -47,13 +47,9 @@ def linformer_attention(
 
     Source: arXiv 2006.04768, section 4, eq. 7.
     """
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        checks.floating_tensor(name, value)
-        checks.like(name, value, "q", q)
-        checks.shape(name, value, tuple(q.shape) if q.dim() == 4 else (None,) * 4, "(batch, heads, L, headdim)")
-    batch, heads, length, headdim = q.shape
-    proj_k, proj_v = _projections(proj_k, proj_v, heads, length, q)
-    _check_columns("headdim", headdim)
+    _check(q, k, v, proj_k, proj_v)
+    batch, _, length, headdim = q.shape
+    proj_k, proj_v = _per_head(proj_k, proj_v)
     checks.sequence_bounds(seq_lens, None, batch, length, q.device)
     checks.flag("normalize", normalize)
     scale = _scale(scale, headdim)
@@ -88,28 +84,11 @@ def linformer_self_attention(
     On CPU, a padded row gives the same bits as it gives alone in the same order of operations. Elsewhere torch
     computes the products with weights, whose last bits depend on the number of rows.
     """
-    checks.floating_tensor("hidden", hidden)
-    checks.shape("hidden", hidden, (None, None, None), "(batch, L, d)")
-    batch, length, d = hidden.shape
-    if d < 1:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, wanted (batch, L, d) with d from 1 up")
-    if not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"num_heads is {num_heads!r}, wanted an integer from 1 up")
-    for name, weight, bias in (("q", wq, bq), ("k", wk, bk), ("v", wv, bv)):
-        checks.floating_tensor(f"w{name}", weight)
-        checks.like(f"w{name}", weight, "hidden", hidden)
-        width = wq.shape[0] if wq.dim() == 2 else None
-        checks.shape(f"w{name}", weight, (width, d), "(num_heads * headdim, d)")
-        if bias is not None:
-            checks.floating_tensor(f"b{name}", bias)
-            checks.like(f"b{name}", bias, "hidden", hidden)
-            checks.shape(f"b{name}", bias, (width,), "(num_heads * headdim,)")
-    if width % num_heads:
-        raise ValueError(f"num_heads is {num_heads}, wanted a divisor of the {width} rows of wq")
+    _check_self(hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v, num_heads)
+    (batch, length, d), width = hidden.shape, wq.shape[0]
     headdim = width // num_heads
     shared = proj_v is None
-    proj_k, proj_v = _projections(proj_k, proj_v, num_heads, length, hidden)
-    _check_columns("headdim", headdim)
+    proj_k, proj_v = _per_head(proj_k, proj_v)
     checks.sequence_bounds(seq_lens, None, batch, length, hidden.device)
     per_head = proj_k.shape[0] > 1 or proj_v.shape[0] > 1
     if rewrite is not None:
@@ -216,9 +195,43 @@ def _rounds_sums(hidden, weight):
 # ---- Checks
 
 
-def _projections(proj_k, proj_v, heads, length, like):
-    """proj_k and proj_v as (1 or heads, Lmax, r)."""
-    found = []
+@checks.remembered
+def _check(q, k, v, proj_k, proj_v):
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        checks.floating_tensor(name, value)
+        checks.like(name, value, "q", q)
+        checks.shape(name, value, tuple(q.shape) if q.dim() == 4 else (None,) * 4, "(batch, heads, L, headdim)")
+    _, heads, length, headdim = q.shape
+    _check_projections(proj_k, proj_v, heads, length, q)
+    _check_columns("headdim", headdim)
+
+
+@checks.remembered
+def _check_self(hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v, num_heads):
+    checks.floating_tensor("hidden", hidden)
+    checks.shape("hidden", hidden, (None, None, None), "(batch, L, d)")
+    _, length, d = hidden.shape
+    if d < 1:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, wanted (batch, L, d) with d from 1 up")
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads is {num_heads!r}, wanted an integer from 1 up")
+    for name, weight, bias in (("q", wq, bq), ("k", wk, bk), ("v", wv, bv)):
+        checks.floating_tensor(f"w{name}", weight)
+        checks.like(f"w{name}", weight, "hidden", hidden)
+        width = wq.shape[0] if wq.dim() == 2 else None
+        checks.shape(f"w{name}", weight, (width, d), "(num_heads * headdim, d)")
+        if bias is not None:
+            checks.floating_tensor(f"b{name}", bias)
+            checks.like(f"b{name}", bias, "hidden", hidden)
+            checks.shape(f"b{name}", bias, (width,), "(num_heads * headdim,)")
+    if width % num_heads:
+        raise ValueError(f"num_heads is {num_heads}, wanted a divisor of the {width} rows of wq")
+    _check_projections(proj_k, proj_v, num_heads, length, hidden)
+    _check_columns("headdim", width // num_heads)
+
+
+def _check_projections(proj_k, proj_v, heads, length, like):
+    ranks = []
     for name, proj in (("proj_k", proj_k), ("proj_v", proj_k if proj_v is None else proj_v)):
         checks.floating_tensor(name, proj)
         checks.like(name, proj, "q", like)
@@ -228,10 +241,17 @@ def _projections(proj_k, proj_v, heads, length, like):
             raise ValueError(f"{name} has Lmax = {proj.shape[-2]} frames, wanted at least L = {length}")
         if not 1 <= proj.shape[-1] <= MOST_RANKS:
             raise ValueError(f"{name} has r = {proj.shape[-1]}, wanted 1 to {MOST_RANKS}")
-        found.append(proj if proj.dim() == 3 else proj[None])
-    if found[0].shape[-1] != found[1].shape[-1]:
-        raise ValueError(f"proj_v has r = {found[1].shape[-1]}, wanted {found[0].shape[-1]} as proj_k")
-    return found
+        ranks.append(proj.shape[-1])
+    if ranks[0] != ranks[1]:
+        raise ValueError(f"proj_v has r = {ranks[1]}, wanted {ranks[0]} as proj_k")
+
+
+def _per_head(proj_k, proj_v):
+    """Both as (1 or heads, Lmax, r)."""
+    proj_k = proj_k if proj_k.dim() == 3 else proj_k[None]
+    if proj_v is None:
+        return proj_k, proj_k
+    return proj_k, proj_v if proj_v.dim() == 3 else proj_v[None]
 
 
 def _check_columns(name, columns):
