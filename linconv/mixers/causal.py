@@ -22,6 +22,12 @@ class MambaState:
     ssm: torch.Tensor
 
 
+def check_state(state) -> None:
+    """Raise TypeError if ``state`` is not a `MambaState`."""
+    if not isinstance(state, MambaState):
+        raise TypeError(f"state is {type(state).__name__}, wanted a MambaState, from new_state(batch)")
+
+
 class CausalConv(Weights, nn.Conv1d):
     """Holds the weights of a short convolution as mamba_ssm does, in a torch.nn.Conv1d with one channel per group."""
 
@@ -46,6 +52,7 @@ class CausalMixer:
         weight, bias = self.conv1d()
         if state is None:
             return ops.short_conv(x, weight, bias, seq_lens=seq_lens)
+        check_state(state)
         past, length = self.d_conv - 1, x.shape[1]
         checks.shape("state.conv", state.conv, (x.shape[0], past, x.shape[2]), "(batch, d_conv - 1, channels)")
         x = torch.cat((state.conv.to(x.dtype), x), dim=1)  # (b, past + L, channels)
@@ -77,8 +84,9 @@ class CausalMixer:
         """Process one more frame, (batch, d_model) to (batch, d_model), and update ``state``.
 
         Raises:
-            TypeError, ValueError: hidden_states has a wrong type or shape.
+            TypeError, ValueError: hidden_states has a wrong type or shape, or state is no `MambaState` of this batch.
         """
+        check_state(state)
         checks.floating_tensor("hidden_states", hidden_states)
         checks.shape("hidden_states", hidden_states, (None, self.d_model), "(batch, d_model)")
         return self(hidden_states[:, None], state=state)[:, 0]

@@ -656,6 +656,16 @@ def test_a_batch_that_no_state_has_is_named(name, batch, error, wanted):
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_what_is_no_state_is_named(name):
+    mixer = mixers.get(name)(16, **({"d_state": 4} if name == "mamba" else SMALL))
+    for state in ({}, (torch.zeros(1), torch.zeros(1)), None):
+        with pytest.raises(TypeError, match=f"state is {type(state).__name__}, wanted a MambaState"):
+            mixer.step(torch.randn(1, 16), state)
+    with pytest.raises(TypeError, match="state is dict, wanted a MambaState"):
+        mixer(torch.randn(1, 3, 16), state={})
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
 def test_a_state_of_another_batch_is_named(name):
     mixer = mixers.get(name)(16, **({"d_state": 4} if name == "mamba" else SMALL))
     wanted = r"state.conv has shape \(2, 3, \d+\), wanted \(batch, d_conv - 1, channels\) = \(3, 3, \d+\)"

@@ -3,7 +3,7 @@
 Forward is a projection each of keys and values, cut into splits of the frames whose sums a second launch adds in order,
 and one launch of attention: a tile of queries passes once over the r keys, which all its neighbours read too and which
 stay in the L2 cache. Backward of attention recomputes the weights: one launch for dq and each query's normaliser, one
-for the parts of dk and dv, one for their sums. Nothing is read back to the host.
+for the parts of dk and dv, two for their sums. Nothing is read back to the host.
 """
 
 import functools

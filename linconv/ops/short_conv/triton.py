@@ -36,8 +36,8 @@ class Tile:
 
 
 def choose_tile(width: int, together: int, math: torch.dtype, gradient: bool) -> Tile:
-    """The committed table, of every GPU: on an H200 the fastest of what benchmarks/tune_gpu_tiles.py tries, in bfloat16
-    and for directions that are a program each; else what registers have room for.
+    """The committed table, of every GPU: on an H200 the fastest of what benchmarks/tune_gpu_tiles.py tries, or within
+    4 % of it, in bfloat16 and for directions that are a program each; else what registers have room for.
 
     Args:
         width: of the filter.

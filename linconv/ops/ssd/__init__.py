@@ -18,7 +18,8 @@ def ssd(
         h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T,    y_t = C_t h_t + D x_t
 
     with dt = clamp(softplus(dt + dt_bias), dt_limit). Arithmetic is in fp32 (fp64 for fp64 arguments), whatever the
-    arguments' dtypes. Gradients flow to every floating-point argument.
+    arguments' dtypes, but for factors of matrix products on GPUs (docs/ops.md). Gradients flow to every floating-point
+    argument.
 
     Args:
         x: (batch, L, heads, headdim), headdim 1 to 256; fp32, bf16, fp16 or fp64, any strides, any L.

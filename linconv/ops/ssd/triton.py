@@ -2,12 +2,12 @@
 
 The states that enter each chunk are found by one of two plans, each of two launches. Chunk-parallel: what each chunk
 adds to the state, then the states from chunk to chunk. In sweeps, where those fill the GPU: the decays of each chunk,
-then a sweep over the chunks of each sequence, head and direction with the state in registers, so that states go to
-memory once and not three times. Forward is three launches, the last one that of the outputs. Backward saves nothing but
-its inputs: states and their gradients (two launches); the gradients of B and C; dx, by the kernel of the outputs, in
-the memory where states were; the gradient of dt; sums of what chunks, heads or directions share. Nothing else runs on
-the device in between, nothing is read back to the host, and in one plan no result depends on the batch that a sequence
-stands in.
+then a sweep over the chunks of each sequence, head and direction with the state in registers, so that states are
+written and read once and not twice. Forward is three launches, the last one that of the outputs. Backward saves
+nothing but its inputs: states and their gradients (two launches); the gradients of B and C; dx, by the kernel of the
+outputs, in the memory where states were; the gradient of dt; sums of what chunks, heads or directions share. Nothing
+else runs on the device in between, nothing is read back to the host, and in one plan no result depends on the batch
+that a sequence stands in.
 """
 
 import functools

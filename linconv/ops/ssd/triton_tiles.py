@@ -51,9 +51,9 @@ class Tiles:
 
 
 # By what products are taken in and the major compute capability; other GPUs do as the oldest. Columns are as many at
-# most. ("bf16", 9) is the fastest of what benchmarks/tune_gpu_scan.py tried on an H200. No GPU has told how fast the
-# others are: in bfloat16 the nearest to it, else the largest, of those tried that spill no registers in what
-# ``shipped()`` lists.
+# most. ("bf16", 9) is the fastest of what benchmarks/tune_gpu_scan.py tried on an H200, but for dx at dstate 128, whose
+# fastest spills with Triton 3.9. No GPU has told how fast the others are: in bfloat16 the nearest to it, else the
+# largest, of those tried that spill no registers in what ``shipped()`` lists.
 TILES = {
     ("bf16", 8): Tiles(
         chunk=64, rows=64, block_p=64, block_n=32, state_p=64, state_n=64, sweep_p=32, warps=4,
@@ -153,7 +153,7 @@ PROGRAM_IN_HEADS = 2
 
 PLANS = ("chunks", "sweeps")
 # Programs for each multiprocessor, by major compute capability, from which on sweeps are taken: for Hopper as
-# benchmarks/bench_gpu_scan.py tells of an H200, for others taken to be the same. Others do as the newest.
+# benchmarks/tune_gpu_scan.py told of an H200, for others taken to be the same. Others do as the newest.
 PROGRAMS_TO_SWEEP = {8: 0.6, 9: 0.6, 10: 0.6}
 
 
