@@ -61,9 +61,14 @@ STABLE_TORCH_LIBRARY(linconv, m) {
 
   // short_conv, and ssd or bidirectional_ssd of what it makes, by the backends that are named. Made of these in Python, for
   // every device.
-  m.def(
-      "conv_scan(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor? D, Tensor? dt_bias, "
-      "int dstate, int ngroups, str diagonal, int lookahead, Tensor? seq_lens, str conv, str scan) -> Tensor");
+#define CONV_SCAN_ARGUMENTS                                                                                             \
+  "Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor? D, Tensor? dt_bias, int dstate, "     \
+  "int ngroups, str diagonal, int lookahead, Tensor? seq_lens, str conv, str scan"
+  m.def("conv_scan(" CONV_SCAN_ARGUMENTS ") -> Tensor");
+  // The scan's gradients, those of x, dt, A, B, C, D and dt_bias, of which x, B and C are what the convolution makes.
+  m.def("conv_scan_gradients(Tensor dy, " CONV_SCAN_ARGUMENTS
+        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+#undef CONV_SCAN_ARGUMENTS
 
   // student, teacher: a hidden state (batch, L, d) a layer; logits (batch, L, classes); masks bool (batch, L) or lengths
   // (batch,) -> mean squared error and mean cosine (layers,), KL (1,), and what is known of each row of logits, float64.

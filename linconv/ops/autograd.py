@@ -84,7 +84,8 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
 def call(operator: Callable, *inputs):
     """``operator(*inputs)``, which without gradients skips the autograd formula: Python that would only call it."""
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", -1) >= 0
-    if plain or _below is None or torch._C._functorch.maybe_current_level() is not None:
+    plain = plain or _below is None or torch._C._functorch.maybe_current_level() is not None
+    if plain or torch.overrides.has_torch_function(inputs):  # whose handlers may enable gradients
         return operator(*inputs)
     with _below():
         return operator(*inputs)

@@ -95,7 +95,7 @@ _cuda_kernels = _kernels("CUDA") if _cuda_problem is None else frozenset()
 _triton_operators: dict[str, str] = {}  # the module of each operator that has Triton kernels
 _gpu_preference: dict[str, tuple[str, ...]] = {}
 _of_mamba_ssm = ("ssd", "bidirectional_ssd")  # operators for which the package mamba_ssm has kernels
-_interpreting = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton reads once too
+_interpreting = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are imported, later
 _triton_problems: dict[bool, str | None] = {}  # in its interpreter or not
 _warned: set[str] = set()
 
@@ -122,7 +122,9 @@ def _triton_problem() -> str | None:
     """Why no Triton kernel can run, or None."""
     if not _triton_operators:
         return "this version has no Triton kernels" if _cpu_problem is None else _cpu_problem
-    if interpreting() not in _triton_problems:  # each call asks. functools.cache causes warnings in torch.compile.
+    if torch.compiler.is_compiling():  # a guard on what is known would be broken by the first call
+        return _problem_with("triton")
+    if interpreting() not in _triton_problems:  # each call asks
         _triton_problems[interpreting()] = _problem_with("triton")
     return _triton_problems[interpreting()]
 
@@ -204,11 +206,12 @@ def register(op, *, fake, setup_context, backward, fake_backward=None, triton=No
         register_autograd(name, with_operator, setup_context)
 
 
-def register_composite(op, run, *, fake, setup_context, backward) -> bool:
+def register_composite(op, run, *, fake, setup_context=None, backward=None) -> bool:
     """Register ``linconv::<op>`` with torch, an operator composed of others on every device.
 
     Args:
-        op, fake, setup_context, backward: as for :func:`register`; there is no ``ctx.backward_operator``.
+        op, fake, setup_context, backward: as for :func:`register`; there is no ``ctx.backward_operator``. Without a
+            formula the operator has no gradients.
         run: its implementation.
 
     Returns:
@@ -218,7 +221,8 @@ def register_composite(op, run, *, fake, setup_context, backward) -> bool:
         return False
     torch.library.impl(f"linconv::{op}", "CompositeExplicitAutograd", run)
     torch.library.register_fake(f"linconv::{op}", fake)
-    register_autograd(op, backward, setup_context)
+    if backward is not None:
+        register_autograd(op, backward, setup_context)
     return True
 
 

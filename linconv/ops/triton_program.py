@@ -14,7 +14,6 @@ csrc/common/launches.cpp runs it.
 import array
 import ctypes
 import functools
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,7 +27,9 @@ __all__ = ["Address", "Launch", "Program"]
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: a thread that has not used the GPU yet
 # Bytes of a kernel's parameter by its type.
 SIZES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8}
-FLOATS = {"fp32": ("<f", 4), "f32": ("<f", 4), "fp64": ("<d", 8)}
+FLOATS = {"fp32": ctypes.c_float, "f32": ctypes.c_float, "fp64": ctypes.c_double}
+MOST_PARAMETERS = 128  # of linconv_launch
+MOST_SHARED_MEMORY = 228 * 1024  # bytes, above which Triton's launcher asks for more in a way of its own
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,14 @@ def _words(launch: Launch, cuda: _Cuda) -> list[int] | None:
     needs = ("global_scratch_size", "profile_scratch_size", "tensordesc_meta")
     if any(getattr(metadata, n, v) != v for n, v in special) or any(getattr(metadata, n, None) for n in needs):
         return None
+    if metadata.shared > MOST_SHARED_MEMORY:
+        return None
     arguments = list(_flat(compiled.src.signature.values(), launch.values))
     sizes = [_size(type_) for type_, _ in arguments]
     found = cuda.parameter_sizes(compiled.function)
     # Behind a kernel's own parameters Triton has pointers to scratch memory, null here.
     scratch = len(found) - len(sizes)
-    if not 0 <= scratch <= 2 or found != sizes + [8] * scratch:
+    if not 0 <= scratch <= 2 or found != sizes + [8] * scratch or len(found) > MOST_PARAMETERS:
         return None
     parameters = [_word(*argument) for argument in arguments] + [0] * scratch
     addresses = [(i, value.start) for i, (_, value) in enumerate(arguments) if isinstance(value, Address)]
@@ -162,12 +165,12 @@ def _flat(types, values) -> Iterator[tuple]:
 def _size(type_: str) -> int | None:
     if type_[0] == "*":
         return 8
-    return FLOATS[type_][1] if type_ in FLOATS else SIZES.get(type_)
+    return ctypes.sizeof(FLOATS[type_]) if type_ in FLOATS else SIZES.get(type_)
 
 
 def _word(type_: str, value) -> int:
     if isinstance(value, Address):
         return value.offset
     if type_ in FLOATS:
-        return int.from_bytes(struct.pack(FLOATS[type_][0], value), "little")
+        return int.from_bytes(bytes(FLOATS[type_](value)), "little")  # beyond its range infinity, as in C
     return (value or 0) % 2**64  # None: a null pointer

@@ -2,8 +2,8 @@
 
 Between the call of an operator and its first kernel stand sizes, strides, tiles, grids and what Triton looks up by
 them: for a few seconds of speech far more time than the kernels' floor. All of it depends on the arguments' shapes,
-strides, dtypes and alignment alone. So a call that has been seen before is noted down, and from then on only memory is
-made and addresses are filled in.
+strides, dtypes and alignment alone. So a call is noted down, and for arguments alike only memory is made from then on
+and addresses are filled in.
 """
 
 import functools
@@ -58,7 +58,7 @@ class Calls:
 
     def __init__(self, function):
         self.function = function
-        self.known: dict[tuple, _Call | None] = {}  # None: seen once. Most lengths of speech are not seen twice.
+        self.known: dict[tuple, _Call | None] = {}  # None: not to be repeated
         self.lock = threading.Lock()
 
     def __call__(self, settings: tuple, arguments: tuple):
@@ -66,19 +66,17 @@ class Calls:
         call = self.known.get(key)
         if call is not None:
             return call(arguments)
-        if key not in self.known:
-            with self.lock:  # forward and backward passes may be in threads of their own
-                while len(self.known) >= MOST_CALLS:
-                    del self.known[next(iter(self.known))]
-                self.known[key] = None
+        if key in self.known:
             return self.function(*arguments)
+        # The first time: a length of speech may not come again, but the layers of a model are called alike.
         recording = _Recording(arguments)
         with recording:
             results = self.function(*recording.arguments)
-        if recording.certain:
-            call = recording.call(results)
-            with self.lock:
-                self.known[key] = call
+        call = recording.call(results) if recording.certain else None
+        with self.lock:  # forward and backward passes may be in threads of their own
+            while len(self.known) >= MOST_CALLS:
+                del self.known[next(iter(self.known))]
+            self.known[key] = call
         return results
 
 
@@ -101,6 +99,7 @@ class _Recording:
         for i in self.number.values():
             self.starting.setdefault(_start(self.arguments[i]), []).append(i)
         self.made: list[torch.Tensor] = []
+        self.memory: dict = {}  # the numbers of those
         self.certain = True  # which argument each view is of
         self.launches: list[Launch] = []  # addresses from a tensor: an argument, then one that was made, by number
 
@@ -111,6 +110,7 @@ class _Recording:
         listener.current = None
 
     def on_empty(self, tensor: torch.Tensor) -> None:
+        self.memory.setdefault(_memory(tensor), len(self.made))
         self.made.append(tensor)
 
     def on_launch(self, kernel, grid: tuple, arguments: dict, compiled) -> None:
@@ -130,13 +130,9 @@ class _Recording:
         return Address(len(self.arguments) + made, tensor.data_ptr() - self.made[made].data_ptr())
 
     def _made(self, tensor: torch.Tensor) -> int:
-        def identity(x):  # tensors without elements have no address: any of them will do
-            return x.untyped_storage().data_ptr() or x.dtype
-
-        for i, memory in enumerate(self.made):
-            if memory is tensor or identity(memory) == identity(tensor):
-                return i
-        raise RuntimeError("a replayed function used a tensor that is neither an argument nor made by empty()")
+        if (number := self.memory.get(_memory(tensor))) is None:
+            raise RuntimeError("a replayed function used a tensor that is neither an argument nor made by empty()")
+        return number
 
     def call(self, results) -> "_Call":
         several = isinstance(results, tuple)
@@ -200,6 +196,11 @@ class _Call:
                 launch(*values)
         results = [None if r is None else _seen(own[r[0]], r[1]) for r in self.returned]
         return tuple(results) if self.several else results[0]
+
+
+def _memory(tensor: torch.Tensor):
+    """What two tensors in the same memory have in common; without elements there is no address, and any will do."""
+    return tensor.untyped_storage().data_ptr() or tensor.dtype
 
 
 def _start(tensor: torch.Tensor) -> tuple[int, int]:

@@ -119,7 +119,7 @@ def small_scan_tiles(monkeypatch):
 
 
 SCAN_PLANS = ("chunks", "sweeps")
-CALLS = 2 if INTERPRETING else 4  # of an operator with arguments alike, which a GPU does again from the third on
+CALLS = 2 if INTERPRETING else 3  # of an operator with arguments alike, which a GPU repeats from the second on
 
 
 def by_plan(plan):

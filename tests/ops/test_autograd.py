@@ -97,6 +97,22 @@ def test_a_call_without_gradients_skips_the_formula():
                 transform(function, (a,), (a,))
 
 
+def test_a_call_without_gradients_leaves_it_to_handlers_to_enable_them():
+    operator = define("_test_autograd_handled")
+    autograd.register_autograd("_test_autograd_handled", backward, save)
+
+    class Enabling(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            with torch.enable_grad():
+                return function(*args, **(kwargs or {}))
+
+    a = torch.ones(2, requires_grad=True)
+    with torch.no_grad():
+        assert not autograd.call(operator, a, [a], 2.0, None)[0].requires_grad
+        with Enabling():
+            assert autograd.call(operator, a, [a], 2.0, None)[0].requires_grad
+
+
 def test_forward_mode_is_refused():
     """Below autograd a tangent would be lost, and the derivative be zero."""
     operator = define("with_tangent")

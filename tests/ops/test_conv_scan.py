@@ -277,15 +277,26 @@ def test_strides(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gradcheck_and_opcheck(form):
+def test_gradcheck(form):
     tensors, options = arguments(form, batch=1, length=5, headdim=2, dstate=2)
     tensors = [t.requires_grad_() for t in tensors]
     seq_lens = torch.tensor([4])
     torch.autograd.gradcheck(lambda *t: conv_scan(*t, **options, seq_lens=seq_lens, backend=here()), tensors)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form):
+    tensors, options = arguments(form, batch=1, length=5, headdim=2, dstate=2)
+    tensors = [t.requires_grad_() for t in tensors]
+    seq_lens = torch.tensor([4])
     rest = (2, 1, options["diagonal"], options["lookahead"])
     op = torch.ops.linconv.conv_scan.default
     torch.library.opcheck(op, (*tensors, *rest, seq_lens, here(), here()))
     torch.library.opcheck(op, (*tensors[:3], None, tensors[4], None, None, *rest, None, here(), here()))
+    op, tensors = torch.ops.linconv.conv_scan_gradients.default, [t.detach() for t in tensors]
+    upstream = result_like(tensors, options)
+    torch.library.opcheck(op, (upstream, *tensors, *rest, seq_lens, here(), here()))
+    torch.library.opcheck(op, (upstream, *tensors[:3], None, tensors[4], None, None, *rest, None, here(), here()))
 
 
 @pytest.mark.parametrize(
@@ -369,6 +380,21 @@ def test_batched_gradients(form):
     for at, one in enumerate(upstream):
         alone = torch.autograd.grad(y, tensors, one, retain_graph=True)
         torch.testing.assert_close([t[at] for t in together], list(alone))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_that_only_say_that_they_are_negative(form):
+    """As torch's views of conjugated complex numbers do; a kernel has to get the values themselves."""
+    tensors, options = arguments(form)
+    tensors = [t.requires_grad_() for t in tensors]
+    y = conv_scan(*tensors, **options, backend=here())
+    upstream = torch.randn(y.shape, dtype=torch.complex128)
+    given = []
+    y.register_hook(lambda gradient: given.append(gradient.is_neg()))
+    values = torch.complex(torch.ones_like(y), y).conj()
+    found = torch.autograd.grad((values * upstream).imag.sum(), tensors, retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(y, tensors, -upstream.real))
+    assert given == [True, False]
 
 
 @pytest.mark.parametrize("form", FORMS)

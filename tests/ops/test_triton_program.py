@@ -113,6 +113,7 @@ def test_scratch_parameters_may_be_absent(stub):
         dict(global_scratch_size=128),
         dict(profile_scratch_size=128),
         dict(tensordesc_meta=[{}]),
+        dict(shared=229 * 1024),
         dict(signature={**SIGNATURE, "eps": "bf16"}),
         dict(sizes=SIZES[:-1]),
         dict(sizes=[*SIZES, 8, 8, 8]),
@@ -160,13 +161,23 @@ def test_an_error_of_the_driver_is_raised(stub):
         program.run([0, 0], device=0)
 
 
-def test_too_many_parameters_are_an_error_of_the_call(stub):
+def test_more_parameters_than_there_is_room_for(stub, monkeypatch):
+    """They are left to Triton, and compiled code does not write beyond its memory."""
     signature = {f"x{i}": "i32" for i in range(129)}
     launch = a_launch(stub, sizes=[4] * 129, signature=signature)
-    program = Program.of([Launch(launch.compiled, launch.grid, [1] * 129)])
+    launch = Launch(launch.compiled, launch.grid, [1] * 129)
+    assert Program.of([launch]) is None
+    monkeypatch.setattr(triton_program, "MOST_PARAMETERS", 129)
     with pytest.raises(RuntimeError, match="CUDA error 1"):
-        program.run([0], device=0)
+        Program.of([launch]).run([0], device=0)
     assert not stub.launches()
+
+
+def test_floats_beyond_the_range_of_a_parameter_are_infinite(stub):
+    launch = a_launch(stub)
+    launch.values[4] = 1e39
+    assert Program.of([launch]).run([0, 0], device=0)
+    assert stub.launches()[11 + 5] == 0x7F800000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and another driver")

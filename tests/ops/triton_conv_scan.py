@@ -7,6 +7,9 @@ import torch
 from interpreter import triton  # noqa: F401
 from test_conv_scan import FORMS
 
+from linconv import ops
+from linconv.ops import dispatch
+
 
 @pytest.mark.parametrize("length, padded", [(11, False), (11, True), (1, False), (0, True)])
 @pytest.mark.parametrize("form", FORMS)
@@ -25,6 +28,19 @@ def test_padded_is_alone(form):
     cases.padded_is_alone(form, torch.bfloat16, [0, 3, 17], 18)
 
 
+@pytest.mark.parametrize(
+    "test",
+    [
+        cases.test_opcheck,
+        cases.test_compile_and_checkpoint,
+        cases.test_batched_gradients,
+        cases.test_gradients_that_only_say_that_they_are_negative,
+    ],
+)
+def test_what_torch_asks_of_an_operator(test):
+    test("shared")
+
+
 def test_calls_seen_before_take_their_own_tensors():
     """Seen once, noted down, done again (triton_replay.py)."""
     for _ in range(interpreter.CALLS):
@@ -39,3 +55,13 @@ def test_launches_are_repeated_by_compiled_code():
     test_calls_seen_before_take_their_own_tensors()
     repeated = [call for call in launches.conv_scan.calls.known.values() if call is not None]
     assert repeated and all(call.program is not None for call in repeated)
+
+
+def test_a_first_call_is_compiled_once(monkeypatch):
+    """Although it is the first to ask whether Triton can run."""
+    tensors, options = cases.arguments("shared", dtype=torch.float32)
+    monkeypatch.setattr(dispatch, "_triton_problems", {})
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    compiled = torch.compile(lambda *t: ops.conv_scan(*t, **options, backend="triton"), backend="eager", fullgraph=True)
+    for _ in range(2):
+        compiled(*tensors)

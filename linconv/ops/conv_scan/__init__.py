@@ -3,6 +3,8 @@
 Only the scan reads the convolution's result (x, B and C). It is not kept: the backward pass recomputes it.
 """
 
+import functools
+
 import torch
 
 from linconv.ops import checks, dispatch
@@ -11,9 +13,9 @@ from linconv.ops.bidirectional_ssd import pick as pick_bidirectional_ssd
 from linconv.ops.conv_scan import reference
 from linconv.ops.conv_scan.arguments import checked
 from linconv.ops.conv_scan.layout import Layout
-from linconv.ops.conv_scan.steps import Steps, StepsOnTriton, launched_together
+from linconv.ops.conv_scan.steps import Steps, StepsOnTriton
 from linconv.ops.ssd import pick as pick_ssd
-from linconv.ops.ssd.arguments import of_heads, only_present
+from linconv.ops.ssd.arguments import new_gradients, of_heads, only_present
 
 __all__ = ["conv_scan"]
 
@@ -82,12 +84,28 @@ def _kernels(layout, xBC, backend):
 
 def _run(*inputs):
     *arguments, conv, scan = inputs
-    return launched_together("conv_scan", *arguments) if conv == scan == "triton" else Steps(*inputs).run()
+    return _launched("conv_scan", *arguments) if conv == scan == "triton" else Steps(*inputs).run()
+
+
+def _run_gradients(dy, *inputs):
+    *arguments, conv, scan = inputs
+    if conv == scan == "triton":
+        return _launched("scan_gradients", dy, *arguments)
+    return Steps(*inputs).scan_gradients(dy)
+
+
+_launched = functools.partial(dispatch.run_triton, "linconv.ops.conv_scan.launches")
 
 
 def _fake(xBC, dt, conv_weight, conv_bias, A, D, dt_bias, dstate, ngroups, *_):
     layout = Layout.of(xBC, dt, ngroups, dstate)
     return xBC.new_empty(*xBC.shape[:-1], layout.heads, layout.headdim)
+
+
+def _fake_gradients(dy, xBC, dt, conv_weight, conv_bias, A, D, dt_bias, dstate, ngroups, *_):
+    layout = Layout.of(xBC, dt, ngroups, dstate)
+    x, B, C = layout.operands(xBC if xBC.dim() == 4 else xBC[None])
+    return new_gradients(x, dt, A, B, C, D, dt_bias)
 
 
 def _save(ctx, inputs, output):
@@ -109,4 +127,6 @@ def _gradients(ctx, dy, *saved):
     return tuple(only_present(steps.gradients(dy), tensors))
 
 
-_registered = dispatch.register_composite("conv_scan", _run, fake=_fake, setup_context=_save, backward=_backward)
+_registered = dispatch.register_composite(
+    "conv_scan", _run, fake=_fake, setup_context=_save, backward=_backward
+) and dispatch.register_composite("conv_scan_gradients", _run_gradients, fake=_fake_gradients)

@@ -1,6 +1,6 @@
 """The two operators that `conv_scan` consists of, with their arguments."""
 
-import functools
+import torch
 
 from linconv.ops import dispatch
 from linconv.ops.conv_scan.arguments import checked
@@ -67,7 +67,7 @@ class Steps:
 
 
 class StepsOnTriton(Steps):
-    """Those whose kernels are all on Triton: their launches are repeated together.
+    """Those whose kernels are all on Triton: launches that follow each other are repeated together.
 
     Args: those of ``linconv::conv_scan``, but for the backends.
     """
@@ -77,7 +77,4 @@ class StepsOnTriton(Steps):
         self.arguments = arguments
 
     def scan_gradients(self, dy):
-        return launched_together("scan_gradients", dy, *self.arguments)
-
-
-launched_together = functools.partial(dispatch.run_triton, "linconv.ops.conv_scan.launches")
+        return torch.ops.linconv.conv_scan_gradients(dy, *self.arguments, *self.kernels)
