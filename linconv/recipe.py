@@ -82,7 +82,7 @@ class Guide:
     name: Literal["unguided", "target_guided", "trajectory_guided", "waypoint_guided", "hybrid"] = "target_guided"
     init: Literal["target", "source"] | None = None
     update_every: int | None = None
-    checkpoints: list[str] | None = None
+    checkpoints: str | list[str] | None = None
     mode: Literal["unguided", "target_guided", "trajectory_guided", "waypoint_guided"] | None = None
     drop_layer_loss_at: int | None = None
     drop_kd_at: int | None = None
@@ -240,6 +240,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             try:
                 return _coerce(value, choice, key)
             except UserError as error:
+                if typing.get_origin(choice) is list and isinstance(value, list):
+                    raise  # it names what is wrong in the list
                 errors.append(error)
         raise errors[0] if arguments[1:] in ((), (type(None),)) else _wrong(key, value, hint)
     if origin is Literal:

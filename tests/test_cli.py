@@ -101,14 +101,17 @@ def test_finetune_and_distill_leave_models_scores_and_metrics(trained):
 def test_every_mode_by_its_name_and_a_report_of_them(tmp_path, data, capsys):
     folder = tmp_path
     path = recipe(folder, data)
-    linconv("finetune", path, "--set", "model.waypoints=2")
     teacher = folder / "teacher"
+    (teacher / "waypoints" / "checkpoint-77").mkdir(
+        parents=True
+    )  # of a longer run, which would lead between this one's
+    linconv("finetune", path, "--set", "model.waypoints=2")
     steps = [int(p.name.rpartition("-")[2]) for p in sorted((teacher / "waypoints").iterdir())]
     assert len(steps) == 2 and (teacher / "waypoints" / f"checkpoint-{steps[0]}" / "model.safetensors").is_file()
     runs = [teacher]
     for mode, options in (
         ("trajectory_guided", ["--set", "guide.update_every=1"]),
-        ("waypoint_guided", []),
+        ("waypoint_guided", ["--set", f"guide.checkpoints={teacher / 'waypoints'}"]),
         ("hybrid", ["--set", "guide.mode=waypoint_guided", "--set", "guide.drop_layer_loss_at=1"]),
     ):
         runs.append(folder / mode)

@@ -5,6 +5,7 @@ import copy
 import importlib
 import math
 import re
+import shutil
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -338,6 +339,12 @@ class KeepWaypoints(transformers.TrainerCallback):
 
     def __init__(self, folder: Path, count: int):
         self.folder, self.count = folder, count
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Removes those of another run, which would be waypoints between this one's; a resumed run keeps its own."""
+        if state.global_step == 0 and state.is_world_process_zero:
+            for snapshot in self.folder.glob("checkpoint-*"):
+                shutil.rmtree(snapshot)
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         step, steps = state.global_step, state.max_steps
