@@ -105,7 +105,7 @@ LINCONV_INLINE void gemm_tile(
       const V product = acc[i][v];
       if constexpr (update == Update::kStore) store(to, product);
       if constexpr (update == Update::kAdd) store(to, load(to) + product);
-      if constexpr (update == Update::kDecay) store(to, splat(scaling.decay) * load(scaling.old + i * ldc + v * kWidth<T>) + product);
+      if constexpr (update == Update::kDecay) store(to, add_product(product, splat(scaling.decay), load(scaling.old + i * ldc + v * kWidth<T>)));
       if constexpr (update == Update::kScaleRows) store(to, splat(scaling.rows[i]) * product);
     }
 }

@@ -1,4 +1,5 @@
-// Backward scan: the states are computed again, then one sweep against time carries the gradient of the state.
+// Backward scan: the states are computed again, then one sweep against time carries the gradient of the state; or, chunk by
+// chunk, with both in memory.
 //
 // States are held transposed, (headdim, dstate), so that every product below has its vectors along adjacent memory.
 // The gradient of the log decay a_t = dt_t A telescopes: it is that of step t + 1, plus what row t of the output gained
@@ -7,17 +8,16 @@
 
 #include <initializer_list>
 
-#include "ssd/chunk.h"
+#include "ssd/states.h"
 
 namespace linconv::LINCONV_ISA {
 namespace {
 
 template <class T>
-class Backward {
+class Backward : public BackwardStates<T> {
  public:
-  explicit Backward(const SsdBackwardArgs& args)
-      : args_(args), width_(round_up(args.headdim, kPad<T>)), states_(round_up(args.dstate, kPad<T>)),
-        result_(args, args.dx, width_), arena_(bytes()) {
+  Backward(const SsdBackwardArgs& args, SsdStage stage)
+      : BackwardStates<T>(args), whole_(stage == SsdStage::kWhole), arena_(bytes()) {
     for (T** rows : {&B_, &C_, &dB_, &dC_, &product_}) *rows = arena_.template take<T>(kQ * states_);
     B_by_state_ = arena_.template take<T>(states_ * kQ);
     for (T** square : {&scores_, &weights_, &dscores_, &dweights_}) *square = arena_.template take<T>(kQ * kQ);
@@ -25,64 +25,148 @@ class Backward {
     dy_at_step_ = arena_.template take<T>((kQ + 1) * width_);
     dy_ = dy_at_step_ + args.shifted * width_;
     for (T** columns : {&x_by_column_, &dx_by_column_}) *columns = arena_.template take<T>(width_ * kQ);
-    dstate_ = arena_.template take<T>(args.head_block * state_size());
-    saved_ = arena_.template take<T>(longest_chunks() * args.head_block * state_size());
+    dstate_ = arena_.template take<T>(own_states());
+    saved_ = arena_.template take<T>(longest_chunks() * own_states());
     result_.set_scratch(arena_.template take<T>(result_.scratch_size()));
   }
 
-  void run(const Task& task) {
-    const ResultRows<T> rows = result_.rows(task);
-    for (int d = 0; d < task.directions; ++d) {
-      const int direction = task.first_direction + d;
-      const Steps steps(args_, task.sequence, direction);
-      for (int h = 0; h < task.heads; ++h) sums_[h] = {};
-      save_states(task, direction, steps);
-      for (int h = 0; h < task.heads; ++h) read_state(task, h, args_.dfinal_states, dstate_ + h * state_size());
-      for (int64_t c = steps.chunks() - 1; c >= 0; --c) chunk(task, direction, steps, c, d > 0, rows);
-      write_sums(task, direction);
-      zero_padding(task, direction);
-      for (int h = 0; h < task.heads; ++h) write_state(task, h, dstate_ + h * state_size());
+  void run(SsdStage stage, int64_t index) {
+    switch (stage) {
+      case SsdStage::kWhole: return whole(Task(args_, index));
+      case SsdStage::kAdded: return added(Task(args_, index, args_.states, +1));
+      case SsdStage::kGradientsAdded: return gradients_added(Task(args_, index, args_.dstates, -1));
+      case SsdStage::kResults: return results(Task(args_, index, args_.dstates, -1));
+      default: __builtin_trap();
     }
-    result_.finish(task);
   }
 
  private:
-  struct Sums {
-    double A, D, dt_bias;
-  };
+  using Base = BackwardStates<T>;
+  using Sums = typename Base::Sums;
+  using Base::args_, Base::width_, Base::states_, Base::result_;
+  using Base::leaves, Base::read_state, Base::sums_of, Base::write_group_row, Base::write_state, Base::write_sums, Base::zero_padding;
 
   int64_t state_size() const { return int64_t(width_) * states_; }
+  int64_t own_states() const { return whole_ ? args_.head_block * state_size() : 0; }
   int64_t longest_chunks() const { return (args_.longest() + kQ - 1) / kQ; }
   size_t bytes() const {
     return 6 * Arena::bytes<T>(kQ * states_) + 4 * Arena::bytes<T>(kQ * kQ) + 6 * Arena::bytes<T>((kQ + 1) * width_) +
-           Arena::bytes<T>(args_.head_block * state_size()) +
-           Arena::bytes<T>(longest_chunks() * args_.head_block * state_size()) + Arena::bytes<T>(result_.scratch_size());
+           Arena::bytes<T>(own_states()) + Arena::bytes<T>(longest_chunks() * own_states()) +
+           Arena::bytes<T>(result_.scratch_size());
   }
-  T* saved(int64_t chunk, int h) { return saved_ + (chunk * args_.head_block + h) * state_size(); }
 
-  // The state that enters each chunk: S_{c+1} = e^{p_last} S_c + X^T diag(e^{p_last - p} dt) B.
-  void save_states(const Task& task, int direction, const Steps& steps) {
-    for (int h = 0; h < task.heads && steps.length > 0; ++h) read_state(task, h, args_.initial_states, saved(0, h));
-    for (int64_t c = 0; c + 1 < steps.chunks(); ++c) {
-      read_rows(args_.B, steps, direction, task.group, c * kQ, kQ, kQ, 0, args_.dstate, states_, B_);
+  void whole(const Task& task) {
+    const int64_t length = args_.length(task.sequence), frames = length + args_.padding(task.sequence);
+    for (int d = 0; d < task.directions; ++d) {
+      const int direction = task.first_direction + d;
+      const Steps steps(args_, task.sequence, direction);
+      Sums sums[kSsdBackwardHeads];
+      save_states(task, direction, steps);
+      for (int h = 0; h < task.heads; ++h) read_state({task, h, width_}, args_.dfinal_states, dstate_ + h * state_size());
+      for (int64_t c = steps.chunks() - 1; c >= 0; --c) chunk(task, direction, steps, c, sums);
       for (int h = 0; h < task.heads; ++h) {
-        decays_.read(args_, steps, direction, task.head + h, c * kQ, kQ);
-        read_rows(args_.x, steps, direction, task.head + h, c * kQ, kQ, kQ, 0, args_.headdim, width_, x_);
-        scale_rows(kQ, decays_.end_dt, x_);
-        const Next next(task, c, h, +1);
-        gemm<T, Update::kDecay, Triangle::kNone>(width_, states_, kQ, {scaled_, 1, width_}, B_, states_, saved(c + 1, h),
-                                                 states_, next_x(steps, direction, next),
-                                                 {.old = saved(c, h), .decay = decays_.whole});
+        write_sums(task.sequence, direction, task.head + h, sums[h]);
+        write_state({task, h, width_}, dstate_ + h * state_size());
       }
+      zero_padding(task, direction, length, frames);
+    }
+    result_.finish(task, 0, frames);
+  }
+
+  // In place of the state that enters each chunk, what it adds to the one that leaves it.
+  void added(const Task& task) {
+    const int direction = task.first_direction;
+    const Steps steps(args_, task.sequence, direction);
+    const int64_t c = task.chunk;
+    if (c + 1 >= steps.chunks()) return;
+    read_rows(args_.B, steps, direction, task.group, c * kQ, kQ, kQ, 0, args_.dstate, states_, B_);
+    for (int h = 0; h < task.heads; ++h) {
+      const int64_t at = args_.states.at(task.sequence, direction, args_.heads, task.head + h);
+      add_to_state<Update::kStore>(task, direction, steps, c, h, nullptr, entering<T>(args_.states, at, c));
+      decay_of<T>(args_.states, at, c) = decays_.whole;
     }
   }
 
-  void chunk(const Task& task, int direction, const Steps& steps, int64_t c, bool add, const ResultRows<T>& rows) {
+  void gradients_added(const Task& task) {
+    const int direction = task.first_direction;
+    const Steps steps(args_, task.sequence, direction);
+    const int64_t c = task.chunk;
+    if (c >= steps.chunks() || !leaves(c)) return;
+    const int count = steps.count(c);
+    read_rows(args_.C, steps, direction, task.group, c * kQ, count, round_up(count, kTileRows), 0, args_.dstate, states_, C_);
+    for (int h = 0; h < task.heads; ++h) {
+      const int64_t at = args_.dstates.at(task.sequence, direction, args_.heads, task.head + h);
+      decays_.read(args_, steps, direction, task.head + h, c * kQ, count);
+      read_dy(task, direction, steps, c, h);
+      add_to_gradient<Update::kStore>(count, entering<T>(args_.dstates, at, c));
+      decay_of<T>(args_.dstates, at, c) = decays_.whole;
+    }
+  }
+
+  void results(const Task& task) {
+    const int direction = task.first_direction;
+    const Steps steps(args_, task.sequence, direction);
+    if (task.chunk >= steps.chunks()) return;
+    Sums sums[kSsdBackwardHeads];
+    chunk(task, direction, steps, task.chunk, sums);
+    for (int h = 0; h < task.heads; ++h) {
+      double* to = sums_of(task.sequence, direction, task.head + h, task.chunk);
+      to[0] = sums[h].A, to[1] = sums[h].D, to[2] = sums[h].dt_bias;
+    }
+  }
+
+  T* saved(const Task& task, int direction, int64_t chunk, int h) const {
+    if (whole_) return saved_ + (chunk * args_.head_block + h) * state_size();
+    return entering<T>(args_.states, args_.states.at(task.sequence, direction, args_.heads, task.head + h), chunk);
+  }
+  T* gradient(const Task& task, int direction, int64_t chunk, int h) const {
+    if (whole_) return dstate_ + h * state_size();
+    return entering<T>(args_.dstates, args_.dstates.at(task.sequence, direction, args_.heads, task.head + h), chunk);
+  }
+
+  void save_states(const Task& task, int direction, const Steps& steps) {
+    for (int h = 0; h < task.heads && steps.length > 0; ++h)
+      read_state({task, h, width_}, args_.initial_states, saved(task, direction, 0, h));
+    for (int64_t c = 0; c + 1 < steps.chunks(); ++c) {
+      read_rows(args_.B, steps, direction, task.group, c * kQ, kQ, kQ, 0, args_.dstate, states_, B_);
+      for (int h = 0; h < task.heads; ++h)
+        add_to_state<Update::kDecay>(task, direction, steps, c, h, saved(task, direction, c, h), saved(task, direction, c + 1, h));
+    }
+  }
+
+  // S = X^T diag(e^{p_last - p} dt) B, plus e^{p_last} of an older S where it is kDecay; of a whole chunk whose B is read.
+  template <Update update>
+  void add_to_state(const Task& task, int direction, const Steps& steps, int64_t c, int h, const T* old, T* state) {
+    decays_.read(args_, steps, direction, task.head + h, c * kQ, kQ);
+    read_rows(args_.x, steps, direction, task.head + h, c * kQ, kQ, kQ, 0, args_.headdim, width_, x_);
+    scale_rows(kQ, decays_.end_dt, x_);
+    gemm<T, update, Triangle::kNone>(width_, states_, kQ, {scaled_, 1, width_}, B_, states_, state, states_,
+                                     next_x(steps, direction, Next(task, c, h, +1)), {.old = old, .decay = decays_.whole});
+  }
+
+  // dS = dY^T diag(e^p) C, plus e^{p_last} dS where it is kDecay.
+  template <Update update>
+  void add_to_gradient(int count, T* dstate) {
+    scale_rows(count, decays_.start, dy_);
+    gemm<T, update, Triangle::kNone>(width_, states_, count, {scaled_, 1, width_}, C_, states_, dstate, states_, {},
+                                     {.old = dstate, .decay = decays_.whole});
+  }
+
+  // The shifted output of a step lies one step later, and that of the last step nowhere.
+  void read_dy(const Task& task, int direction, const Steps& steps, int64_t c, int h) {
+    const int count = steps.count(c);
+    const int outputs = args_.shifted && steps.length - c * kQ > count ? count + 1 : count;
+    read_rows(args_.dy, steps, direction, task.head + h, c * kQ, outputs, kQ + 1, 0, args_.headdim, width_, dy_at_step_);
+  }
+
+  // What one chunk's frames get, and what it adds to the sums of each head.
+  void chunk(const Task& task, int direction, const Steps& steps, int64_t c, Sums* sums) {
+    const ResultRows<T> rows = result_.rows(task);
+    const bool summed = args_.summed && direction > 0;  // to what the other direction left there
     const int count = steps.count(c), tiled = round_up(count, kTileRows);
     const int64_t first = c * kQ;
     const bool entered = c > 0 || args_.initial_states;                      // the state entering may not be zero
     const bool left = c + 1 < steps.chunks() || args_.dfinal_states;         // the gradient coming in may not be zero
-    const bool leaves = c > 0 || args_.dinitial_states;                      // the gradient going out is wanted
     read_rows(args_.B, steps, direction, task.group, first, count, tiled, 0, args_.dstate, states_, B_);
     read_rows(args_.C, steps, direction, task.group, first, count, tiled, 0, args_.dstate, states_, C_);
     transpose(B_, states_, kQ, states_, B_by_state_, kQ);
@@ -90,22 +174,21 @@ class Backward {
     zero(dscores_, kQ * kQ);
     zero(dB_, kQ * states_);
     zero(dC_, kQ * states_);
-    // The shifted output of a step lies one step later, and that of the last step nowhere.
-    const int outputs = args_.shifted && steps.length - first > count ? count + 1 : count;
     for (int h = 0; h < task.heads; ++h) {
       const int head = task.head + h;
-      T* dstate = dstate_ + h * state_size();
-      const T* state = saved(c, h);
+      T* dstate = gradient(task, direction, c, h);
+      const T* state = saved(task, direction, c, h);
       decays_.read(args_, steps, direction, head, first, count);
       read_rows(args_.x, steps, direction, head, first, count, kQ, 0, args_.headdim, width_, x_);
-      read_rows(args_.dy, steps, direction, head, first, outputs, kQ + 1, 0, args_.headdim, width_, dy_at_step_);
+      read_dy(task, direction, steps, c, h);
       const Next next(task, c, h, -1);
       transpose(x_, width_, kQ, width_, x_by_column_, kQ);
       gemm<T, Update::kStore, Triangle::kResult>(tiled, kQ, args_.headdim, {dy_, width_, 1}, x_by_column_, kQ, dweights_, kQ,
-                                                 rows.ahead(h, steps, c, task.columns));
+                                                 whole_ ? rows.ahead(h, steps, c, task.columns)
+                                                        : next_state<T>(args_, args_.dstates, task, direction, next, width_, states_));
       const T skip = skip_of<T>(args_, direction, head);
       const double skip_gradient = weigh(count, args_.direction[direction].strict, args_.shifted ? T(0) : skip);
-      sums_[h].D += args_.shifted ? dot(x_, dy_at_step_, count * width_) : skip_gradient;
+      sums[h].D += args_.shifted ? dot(x_, dy_at_step_, count * width_) : skip_gradient;
 
       // dX^T = dS^T B^T diag(e^{p_last - p} dt) + dY^T weights
       const Strided<T> dy_by_column{dy_, 1, width_};
@@ -121,19 +204,15 @@ class Backward {
       }
       transpose(dx_by_column_, kQ, width_, kQ, dx_, width_);
       if (args_.shifted) add_scaled(skip, dy_at_step_, count * width_, dx_);
-      for (int i = 0; i < count; ++i) rows.put(add, h, steps.frame(first + i), dx_ + i * width_, task.columns);
+      for (int i = 0; i < count; ++i) rows.put(summed, h, steps.frame(first + i), dx_ + i * width_, task.columns);
 
       // What the states gave: dC += diag(e^p) dY S^T, dB += diag(e^{p_last - p} dt) X dS^T, and both against C and B.
-      from_state(entered, count, tiled, dy_, state, C_, decays_.start, dC_, from_C_, next_state(next));
+      from_state(entered, count, tiled, dy_, state, C_, decays_.start, dC_, from_C_, next_saved(task, direction, next));
       from_state(left, count, tiled, x_, dstate, B_, decays_.end_dt, dB_, from_B_, next_BC(args_, task, steps, direction, c - 1, h));
       const T carried = entered && left ? decays_.whole * dot(state, dstate, state_size()) : 0;
-      gradient_of_steps(task, direction, steps, first, count, h, carried);
+      gradient_of_steps(task, direction, steps, first, count, h, carried, sums[h]);
 
-      if (!leaves) continue;
-      // dS = e^{p_last} dS + C^T diag(e^p) dY
-      scale_rows(count, decays_.start, dy_);
-      gemm<T, Update::kDecay, Triangle::kNone>(width_, states_, count, {scaled_, 1, width_}, C_, states_, dstate, states_,
-                                               {}, {.old = dstate, .decay = decays_.whole});
+      if (whole_ && leaves(c)) add_to_gradient<Update::kDecay>(count, dstate);
     }
     gemm<T, Update::kAdd, Triangle::kLeft>(tiled, states_, count, {dscores_, kQ, 1}, B_, states_, dC_, states_);
     gemm<T, Update::kAdd, Triangle::kTransposed>(tiled, states_, count, {dscores_, 1, kQ}, C_, states_, dB_, states_);
@@ -146,10 +225,11 @@ class Backward {
   Ahead next_x(const Steps& steps, int direction, const Next& next) const {
     return rows_ahead(args_.x, steps, direction, next.head, next.chunk, 0, args_.headdim);
   }
-  Ahead next_state(const Next& next) {
+  Ahead next_saved(const Task& task, int direction, const Next& next) const {
+    if (!whole_) return next_state<T>(args_, args_.states, task, direction, next, width_, states_);
     if (next.chunk < 0) return {};
     const int64_t row = states_ * sizeof(T);
-    return {saved(next.chunk, next.h), row, width_, row};
+    return {saved(task, direction, next.chunk, next.h), row, width_, row};
   }
 
   double gave_at(int j) const {
@@ -205,56 +285,20 @@ class Backward {
 
   // In double, as the sums gained and gave: what is rounded off log_decay at one step would be missing from the gradients
   // of all steps before it, and what one row gained, columns gave.
-  void gradient_of_steps(const Task& task, int direction, const Steps& steps, int64_t first, int count, int h, T carried) {
+  void gradient_of_steps(const Task& task, int direction, const Steps& steps, int64_t first, int count, int h, T carried,
+                         Sums& sums) {
     double log_decay = carried;
     for (int i = 0; i < count; ++i) log_decay += double(decays_.end_dt[i]) * from_B_[i];
     for (int i = count - 1; i >= 0; --i) {
       const double gained = gained_[i] + double(decays_.start[i]) * from_C_[i], gave = gave_at(i);
       log_decay += gained - decays_.dt[i] * gave - double(decays_.end_dt[i]) * from_B_[i];
-      sums_[h].A += decays_.dt[i] * log_decay;
+      sums.A += decays_.dt[i] * log_decay;
       T gradient = T(gave + decays_.end[i] * from_B_[i] + decays_.A * log_decay);
       if (decays_.free[i] != decays_.dt[i]) gradient = 0;  // clamped
       if (args_.dt_softplus) gradient *= sigmoid(decays_.raw[i]);
-      sums_[h].dt_bias += gradient;
+      sums.dt_bias += gradient;
       static_cast<T*>(args_.ddt.data)[steps.at(args_.ddt, direction, task.head + h, first + i)] = gradient;
     }
-  }
-
-  void write_sums(const Task& task, int direction) {
-    for (int h = 0; h < task.heads; ++h) {
-      const int64_t at = (task.sequence * args_.directions + direction) * args_.heads + task.head + h;
-      static_cast<T*>(args_.dA)[at] = T(sums_[h].A);
-      if (args_.dD) static_cast<T*>(args_.dD)[at] = T(sums_[h].D);
-      if (args_.ddt_bias) static_cast<T*>(args_.ddt_bias)[at] = T(sums_[h].dt_bias);
-    }
-  }
-
-  void write_group_row(const SsdTensor& tensor, const Task& task, int64_t at, const T* row) {
-    T* to = static_cast<T*>(tensor.data) + task.block * args_.dBC_block + at;
-    if (row) __builtin_memcpy(to, row, args_.dstate * sizeof(T));
-    else __builtin_memset(to, 0, args_.dstate * sizeof(T));
-  }
-
-  void zero_padding(const Task& task, int direction) {
-    const Span span = args_.spans[task.sequence];
-    for (int64_t t = span.end; t < span.end + args_.padding(task.sequence); ++t) {
-      for (const SsdTensor* tensor : {&args_.dB, &args_.dC})
-        write_group_row(*tensor, task, tensor->at(direction, span.row, t, task.group), nullptr);
-      for (int h = 0; h < task.heads; ++h)
-        static_cast<T*>(args_.ddt.data)[args_.ddt.at(direction, span.row, t, task.head + h)] = 0;
-    }
-  }
-
-  void read_state(const Task& task, int h, const void* states, T* state) {
-    zero(state, state_size());
-    if (states == nullptr) return;
-    const T* from = static_cast<const T*>(states) + (task.sequence * args_.heads + task.head + h) * args_.headdim * args_.dstate;
-    for (int p = 0; p < args_.headdim; ++p) __builtin_memcpy(state + p * states_, from + p * args_.dstate, args_.dstate * sizeof(T));
-  }
-  void write_state(const Task& task, int h, const T* state) {
-    if (args_.dinitial_states == nullptr) return;
-    T* to = static_cast<T*>(args_.dinitial_states) + (task.sequence * args_.heads + task.head + h) * args_.headdim * args_.dstate;
-    for (int p = 0; p < args_.headdim; ++p) __builtin_memcpy(to + p * args_.dstate, state + p * states_, args_.dstate * sizeof(T));
   }
 
   void scale_rows(int count, const T* scales, const T* rows) {
@@ -268,19 +312,16 @@ class Backward {
   }
   static void zero(T* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(T)); }
 
-  const SsdBackwardArgs& args_;
-  const int width_, states_;  // headdim and dstate, padded
-  Result<T> result_;
+  const bool whole_;
   Arena arena_;
   Decays<T> decays_;
-  Sums sums_[kSsdBackwardHeads];
   T *B_, *C_, *dB_, *dC_, *product_;                 // (kQ, states)
   T* B_by_state_;                                    // (states, kQ)
   T *scores_, *weights_, *dscores_, *dweights_;      // (kQ, kQ)
   T *x_, *scaled_, *dx_;                             // (kQ, width)
   T *dy_at_step_, *dy_;                              // (kQ + 1, width): of each frame; of each step's own result
   T *x_by_column_, *dx_by_column_;                   // (width, kQ)
-  T *dstate_, *saved_;                               // (head_block, width, states); the same per chunk
+  T *dstate_, *saved_;  // (head_block, width, states); the same per chunk: where a task takes all frames
   alignas(64) T from_C_[kQ], from_B_[kQ];
   double gained_[kQ];          // see gradient_of_steps
   Wide<T> gave_[kQ / kWidth<T>];  // likewise, frame by frame

@@ -20,29 +20,43 @@ constexpr int kPad = kTileRows > kWidth<T> ? kTileRows : kWidth<T>;
 
 constexpr int kQ = kSsdChunk;
 
-// One task: some heads of one group of one sequence.
+// One task: some heads of one group, in all frames of one sequence or in one chunk of them.
 struct Task {
-  int64_t sequence;
+  int64_t sequence, chunk = 0;
   int first_direction, directions;
   int group, head, heads;  // heads head … head + heads - 1
   int block;               // which block of heads of the group
   int column, columns;     // of headdim
 
   Task(const SsdArgs& args, int64_t index) {
+    index = take_block(args, index);
+    directions = args.summed ? args.directions : 1;
+    const int ways = args.directions / directions;
+    first_direction = index % ways;
+    sequence = index / ways;
+  }
+  // Tasks of one block follow each other as chunks do: upwards, or downwards where onward is -1.
+  Task(const SsdArgs& args, int64_t index, const SsdStates& states, int onward) : directions(1) {
+    const int64_t i = index % states.chunks;
+    chunk = states.first + (onward > 0 ? i : states.chunks - 1 - i);
+    index = take_block(args, index / states.chunks);
+    first_direction = states.first_direction + index % states.ways;
+    sequence = index / states.ways;
+  }
+
+ private:
+  int64_t take_block(const SsdArgs& args, int64_t index) {
     const int column_block = index % args.column_blocks();
     index /= args.column_blocks();
     block = index % args.head_blocks();
     index /= args.head_blocks();
     group = index % args.groups;
-    index /= args.groups;
-    directions = args.summed ? args.directions : 1;
-    first_direction = args.summed ? 0 : index % args.directions;
-    sequence = args.summed ? index : index / args.directions;
     const int group_heads = args.group_heads(), first = block * args.head_block;
     head = group * group_heads + first;
     heads = group_heads - first < args.head_block ? group_heads - first : args.head_block;
     column = column_block * args.column_block;
     columns = args.headdim - column < args.column_block ? args.headdim - column : args.column_block;
+    return index / args.groups;
   }
 };
 
@@ -134,24 +148,28 @@ template <class T>
 class Result {
  public:
   Result(const SsdArgs& args, const SsdTensor& tensor, int width)
-      : args_(args), tensor_(tensor), width_(width),
-        staged_(tensor.dtype != math_dtype<T>() && args.summed && args.directions == 2) {}
+      : args_(args), tensor_(tensor), width_(width), staged_(args.staged(tensor.dtype)) {}
   int64_t scratch_size() const {
-    return staged_ ? args_.longest() * args_.head_block * width_ : 0;
+    return staged_ && args_.summed_in == nullptr ? args_.longest() * args_.head_block * width_ : 0;
   }
   void set_scratch(T* scratch) { scratch_ = scratch; }
 
   ResultRows<T> rows(const Task& task) const {
-    if (staged_) return {scratch_, math_dtype<T>(), 0, width_, int64_t(task.heads) * width_};
-    return final_rows(task);
+    ResultRows<T> rows = final_rows(task);
+    if (!staged_) return rows;
+    if (args_.summed_in == nullptr) return {scratch_, math_dtype<T>(), 0, width_, int64_t(task.heads) * width_};
+    rows.data = args_.summed_in;
+    rows.dtype = math_dtype<T>();
+    return rows;
   }
-  // Rounds what was summed in scratch, and zeroes the padding.
-  void finish(const Task& task) const {
+  // Rounds what was summed in scratch, and zeroes the padding, in frames begin … end - 1.
+  void finish(const Task& task, int64_t begin, int64_t end) const {
     const ResultRows<T> to = final_rows(task), from = rows(task);
-    const int64_t length = args_.length(task.sequence), padding = args_.padding(task.sequence);
-    for (int64_t t = 0; t < length && staged_; ++t)
-      for (int h = 0; h < task.heads; ++h) to.store(h, t, from.row(h, t), task.columns);
-    for (int64_t t = length; t < length + padding; ++t)
+    const int64_t length = args_.length(task.sequence);
+    int64_t t = begin;
+    for (; t < length && t < end; ++t)
+      for (int h = 0; h < task.heads && staged_; ++h) to.store(h, t, from.row(h, t), task.columns);
+    for (; t < end; ++t)
       for (int h = 0; h < task.heads; ++h)
         __builtin_memset(offset(to.data, to.dtype, to.at(h, t)), 0, task.columns * element_size(to.dtype));
   }

@@ -1,16 +1,14 @@
+#include <algorithm>
 #include <cstring>
 
 #include "common/sums.h"
 #include "common/tasks.h"
+#include "ssd/cut.h"
 #include "ssd/scan.h"
 
 namespace linconv {
 namespace {
 
-// The smallest cut of a group's heads that keeps all threads about equally busy. A task pays once for the products of B
-// and C that its heads share, about this part of what one head costs.
-constexpr double kSharedCost = 0.3;
-constexpr int kMinColumns = 16;
 constexpr int64_t kOperations = 8;  // of an entry of the state, a frame, about
 
 SsdTensor frames(const Tensor& tensor, int dims, int directions, const char* name) {
@@ -116,25 +114,6 @@ Prepared prepare(const Scan& scan, SsdArgs& args) {
   return held;
 }
 
-// Chooses the cut with the least expected time. Results do not depend on it: every head and column is computed alike.
-void cut_for_threads(SsdArgs& args) {
-  const double threads = torch::stable::get_num_threads();
-  double best = 0;
-  int best_heads = 1, best_columns = args.headdim;
-  for (int columns = args.headdim; columns >= kMinColumns || columns == args.headdim; columns = (columns + 1) / 2) {
-    for (int heads = args.group_heads(); heads >= 1; --heads) {
-      args.head_block = heads;
-      args.column_block = columns;
-      const double rounds = static_cast<double>((args.tasks() + int64_t(threads) - 1) / int64_t(threads));
-      const double time = rounds * (kSharedCost + heads * static_cast<double>(columns) / args.headdim);
-      if (best == 0 || time < best) best = time, best_heads = heads, best_columns = columns;
-    }
-    if (columns <= kMinColumns) break;
-  }
-  args.head_block = best_heads;
-  args.column_block = best_columns;
-}
-
 SsdTensor contiguous_frames(const Tensor& tensor, int64_t directions, int64_t batch, int64_t length, int64_t heads,
                             int64_t columns, DType dtype) {
   return {tensor.data_ptr(), dtype, directions > 1 ? batch * length * heads * columns : 0, length * heads * columns,
@@ -153,11 +132,30 @@ std::tuple<Tensor, Tensor> scan_forward(const Scan& scan) {
   Tensor final_states = scan.directions == 1 ? empty({args.sequences, args.heads, args.headdim, args.dstate}, held.math)
                                              : empty(none, held.math);
   args.final_states = scan.directions == 1 ? final_states.mutable_data_ptr() : nullptr;
-  cut_for_threads(args);
-  const auto forward = [&](int64_t begin, int64_t end) {
-    LINCONV_PICK(ssd_forward)(args, held.math == DType::kFloat64, begin, end);
+  const auto forward = [&](SsdStage stage, int64_t tasks) {
+    const auto work = [&args, &held, stage](int64_t begin, int64_t end) {
+      LINCONV_PICK(ssd_forward)(args, stage, held.math == DType::kFloat64, begin, end);
+    };
+    run({tasks, work, kOperations * scan.x.numel() * args.dstate});
   };
-  run({args.tasks(), forward, kOperations * scan.x.numel() * args.dstate});
+  if (cut_forward(args)) {
+    const int ways = args.summed ? 1 : args.directions;
+    const int64_t chunks = args.chunks_of(args.longest()), at_once = chunks_at_once(args, ways);
+    StatesInMemory states(args, held.math, ways, at_once);
+    const std::optional<Tensor> summed = args.staged(args.y.dtype) ? std::optional(empty_as(y, held.math)) : std::nullopt;
+    args.summed_in = summed ? summed->mutable_data_ptr() : nullptr;
+    for (int direction = 0; direction < args.directions; direction += ways)
+      for (int64_t first = 0; first < chunks; first += at_once) {
+        args.states = states.of(direction, first, std::min(at_once, chunks - first));
+        forward(SsdStage::kAdded, args.tasks_of_chunks(args.states));
+        forward(SsdStage::kPassed, args.tasks_of_rows(args.states, args.dstate));
+        forward(SsdStage::kResults, args.tasks_of_chunks(args.states));
+      }
+    args.states = pieces_of_frames(args);
+    if (summed || args.padded()) forward(SsdStage::kFinished, args.tasks_of_chunks(args.states));
+  } else {
+    forward(SsdStage::kWhole, args.tasks());
+  }
   return {y, final_states};
 }
 
@@ -173,7 +171,7 @@ ScanGradients scan_backward(const Scan& scan, const Tensor& dy, const std::optio
   const std::optional<Tensor> dfinal = states(dfinal_states, args, math, "dfinal_states");
   args.dfinal_states = data(dfinal);
   // Fixed, so that sums over heads come out the same for any number of threads and any batch.
-  args.head_block = args.group_heads() < kSsdBackwardHeads ? args.group_heads() : kSsdBackwardHeads;
+  args.head_block = std::clamp(args.group_heads(), 1, kSsdBackwardHeads);
   args.column_block = args.headdim;
 
   Tensor dx = empty_as(scan.x, args.x.dtype);
@@ -194,9 +192,37 @@ ScanGradients scan_backward(const Scan& scan, const Tensor& dy, const std::optio
   Tensor dinitial = held.initial_states ? empty_as(*held.initial_states, math) : empty(none, math);
   args.dinitial_states = held.initial_states ? dinitial.mutable_data_ptr() : nullptr;
 
-  run({args.tasks(), [&](int64_t begin, int64_t end) {
-         LINCONV_PICK(ssd_backward)(args, math == DType::kFloat64, begin, end);
-       }});
+  const auto backward = [&](SsdStage stage, int64_t tasks) {
+    run({tasks, [&args, math, stage](int64_t begin, int64_t end) {
+           LINCONV_PICK(ssd_backward)(args, stage, math == DType::kFloat64, begin, end);
+         }});
+  };
+  if (cut_backward(args)) {
+    const int64_t chunks = args.chunks_of(args.longest());
+    const int ways = args.summed || !StatesInMemory::few(args, math, args.directions, chunks) ? 1 : args.directions;
+    const int64_t at_once = chunks_at_once(args, ways);
+    StatesInMemory states(args, math, ways, chunks), dstates(args, math, ways, at_once);
+    Tensor sums_of_chunks = empty({args.sequences, directions, heads, chunks, 3}, DType::kFloat64);
+    args.chunks = chunks;
+    args.sums = static_cast<double*>(sums_of_chunks.mutable_data_ptr());
+    const std::optional<Tensor> summed = args.staged(args.dx.dtype) ? std::optional(empty_as(dx, math)) : std::nullopt;
+    args.summed_in = summed ? summed->mutable_data_ptr() : nullptr;
+    for (int direction = 0; direction < directions; direction += ways) {
+      args.states = states.of(direction, 0, chunks);
+      backward(SsdStage::kAdded, args.tasks_of_chunks(args.states));
+      backward(SsdStage::kPassed, args.tasks_of_rows(args.states, args.headdim));
+      for (int64_t first = (chunks - 1) / at_once * at_once; first >= 0; first -= at_once) {
+        args.dstates = dstates.of(direction, first, std::min(at_once, chunks - first));
+        backward(SsdStage::kGradientsAdded, args.tasks_of_chunks(args.dstates));
+        backward(SsdStage::kGradientsPassed, args.tasks_of_rows(args.dstates, args.headdim));
+        backward(SsdStage::kResults, args.tasks_of_chunks(args.dstates));
+      }
+    }
+    args.dstates = pieces_of_frames(args);
+    backward(SsdStage::kFinished, args.tasks_of_chunks(args.dstates));
+  } else {
+    backward(SsdStage::kWhole, args.tasks());
+  }
 
   const auto of_directions = [&](const Tensor& argument, int64_t dims) { return per_direction(argument, dims) ? 1 : directions; };
   const auto per_head_sum = [&](const Tensor& parts, const Tensor& argument, const char* name, bool first_only) {

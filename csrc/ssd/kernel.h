@@ -27,6 +27,45 @@ struct SsdDirection {
   bool strict;    // y_t leaves out the term of frame t itself
 };
 
+// States of consecutive chunks, which stand in memory where a task takes one chunk. Chunks are counted in their direction's
+// own order; `ways` directions from first_direction on are computed at once.
+struct SsdStates {
+  int first_direction, ways;
+  int64_t first, chunks;
+  int64_t size;   // of a state, as it is padded
+  void* entering; // (sequences, ways, heads, chunks, size) in the math dtype: of gradients, leaving
+  void* decays;   // (sequences, ways, heads, chunks): of each whole chunk
+  void* carried;  // (sequences, ways, heads, size): from one range of chunks to the next
+
+  // Rows of a state that are passed on by themselves, and how many such parts it has.
+  static constexpr int kRows = 16;
+  static int parts(int rows) { return (rows + kRows - 1) / kRows; }
+  // Which of (sequences, ways, heads).
+  int64_t at(int64_t sequence, int direction, int64_t heads, int64_t head) const {
+    return (sequence * ways + direction - first_direction) * heads + head;
+  }
+  // How many of a sequence's chunks there are, and whether its last one is here; one without any is as if it had one.
+  int64_t of(int64_t chunks_of_sequence) const {
+    const int64_t left = chunks_of_sequence - first;
+    return left < 0 ? 0 : left < chunks ? left : chunks;
+  }
+  bool last_of(int64_t chunks_of_sequence) const {
+    return (first == 0 || first < chunks_of_sequence) && chunks_of_sequence <= first + chunks;
+  }
+};
+
+// What is done with tasks. Where each takes all frames of its sequence there is but one stage. Where that would leave
+// threads idle, a task takes one chunk, and a stage needs all of those before it. Results are the same, bit for bit.
+enum class SsdStage {
+  kWhole,
+  kAdded,            // what each chunk adds to the state
+  kPassed,           // the states that enter each chunk, from one to the next
+  kGradientsAdded,   // backward: likewise, of the gradients of the states that leave each chunk
+  kGradientsPassed,
+  kResults,          // what a chunk's frames get, of one direction
+  kFinished,         // what was summed is rounded, padding is zeroed
+};
+
 struct SsdArgs {
   const Span* spans;
   int64_t sequences;
@@ -46,19 +85,33 @@ struct SsdArgs {
   // How the work is cut into tasks; forward results do not depend on it.
   int head_block;    // heads of a group that one task takes, so that they share its products of B and C
   int column_block;  // columns of headdim that one task takes
+  // Where a task takes one chunk.
+  SsdStates states;
+  void* summed_in;  // as the result, in the math dtype, where directions are summed before they are rounded; or null
 
   int64_t length(int64_t sequence) const { return spans[sequence].end - spans[sequence].begin; }
   int64_t padding(int64_t sequence) const { return packed ? 0 : frames - spans[sequence].end; }
+  bool padded() const {
+    for (int64_t s = 0; s < sequences; ++s)
+      if (padding(s) > 0) return true;
+    return false;
+  }
   int64_t longest() const {
     int64_t longest = 0;
     for (int64_t s = 0; s < sequences; ++s) longest = length(s) > longest ? length(s) : longest;
     return longest;
   }
+  int64_t chunks_of(int64_t length) const { return (length + kSsdChunk - 1) / kSsdChunk; }
+  // Whether a result of that dtype is summed in memory of its own and then rounded.
+  bool staged(DType dtype) const { return summed && directions == 2 && (dtype == DType::kBFloat16 || dtype == DType::kFloat16); }
   int group_heads() const { return heads / groups; }
   int head_blocks() const { return (group_heads() + head_block - 1) / head_block; }
   int column_blocks() const { return (headdim + column_block - 1) / column_block; }
-  int64_t tasks() const {
-    return sequences * (summed ? 1 : directions) * groups * head_blocks() * column_blocks();
+  int blocks() const { return groups * head_blocks() * column_blocks(); }
+  int64_t tasks() const { return sequences * (summed ? 1 : directions) * blocks(); }
+  int64_t tasks_of_chunks(const SsdStates& states) const { return sequences * states.ways * blocks() * states.chunks; }
+  int64_t tasks_of_rows(const SsdStates& states, int rows) const {
+    return sequences * states.ways * heads * SsdStates::parts(rows);
   }
 };
 
@@ -77,9 +130,13 @@ struct SsdBackwardArgs : SsdArgs {
   int64_t dBC_block;          // stride between blocks of heads
   void *dA, *dD, *ddt_bias;   // (sequences, directions, heads); dD and ddt_bias may be null
   void* dinitial_states;      // as initial_states, or null
+  // Where a task takes one chunk.
+  SsdStates dstates;          // gradients of the states that leave each chunk
+  double* sums;               // (sequences, directions, heads, all chunks, 3): what each adds to dA, dD and ddt_bias
+  int64_t chunks;             // of the longest sequence
 };
 
-LINCONV_KERNEL(void, ssd_forward, const SsdForwardArgs& args, bool fp64, int64_t begin, int64_t end);
-LINCONV_KERNEL(void, ssd_backward, const SsdBackwardArgs& args, bool fp64, int64_t begin, int64_t end);
+LINCONV_KERNEL(void, ssd_forward, const SsdForwardArgs& args, SsdStage stage, bool fp64, int64_t begin, int64_t end);
+LINCONV_KERNEL(void, ssd_backward, const SsdBackwardArgs& args, SsdStage stage, bool fp64, int64_t begin, int64_t end);
 
 }  // namespace linconv

@@ -1,5 +1,6 @@
 """How the operators' tests judge results."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -41,6 +42,27 @@ def same_bits(got, wanted):
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     assert got.dtype == wanted.dtype and got.shape == wanted.shape
     assert torch.equal(got.contiguous().view(integer), wanted.contiguous().view(integer))
+
+
+@contextlib.contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def alike_for_threads(compute, numbers=(1, 2, 5)):
+    """compute() gives the same tensors, bit for bit, with any number of threads."""
+    results = []
+    for number in numbers:
+        with threads(number):
+            results.append(compute())
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            same_bits(a, b)
 
 
 def error(got, exact):

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import devices, no_worse_than_torch, same_bits
+from judge import alike_for_threads, devices, no_worse_than_torch, same_bits, threads
 from scan_cases import NAMES, REGIMES, assert_close, oracle, scan_arguments, split, to_double, with_gradients
 
 from linconv import ops
@@ -41,8 +43,10 @@ def test_matches_the_recurrence(backend, regime, diagonal, kind):
         arguments = scan_arguments(1 if kind == "cu_seqlens" else 3, length, per_direction=REGIMES[regime])
         options = dict(dt_softplus=True, dt_limit=(0.2, 1.5), diagonal=diagonal, **sequences(kind, 3, length))
         wanted, wanted_gradients = with_gradients(oracle, arguments, **options)
-        got, gradients = with_gradients(backend, arguments, **options)
-        assert_close({"y": got, **gradients}, {"y": wanted, **wanted_gradients})
+        for number in (1, 16):
+            with threads(number):
+                got, gradients = with_gradients(backend, arguments, **options)
+            assert_close({"y": got, **gradients}, {"y": wanted, **wanted_gradients})
 
 
 @settings(deadline=None, max_examples=25)
@@ -57,9 +61,10 @@ def test_matches_the_recurrence(backend, regime, diagonal, kind):
     dstate=st.sampled_from([1, 5, 16, 33, 128]),
     softplus=st.booleans(),
     strided=st.booleans(),
+    number=st.sampled_from([1, 16]),
 )
 def test_any_shape_and_stride(
-    regime, diagonal, kind, length, groups, heads_per_group, headdim, dstate, softplus, strided
+    regime, diagonal, kind, length, groups, heads_per_group, headdim, dstate, softplus, strided, number
 ):  # fmt: skip
     batch = 1 if kind == "cu_seqlens" else 2
     arguments = scan_arguments(
@@ -67,7 +72,8 @@ def test_any_shape_and_stride(
     )
     options = dict(dt_softplus=softplus, diagonal=diagonal, **sequences(kind, batch, length))
     wanted, wanted_gradients = with_gradients(oracle, arguments, **options)
-    got, gradients = with_gradients(compiled, arguments, **options)
+    with threads(number):
+        got, gradients = with_gradients(compiled, arguments, **options)
     assert_close({"y": got, **gradients}, {"y": wanted, **wanted_gradients})
 
 
@@ -161,22 +167,33 @@ def test_packed_equals_alone():
         assert torch.equal(packed[:, start:end], compiled(own))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("diagonal", DIAGONALS)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_threads_do_not_change_a_bit(regime):
-    """Nor do tasks of unlike lengths, which a thread that is done takes from others."""
-    arguments = scan_arguments(5, 200, 8, 40, 1, 24, per_direction=REGIMES[regime], dtype=torch.float32)
-    seq_lens = torch.tensor([200, 150, 40, 3, 0])
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            y, gradients = with_gradients(compiled, arguments, dt_softplus=True, seq_lens=seq_lens)
-            results.append([y, *gradients.values()])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+def test_threads_do_not_change_a_bit(regime, diagonal, dtype):
+    """Nor do tasks of unlike lengths, which a thread that is done takes from others, nor those of one chunk, which
+    there are where threads are many."""
+    for kind, batch, length in (("seq_lens", 3, 200), ("cu_seqlens", 1, 300), ("all", 1, 500)):
+        arguments = scan_arguments(batch, length, 6, 20, 1, 9, per_direction=REGIMES[regime], dtype=dtype)
+        options = dict(dt_softplus=True, diagonal=diagonal, **sequences(kind, batch, length))
+
+        def results(arguments=arguments, options=options):
+            y, gradients = with_gradients(compiled, arguments, **options)
+            return [y, *gradients.values()]
+
+        alike_for_threads(results, (1, 2, 7, 40))
+
+
+def test_no_heads():
+    """By the operators themselves, since the public functions leave nothing to them."""
+    arguments = [torch.randn(*shape) for shape in ((1, 100, 0, 8), (1, 100, 0), (0,), (1, 100, 1, 8), (1, 100, 1, 8))]
+    options = (None, None, False, 0.0, math.inf, "both", None, None)
+    for number in (1, 16):
+        with threads(number):
+            assert torch.ops.linconv.bidirectional_ssd(*arguments, *options).shape == (1, 100, 0, 8)
+            gradients = torch.ops.linconv.bidirectional_ssd_backward(arguments[0], *arguments, *options)
+        assert [g.shape for g in gradients[:5]] == [t.shape for t in arguments]
+        assert not gradients[3].any() and not gradients[4].any()
 
 
 def test_expanded_arguments_and_upstream():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import DTYPES, device, here, no_worse_than_torch, on_instruction_set, same_bits  # noqa: F401
+from judge import DTYPES, alike_for_threads, device, here, no_worse_than_torch, on_instruction_set, same_bits  # noqa: F401
 
 from linconv.ops import dispatch
 from linconv.ops.distillation_loss import (
@@ -324,20 +324,11 @@ def test_large_gradients_are_written_past_the_caches(width, first, layer_norm):
 
 def test_deterministic_for_any_number_of_threads():
     tensors = [random(3, 200, d).float() for d in (300, 300, 1500, 1500)]
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            results.append(
-                values_and_gradients(
-                    lambda s, t, a, b: distillation_loss([s, s], [t, t], a, b, layer_norm=True, backend=here()), tensors
-                )
-            )
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            same_bits(a, b)
+
+    def loss(s, t, a, b):
+        return distillation_loss([s, s], [t, t], a, b, layer_norm=True, backend=here())
+
+    alike_for_threads(lambda: values_and_gradients(loss, tensors))
 
 
 def test_gradcheck():

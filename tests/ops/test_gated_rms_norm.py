@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import DTYPES, device, gradients, here, no_worse_than_torch, on_instruction_set, same_bits  # noqa: F401
+from judge import DTYPES, alike_for_threads, device, gradients, here, no_worse_than_torch, on_instruction_set, same_bits  # noqa: F401
 
 from linconv.ops import dispatch
 from linconv.ops.gated_rms_norm import gated_rms_norm
@@ -195,17 +195,12 @@ def test_parameters_in_another_precision():
 def test_deterministic_for_any_number_of_threads():
     inputs = [random(3, 200, 300).float(), random(2, 3, 200, 300).float(), random(2, 300).float()]
     upstream = random(2, 3, 200, 300)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            y, grads = gradients(lambda *t: gated_rms_norm(*t, backend=here()), inputs, upstream)
-            results.append([y, *grads])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            same_bits(a, b)
+
+    def results():
+        y, grads = gradients(lambda *t: gated_rms_norm(*t, backend=here()), inputs, upstream)
+        return [y, *grads]
+
+    alike_for_threads(results)
 
 
 def test_gradcheck():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import DTYPES, gradients, no_worse_than_torch, on_instruction_set, same_bits
+from judge import DTYPES, alike_for_threads, gradients, no_worse_than_torch, on_instruction_set, same_bits
 
 from linconv.ops import dispatch
 from linconv.ops.linear import linear
@@ -149,15 +149,7 @@ def test_rows_far_apart():
 
 def test_bits_do_not_depend_on_the_number_of_threads():
     inputs = [random(300, 1_600).float(), random(500, 1_600).float(), random(500).float()]
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            results.append(kernel(*inputs))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        same_bits(results[0], other)
+    alike_for_threads(lambda: [kernel(*inputs)])
 
 
 def test_gradients_of_any_order():

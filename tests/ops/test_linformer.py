@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import DTYPES, device, gradients, here, no_worse_than_torch, on_instruction_set, same_bits  # noqa: F401
+from judge import (  # noqa: F401
+    DTYPES,
+    alike_for_threads,
+    device,
+    gradients,
+    here,
+    no_worse_than_torch,
+    on_instruction_set,
+    same_bits,
+    threads,
+)
 
 from linconv.ops import dispatch, linformer_attention, linformer_self_attention
 from linconv.ops.linformer import reference, rewrite_pays
@@ -303,17 +313,12 @@ def test_dropout_repeats_with_the_seed_and_under_checkpointing():
 
 def test_deterministic_for_any_number_of_threads():
     inputs, upstream = [t.float() for t in tensors(2, 3, 1500, 16, 24)], random(2, 3, 1500, 16)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            y, grads = gradients(lambda *t: linformer_attention(*t, backend=here()), inputs, upstream)
-            results.append([y, *grads])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            same_bits(a, b)
+
+    def results():
+        y, grads = gradients(lambda *t: linformer_attention(*t, backend=here()), inputs, upstream)
+        return [y, *grads]
+
+    alike_for_threads(results)
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -596,8 +601,8 @@ def test_at_once_oracle(batch, length, heads, headdim, d, r, bias, shared, norma
 
 @needs_at_once
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_at_once_is_what_its_parts_give(dtype, threads):
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_at_once_is_what_its_parts_give(dtype, number):
     """Bit for bit: with gradients wanted or not, and for any number of threads; of long sequences too."""
     if here() != "cpu":
         pytest.skip("an operator for CPU")
@@ -607,12 +612,8 @@ def test_at_once_is_what_its_parts_give(dtype, threads):
         *(random(1_100, 24, dtype=dtype) for _ in "kv"),
     ]
     options = dict(num_heads=4, seq_lens=torch.tensor([1_100, 600]), backend=here())
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(number):
         whole = linformer_self_attention(*inputs, **options)
-    finally:
-        torch.set_num_threads(before)
     parts = linformer_self_attention(inputs[0].requires_grad_(), *inputs[1:], **options)
     assert parts.requires_grad and not whole.requires_grad
     same_bits(whole, parts.detach())

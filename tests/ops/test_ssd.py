@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import device, here, same_bits  # noqa: F401
+from judge import alike_for_threads, device, here, same_bits, threads  # noqa: F401
 from scan_cases import NAMES, assert_close, oracle_one_direction, scan_arguments, split, to_double, with_gradients
 
 from linconv import ops
@@ -41,8 +41,9 @@ def oracle(arguments, **options):
     dstate=st.sampled_from([1, 5, 33, 128]),
     strided=st.booleans(),
     started=st.booleans(),
+    number=st.sampled_from([1, 16]),
 )
-def test_matches_the_recurrence(backend, reverse, kind, length, groups, headdim, dstate, strided, started):
+def test_matches_the_recurrence(backend, reverse, kind, length, groups, headdim, dstate, strided, started, number):
     batch = 1 if kind == "cu_seqlens" else 2
     arguments = scan_arguments(batch, length, 2 * groups, headdim, groups, dstate, strided=strided)
     options = dict(dt_softplus=True, reverse=reverse)
@@ -54,7 +55,8 @@ def test_matches_the_recurrence(backend, reverse, kind, length, groups, headdim,
         arguments["initial_states"] = torch.randn(
             3 if kind == "cu_seqlens" else batch, 2 * groups, headdim, dstate
         ).double()
-    (y, states), gradients = with_gradients(ssd(here(backend)), arguments, **options)
+    with threads(number):
+        (y, states), gradients = with_gradients(ssd(here(backend)), arguments, **options)
     (wanted_y, wanted_states), wanted = with_gradients(oracle, arguments, **options)
     assert_close({"y": y, "states": states, **gradients}, {"y": wanted_y, "states": wanted_states, **wanted})
 
@@ -128,6 +130,21 @@ def test_error_against_torch(dtype):
     for name in NAMES:
         bound = 3 * error(torch_gradients[name], exact_gradients[name])
         assert error(our_gradients[name], exact_gradients[name]) <= bound, name
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(dtype, reverse):
+    """Nor those of the states, nor their gradients, with tasks of one chunk, which there are where threads are many."""
+    arguments = scan_arguments(3, 300, 6, 20, 2, 9, dtype=dtype)
+    arguments["initial_states"] = torch.randn(3, 6, 20, 9)
+    options = dict(dt_softplus=True, reverse=reverse, seq_lens=torch.tensor([300, 64, 0]))
+
+    def results():
+        (y, states), gradients = with_gradients(ssd(here()), arguments, **options)
+        return [y, states, *gradients.values()]
+
+    alike_for_threads(results, (1, 2, 7, 40))
 
 
 def test_one_scan_is_two_with_the_state_handed_over():
