@@ -6,7 +6,8 @@
 //      csrc/<op>/cpu.cpp         re-checks what it dereferences, allocates outputs, has LINCONV_PICK(kernel) run by
 //                                common/tasks.h, and ends with
 //                                    STABLE_TORCH_LIBRARY_IMPL(linconv, CPU, m) { m.impl("short_conv", TORCH_BOX(&short_conv)); }
-//   3. linconv/ops/<op>/__init__.py   registers the fake kernel and the autograd formula.
+//   3. linconv/ops/<op>/__init__.py   registers the fake kernel and the autograd formula; reference.py has the formula.
+//   4. where it runs on GPUs: csrc/<op>/cuda.cu, linconv/ops/<op>/triton.py.
 //
 // A backward pass that is a kernel of its own is an operator of its own, <op>_backward. All but linear_out are functional:
 // no argument is written, no output aliases an input.
@@ -59,8 +60,8 @@ STABLE_TORCH_LIBRARY(linconv, m) {
       "gated_rms_norm_backward(Tensor grad, Tensor x, Tensor z, Tensor weight, float eps, int group_size, "
       "Tensor? seq_lens) -> (Tensor, Tensor, Tensor)");
 
-  // short_conv, and ssd or bidirectional_ssd of what it makes, by the backends that are named. Made of these in Python, for
-  // every device.
+  // short_conv, then ssd or bidirectional_ssd on its result, each on the backend that is named. Composed in Python, for every
+  // device.
 #define CONV_SCAN_ARGUMENTS                                                                                             \
   "Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor? D, Tensor? dt_bias, int dstate, "     \
   "int ngroups, str diagonal, int lookahead, Tensor? seq_lens, str conv, str scan"
@@ -71,7 +72,7 @@ STABLE_TORCH_LIBRARY(linconv, m) {
 #undef CONV_SCAN_ARGUMENTS
 
   // student, teacher: a hidden state (batch, L, d) a layer; logits (batch, L, classes); masks bool (batch, L) or lengths
-  // (batch,) -> mean squared error and mean cosine (layers,), KL (1,), and what is known of each row of logits, float64.
+  // (batch,) -> mean squared error and mean cosine (layers,), KL (1,), and softmax statistics of each row of logits, float64.
 #define GUIDANCE                                                                                            \
   "Tensor[] student, Tensor[] teacher, Tensor? mask, bool layer_norm, Tensor? student_logits, "             \
   "Tensor? teacher_logits, Tensor? logits_mask, float temperature"
@@ -80,10 +81,10 @@ STABLE_TORCH_LIBRARY(linconv, m) {
         ", Tensor statistics, bool of_student, bool of_teacher, bool of_student_logits, bool of_teacher_logits) "
         "-> (Tensor[], Tensor[], Tensor, Tensor)");
 #undef GUIDANCE
-  // The same of (rows, classes), some of the classes at a time.
+  // The KL part for (rows, classes), some of the classes at a time.
   m.def("kd_statistics(Tensor student, Tensor teacher, Tensor? before, float temperature) -> Tensor");
   m.def("kd_gradient(Tensor student, Tensor teacher, Tensor statistics, Tensor scale, float temperature) -> Tensor");
-  // hidden (rows, d), weight (classes, d), mask bool (rows,) -> KL (1,), and what is known of each row that counts.
+  // hidden (rows, d), weight (classes, d), mask bool (rows,) -> KL (1,), and softmax statistics of each row that counts.
 #define OUTPUTS \
   "Tensor hidden_s, Tensor weight_s, Tensor hidden_t, Tensor weight_t, Tensor? mask, float temperature"
   m.def("linear_kd_loss(" OUTPUTS ") -> (Tensor, Tensor)");

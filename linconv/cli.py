@@ -99,7 +99,9 @@ def _build_parser() -> Parser:
     sub = command("inspect", _inspect, text)
     _add_model_flags(sub)
 
-    sub = command("convert", _convert, "Convert a checkpoint and save it. The new mixers are untrained.")
+    sub = command(
+        "convert", _convert, "Convert a checkpoint and save it, mixers untrained. `distill` does this by itself."
+    )
     _add_model_flags(sub)
     sub.add_argument("--output", required=True, help="folder for the converted checkpoint")
     sub.add_argument("--seed", type=seed, default=0, help="seed of the mixers' weights (default 0)")
@@ -119,7 +121,9 @@ def _build_parser() -> Parser:
     sub = command("eval", _eval, "Score a checkpoint: accuracy, word and character error rate, or perplexity.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a teacher or a student")
     _add_recipe_flags(sub, "eval")
-    sub.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default test)")
+    sub.add_argument(
+        "--split", choices=("train", "validation", "test"), default="test", help="split to score (default test)"
+    )
     sub.add_argument("--json", action="store_true", help="print the scores as JSON")
 
     sub = command("report", _report, "Finished runs side by side: report.json, report.md and report.html.")
@@ -131,7 +135,9 @@ def _build_parser() -> Parser:
 
     add_arguments(command("bench", _bench, "Latency, memory and crossover, measured, reported and compared."))
     command(
-        "demo", None, "The whole way on recorded speech: teacher, students, scores, speed. See `linconv demo --help`."
+        "demo",
+        None,
+        "The whole pipeline on recorded speech: teacher, students, scores, speed. See `linconv demo --help`.",
     )
     command("env", _env, "Versions, the machine, the backends found, and why others are not.")
     parser.command_parsers = commands.choices
@@ -141,12 +147,12 @@ def _build_parser() -> Parser:
 def _add_model_flags(sub: Parser) -> None:
     sub.add_argument("model", metavar="MODEL", help="checkpoint folder, or model on the hub")
     sub.add_argument("--mixer", help="what takes attention's place (default bimamba2)")
-    sub.add_argument("--layers", help="which layers, as 0,1,5 or 0-5, =-1 for the last; all (default) or none")
+    sub.add_argument("--layers", help="layers to convert: 0,1,5 or 0-5 (--layers=-1: the last), all (default) or none")
     _add_set(sub, "an option of the mixer, such as d_state=64")
 
 
 def _add_recipe_flags(sub: Parser, command: str) -> None:
-    sub.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file; the flags below go over what it says")
+    sub.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file; the flags below override its keys")
     for flag, key, kind, text in _RECIPE_FLAGS:
         if flag not in _WITHOUT_EFFECT[command]:
             sub.add_argument(flag, type=kind, help=f"{text} [{key}]")

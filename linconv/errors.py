@@ -17,7 +17,7 @@ def unknown(what: str, got: object, known: Iterable[str]) -> UserError:
     if near:
         return UserError(f"{what}: no {str(got)!r}; did you mean {near[0]!r}?")
     listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-    return UserError(f"{what}: no {str(got)!r}; there is {listed or 'none'}")
+    return UserError(f"{what}: no {str(got)!r}; known: {listed or 'none'}")
 
 
 def no_folder(what: str, path: str) -> UserError:

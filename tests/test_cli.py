@@ -404,7 +404,7 @@ def test_a_checkpoint_is_gone_on_from_by_its_own_run_only(trained, tmp_path, cap
     for change, message in (
         (("--seed", 5), "is of a run with seed 0; got 5"),
         (("--mixer", "hydra"), "is of a run with conversion"),
-        (("--set", "distill.save_only_model=true"), "save_only_model leaves checkpoints nothing to go on from"),
+        (("--set", "distill.save_only_model=true"), "checkpoints saved with save_only_model=true cannot be resumed"),
     ):
         linconv(*flags, *change, "--resume", status=2)
         assert message in capsys.readouterr().err
@@ -981,7 +981,7 @@ MISTAKES = {
     ),
     "order without a meaning here": (
         ["finetune", "RECIPE", "--set", "finetune.train_sampling_strategy=batch_rebalance"],
-        "train_sampling_strategy: no 'batch_rebalance'; there is group_by_length, random, sequential",
+        "train_sampling_strategy: no 'batch_rebalance'; known: group_by_length, random, sequential",
     ),
     "optimizer of a package that is not there": (
         ["distill", "RECIPE", "--set", "distill.optim=galore_adamw", "--dry-run"], "optim, optim_args: You need to"
@@ -1126,7 +1126,7 @@ MISTAKES = {
         "task: got classification, for which bert has no head; want text_classification",
     ),
     "labels of other data": (
-        ["eval", "FOLDER/teacher", "RECIPE", "--label", "speaker"], "data: label: no 's0'; there is one, three, two"
+        ["eval", "FOLDER/teacher", "RECIPE", "--label", "speaker"], "data: label: no 's0'; known: one, three, two"
     ),
     "split": (["eval", "FOLDER/student", "RECIPE", "--split", "tset"], "invalid choice: 'tset'"),
     "inspected model": (["inspect", "FOLDER/teachers"], "no folder 'FOLDER/teachers'; did you mean 'FOLDER/teacher'?"),

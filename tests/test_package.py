@@ -164,7 +164,7 @@ def test_the_cuda_library_runs_where_it_has_code_for_the_gpu(capability, built, 
     if runs:
         assert dispatch.pick("short_conv", gpu, "cuda") == "cuda"
     else:
-        told = rf"some GPU has compute capability {capability[0]}.{capability[1]}, wanted {built}: build linconv anew"
+        told = rf"some GPU has compute capability {capability[0]}.{capability[1]}, wanted {built}: rebuild linconv"
         with pytest.raises(ValueError, match=told):
             dispatch.pick("short_conv", gpu, "cuda")
         if capability >= (8, 0):

@@ -84,7 +84,7 @@ def test_files_that_no_run_leaves_are_named(tmp_path, name, text):
     if (name, text) in (("metrics.jsonl", "{}"), ("metrics.jsonl", "[1]"), ("config.json", "{}")):
         assert report.build([folder])["rows"]  # a record of no loss, and a config of no conversion
     else:
-        with pytest.raises(UserError, match=f"RUN: {folder} holds other files than a run leaves, or parts of them"):
+        with pytest.raises(UserError, match=f"RUN: {folder} has missing, incomplete or foreign files"):
             report.build([folder])
 
 

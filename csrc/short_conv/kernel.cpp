@@ -86,7 +86,7 @@ void gradient(const Filter<T>& f, const T* const* x, const T* const* dy, int n, 
 // dx[i] = sum over directions and j of w[j] dpre[i + width - 1 - j] of kFrames frames; dpre holds the rows from the one
 // that the last tap of frame 0 turns to.
 template <class T, int width, int directions>
-void transpose(const Filter<T>* f, const T* const* const* dpre, int n, T* const* dx) {
+void input_gradient(const Filter<T>* f, const T* const* const* dpre, int n, T* const* dx) {
   for (int c = 0; c < n; c += kWidth<T>) {
     Vec<T> sum[kFrames] = {};
 #pragma GCC unroll 2
@@ -108,7 +108,7 @@ void transpose(const Filter<T>* f, const T* const* const* dpre, int n, T* const*
 
 // sums[j] += sum_i dpre[i] x[i + j] over the kTile frames of a tile; sums[width] += sum_i dpre[i].
 template <class T, int width>
-void weights(const T* const* dpre, const T* const* x, int n, T (*sums)[kConvChannels]) {
+void weight_gradient(const T* const* dpre, const T* const* x, int n, T (*sums)[kConvChannels]) {
   for (int c = 0; c < n; c += kWidth<T>) {
     Vec<T> acc[width + 1];
 #pragma GCC unroll 9
@@ -129,16 +129,16 @@ template <class T>
 struct Steps {  // the above for one width and activation
   void (*convolve)(const Filter<T>&, const T* const*, int, T* const*);
   void (*gradient)(const Filter<T>&, const T* const*, const T* const*, int, T* const*);
-  void (*transpose[2])(const Filter<T>*, const T* const* const*, int, T* const*);  // by directions - 1
-  void (*weights)(const T* const*, const T* const*, int, T (*)[kConvChannels]);
+  void (*input_gradient[2])(const Filter<T>*, const T* const* const*, int, T* const*);  // by directions - 1
+  void (*weight_gradient)(const T* const*, const T* const*, int, T (*)[kConvChannels]);
 };
 
 template <class T, int width>
 Steps<T> steps_of(bool silu_) {
   return {silu_ ? convolve<T, width, true> : convolve<T, width, false>,
           silu_ ? gradient<T, width, true> : gradient<T, width, false>,
-          {transpose<T, width, 1>, transpose<T, width, 2>},
-          weights<T, width>};
+          {input_gradient<T, width, 1>, input_gradient<T, width, 2>},
+          weight_gradient<T, width>};
 }
 
 template <class T>
@@ -268,12 +268,12 @@ struct Pass {  // one task: what it is of, and the directions that share an inpu
           step.gradient(f[i], x.from(next[i] + f[i].low), dy, n, d);
         }
         // Frames of the tile past the block's end are past the sequence's: zeros.
-        step.weights(dpre[i].from(tile), x.from(tile + f[i].low), n, sums[i]);
+        step.weight_gradient(dpre[i].from(tile), x.from(tile + f[i].low), n, sums[i]);
       }
       for (int64_t t = tile; t < min(tile + kTile, end()); t += kFrames) {
         const T* const* turned[2] = {dpre[0].from(t - f[0].low - span), dpre[count - 1].from(t - f[count - 1].low - span)};
         const Targets dx(*this, target, t, results);
-        step.transpose[count - 1](f, turned, n, dx.row);
+        step.input_gradient[count - 1](f, turned, n, dx.row);
         dx.written();
       }
     }

@@ -9,7 +9,7 @@
 namespace linconv {
 namespace {
 
-constexpr int64_t kOperations = 8;  // of an entry of the state, a frame, about
+constexpr int64_t kOperations = 8;  // about, for each entry of the state and frame: tells how many threads are worth it
 
 SsdTensor frames(const Tensor& tensor, int dims, int directions, const char* name) {
   const int leading = static_cast<int>(tensor.dim()) - dims;

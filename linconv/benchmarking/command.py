@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="one of `--list all`, or all")
     parser.add_argument("--list", action="store_true", help="say what the suites would run, and stop")
     run = parser.add_argument_group("what is measured")
-    run.add_argument("--out", metavar="PATH", help="folder for SUITE.json (default bench), or what is made")
+    run.add_argument(
+        "--out",
+        metavar="PATH",
+        help="folder of results or report (default bench); with --plot or --fits the file to write",
+    )
     earlier = run.add_mutually_exclusive_group()
     earlier.add_argument("--resume", action="store_true", help="keep what the results have, measure what they lack")
     earlier.add_argument("--overwrite", action="store_true", help="measure all anew, in place of what the results have")
@@ -29,20 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         type=_batch,
         metavar="N",
-        help="sequences at once, in place of each case's own number; or largest: as many as the limits take",
+        help="sequences at once, in place of each case's own; largest: as many, a power of two, as the limits take",
     )
-    run.add_argument("--graph", action="store_true", help="replay CUDA graphs, so that no time is the host's")
+    run.add_argument("--graph", action="store_true", help="time replays of CUDA graphs, without the host's time")
     run.add_argument(
         "--lengths", nargs="+", type=above_zero(int), metavar="L", help="measure at these lengths, predict the others"
     )
     run.add_argument(
         "--without", nargs="+", metavar="TEXT", default=[], help="leave out implementations with this name"
     )
-    run.add_argument("--measure", nargs="+", choices=("latency", "memory"), default=["latency", "memory"])
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    what = ("latency", "memory")
+    run.add_argument("--measure", nargs="+", choices=what, default=list(what), help="what to measure (default both)")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to run on (default cpu)")
     run.add_argument("--seed", type=seed, default=0, help="of inputs and weights (default 0)")
     run.add_argument(
-        "--default-malloc", action="store_true", help="leave the C library as it comes: it returns freed memory at once"
+        "--default-malloc",
+        action="store_true",
+        help="leave the C library's malloc as it comes: it returns large freed blocks to the system",
     )
     limits = parser.add_argument_group("limits; what goes beyond is predicted from shorter lengths and marked")
     number = above_zero(float)

@@ -21,12 +21,8 @@ class Curve:
     predicted: tuple[bool, ...]
 
 
-def audio_forward(checkpoint: str, audio: str, samples: int, padding: int = 0) -> Callable[[], object]:
-    """A forward pass of the classifier in folder ``checkpoint`` over the first ``samples`` of an ``.npy`` of audio.
-
-    Args:
-        padding: how many of the samples, at the end, the attention mask marks as padding; there is no mask if 0.
-    """
+def audio_forward(checkpoint: str, audio: str, samples: int) -> Callable[[], object]:
+    """A forward pass of the classifier in folder ``checkpoint`` over the first ``samples`` of an ``.npy`` of audio."""
     import numpy as np
     import torch
     from transformers import AutoModelForAudioClassification, logging
@@ -38,13 +34,10 @@ def audio_forward(checkpoint: str, audio: str, samples: int, padding: int = 0) -
     waveform = torch.from_numpy(np.load(audio, mmap_mode="r")[:samples].copy())[None]  # (1, samples)
     if waveform.shape[1] < samples:
         raise ValueError(f"{audio} holds {waveform.shape[1]} samples, {samples} wanted")
-    inputs = {"input_values": waveform}
-    if padding:
-        inputs["attention_mask"] = (torch.arange(samples) < samples - padding).long()[None]
 
     def forward():
         with torch.inference_mode():
-            return model(**inputs).logits
+            return model(input_values=waveform).logits
 
     return forward
 

@@ -27,8 +27,9 @@ nav ul { columns: 2; padding-left: 1.2rem; font-size: 14px; }
 """
 
 _METHOD = (
-    "An implementation is timed only after its numbers passed a check in the same run: the error against float64 is at "
-    "most twice plain torch's at that precision, three times for gradients. Implementations of a case are called in "
+    "linconv and other packages are timed only after their numbers passed a check in the same run: the error against "
+    "float64 is at most twice plain torch's at that precision, three times for gradients. Torch's own operators and "
+    "transformers' fallback are not checked. Implementations of a case are called in "
     "turn, on fresh random inputs, after a warm-up; times are medians. Peak memory is above model and input: of a "
     "process of its own on CPU, by torch's allocator on CUDA. The floor is the operations over the measured rate of "
     "torch.mm, or the bytes over the measured rate of a copy, whichever is longer. ~ marks what was not measured but "
@@ -67,7 +68,7 @@ def _blocks(all_results: Sequence[Results]):
     yield "p", "From which length on linconv is faster than exact attention."
     yield "text", ["case", "linconv", "faster from", "interval"], rows or [["none measured", "", "", ""]]
     yield "h2", "Where linconv loses"
-    yield "p", "Generated from the results: every implementation and length at which linconv takes more than another."
+    yield "p", "Where linconv takes more time than another, over 5 % more memory, or much more time than its floor."
     yield from _losses(all_results)
     for results in all_results:
         yield "h2", f"Suite {results.suite}"
@@ -79,7 +80,7 @@ def _blocks(all_results: Sequence[Results]):
                 yield "table", *_latency_table(results, case, series)
                 if any(any(s.extra_bytes) for s in series):
                     yield "table", *_memory_table(results, case, series)
-                yield from _reasons(results, case, series)
+                yield from _reasons(series)
     yield "h2", "Absent"
     rows = [[results.suite, name, reason] for results in all_results for name, reason in results.absent.items()]
     yield "text", ["suite", "implementation", "why it was not measured"], rows or [["", "none", ""]]
@@ -192,7 +193,7 @@ def _memory_table(results: Results, case: str, series):
     return header, rows
 
 
-def _reasons(results: Results, case: str, series):
+def _reasons(series):
     """The reasons why predicted values were not measured."""
     found: dict[str, list[str]] = {}
     for s in series:

@@ -43,7 +43,7 @@ class StateLayer(CacheLayerMixin):
             if type(layers[index]) is not DynamicLayer:
                 raise TypeError(
                     f"the cache is a {type(cache).__name__} of {type(layers[index]).__name__}, wanted a "
-                    "transformers.DynamicCache: states of mixers do not grow, nothing is to be static or quantized"
+                    "transformers.DynamicCache: a mixer's state cannot be static or quantized"
                 )
             if layers[index].get_seq_length():
                 raise ValueError(

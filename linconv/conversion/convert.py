@@ -79,7 +79,8 @@ def convertible_family(teacher: PreTrainedModel) -> families.Family:
     if isinstance(teacher, ConvertedModel):
         if Recipe.from_config(teacher.config).layers:
             raise TypeError(
-                f"teacher is a {stock.__name__}, converted already; wanted a stock model or one with no layer converted"
+                f"teacher is a {stock.__name__}, converted already; wanted a stock model, which `linconv distill` "
+                "converts by itself, or one with no layer converted"
             )
         stock = stock.__bases__[-1]
     decoder = family.cache is None and getattr(teacher.config, "is_decoder", False)

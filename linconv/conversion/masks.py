@@ -29,7 +29,7 @@ def _padding_mask(stock_mask):
         packed = decoder and mask_function is not causal_mask_function and not traced(attention_mask)
         if converted and packed:
             raise ValueError(
-                "position_ids start anew within a row, wanted one sequence a row: mixers take no packed ones"
+                "position_ids restart within a row, wanted one sequence per row: mixers do not take packed rows"
             )
         if attention_mask is not None and (converted or not decoder):
             # The size is that of the queries, as in self-attention: without a cache transformers takes kv_length from

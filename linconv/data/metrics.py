@@ -32,14 +32,14 @@ class Metrics:
         import jiwer
 
         blank = self.tokenizer.pad_token_id
-        heard = self.tokenizer.batch_decode(np.where(answers < 0, blank, answers))
-        said = self.tokenizer.batch_decode(np.where(labels < 0, blank, labels), group_tokens=False)
-        pairs = [(s, h) for s, h in zip(said, heard) if s]  # an empty transcript has no words to get wrong
+        hypotheses = self.tokenizer.batch_decode(np.where(answers < 0, blank, answers))
+        references = self.tokenizer.batch_decode(np.where(labels < 0, blank, labels), group_tokens=False)
+        pairs = [(r, h) for r, h in zip(references, hypotheses) if r]  # an empty transcript has no words to get wrong
         if not pairs:
             raise ValueError("labels: got only empty transcripts")
-        said, heard = map(list, zip(*pairs))
-        self.clips = [_word_errors(s, h) for s, h in pairs]
-        return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)}
+        references, hypotheses = map(list, zip(*pairs))
+        self.clips = [_word_errors(r, h) for r, h in pairs]
+        return {"wer": jiwer.wer(references, hypotheses), "cer": jiwer.cer(references, hypotheses)}
 
 
 class Perplexity:
@@ -65,10 +65,10 @@ class Perplexity:
             return {"perplexity": float(np.exp(nats / tokens)), "nats_per_token": float(nats / tokens)}
 
 
-def _word_errors(said: str, heard: str) -> list[int]:
+def _word_errors(reference: str, hypothesis: str) -> list[int]:
     import jiwer
 
-    found = jiwer.process_words(said, heard)
+    found = jiwer.process_words(reference, hypothesis)
     return [
         found.substitutions + found.deletions + found.insertions,
         found.hits + found.substitutions + found.deletions,

@@ -88,7 +88,7 @@ def run(options: Namespace) -> Results:
             overrides += [(f"{block}.max_steps", options.steps), (f"{block}.warmup_steps", options.steps // 10)]
     teacher = pipeline.finetune(load_recipe(RECIPE, overrides))
     if teacher.splits.test is None:
-        raise UserError(f"{data / 'metadata.csv'}: no clips of the split test, which the scores are of")
+        raise UserError(f"{data / 'metadata.csv'}: no clips in the split test, on which the demo scores")
     results = Results(
         source=source_of(data),
         data=data,

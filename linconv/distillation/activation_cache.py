@@ -35,10 +35,12 @@ def check_cacheable(student: PreTrainedModel, teacher: PreTrainedModel | None, m
     if teacher is None:
         raise ValueError("teacher_cache: got a folder but no teacher; want both, or None")
     if not isinstance(mode.guide, TargetGuided | Unguided):
-        raise ValueError(f"teacher_cache: the teacher of {mode.guide} moves; want None, or TargetGuided")
+        raise ValueError(
+            f"teacher_cache: the teacher of {mode.guide} changes during training; want None, or TargetGuided"
+        )
     if SharedSpecAugment.is_on(student):
         raise ValueError(
-            "teacher_cache: the teacher hears the student's SpecAugment, drawn anew each time; want None, or "
+            "teacher_cache: the teacher gets the student's SpecAugment, drawn anew for each batch; want None, or "
             "apply_spec_augment=False in the student's config"
         )
     drawing = [name for name, m in teacher.named_modules() if m.training and getattr(m, "p", 0)]
@@ -73,7 +75,7 @@ class ActivationCache:
         self.padding_leaks = stock or getattr(teacher.config, "feat_extract_norm", None) == "group"
         self._new: dict[str, dict[str, Tensor]] = {}
         self._new_bytes, self._full = 0, False
-        self._shards: dict[str, safe_open] = {}  # key of a clip to (shard, names of its tensors)
+        self._shards: dict[str, tuple[safe_open, list[str]]] = {}  # key of a clip to (shard, names of its tensors)
         for path in sorted(self.folder.glob("*.safetensors")):
             self._open(path)
 

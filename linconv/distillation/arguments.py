@@ -24,15 +24,14 @@ class DistillationArguments(TrainingArguments):
     layer_norm: bool = field(default=True, metadata={"help": "Normalise hidden states (no affine) before the MSE."})
     layer_weights: list[float] | None = field(default=None, metadata={"help": "A factor for each layer."})
     layer_reduction: str = field(default="mean", metadata={"help": "Over the layers: mean or sum."})
-    include_embeddings: bool = field(
-        default=False, metadata={"help": "Count what the first layer is given as one more hidden state."}
-    )
+    include_embeddings: bool = field(default=False, metadata={"help": "Compare the input of the first layer too."})
     teacher_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of a teacher that is trained beside the student; None: as the student's."}
+        default=None,
+        metadata={"help": "Learning rate of a teacher that is trained alongside the student; None: the student's."},
     )
     teacher_cache: str | None = field(
         default=None,
-        metadata={"help": "A folder where what a fixed teacher makes of each clip is kept, in bfloat16, and read."},
+        metadata={"help": "Folder that caches a fixed teacher's hidden states, in bfloat16, and logits."},
     )
     exponential_decay_to: float | None = field(
         default=None,

@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 class DistillationTrainer(Trainer):
     """Trains ``model``, the student, on its task and, depending on ``mode``, to match ``teacher``.
 
-    Everything that transformers' Trainer supports works here too: resuming, Accelerate's ways of running on many
-    devices, bf16, streaming data sets, gradient checkpointing, logging. In addition:
+    It works as transformers' Trainer, but for what docs/distillation.md lists under Limits: resuming, Accelerate's ways
+    of running on many devices, bf16, streaming data sets, gradient checkpointing, logging. In addition:
 
     - The three losses are means over one whole optimizer step (see :class:`DistillationArguments`).
     - The teacher teaches in evaluation mode, and its weights are not in the student's optimizer. If the mode changes
@@ -170,8 +170,8 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"{self.mode}: not supported with DeepSpeed, FSDP or fp16; bf16 is")
         if moving and any(kind in self.args.optim for kind in ("layerwise", "lomo")):
             raise ValueError(
-                f"optim: got {self.args.optim.value}, which takes its steps in the backward pass; want one that takes "
-                f"them behind it, for the mode is {self.mode}"
+                f"optim: got {self.args.optim.value}, which steps during the backward pass; want one that steps after "
+                f"it, since the mode is {self.mode}"
             )
         if moving:
             check_trainable("teacher", teacher)

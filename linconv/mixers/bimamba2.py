@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from linconv.mixers.protocol import Linear
-from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, scan_flops
+from linconv.mixers.state_space import DepthwiseConv, GatedRMSNorm, SSDMixer, scan_flops
 from linconv.ops import checks
 from linconv.ops.columns import split
 
@@ -14,7 +14,7 @@ from linconv.ops.columns import split
 _ROWS, _COLUMNS = ("in_proj.weight",), ("out_proj.weight",)
 
 
-class BiMamba2(DualMixer):
+class BiMamba2(SSDMixer):
     """Forward and backward Mamba-2 as one computation: each of its five steps handles both directions at once.
 
     Neither the input nor a state is flipped or copied. The parameters are those of two `mamba_ssm` Mamba2 layers

@@ -1,11 +1,11 @@
 """Hydra: both directions of time as one quasiseparable matrix over shared inputs (arXiv 2407.09941)."""
 
 from linconv.mixers.protocol import Linear
-from linconv.mixers.state_space import DepthwiseConv, DualMixer, GatedRMSNorm, scan_flops
+from linconv.mixers.state_space import DepthwiseConv, GatedRMSNorm, SSDMixer, scan_flops
 from linconv.ops.columns import split
 
 
-class Hydra(DualMixer):
+class Hydra(SSDMixer):
     """Bidirectional state space mixer whose directions share x, z, A and the norm, and have their own dt, B and C.
 
     Each direction's scan moves one frame later, so that both are strictly triangular and D alone is the diagonal.

@@ -5,7 +5,7 @@ from torch import nn
 
 from linconv import ops
 from linconv.mixers.protocol import Linear, Mixer, check_integer, check_number
-from linconv.ops.linformer import MOST_COLUMNS, MOST_RANKS, rewrite_pays
+from linconv.ops.linformer import MAX_HEADDIM, MAX_RANK, rewrite_pays
 
 INITS = ("frames", "normal")
 SHARING = ("none", "headwise", "key_value", "layerwise")
@@ -53,7 +53,7 @@ class LinformerAttention(Mixer):
         self.num_heads = max(d_model // 64, 1) if num_heads is None else num_heads
         self.dropout = 0.0 if dropout is None else dropout
         self.r, self.sharing, self.normalize, self.init = r, sharing, normalize, init
-        check_integer("r", r, high=MOST_RANKS)
+        check_integer("r", r, high=MAX_RANK)
         check_integer("max_length", self.max_length)
         check_integer("num_heads", self.num_heads)
         check_number("dropout", self.dropout)
@@ -63,10 +63,10 @@ class LinformerAttention(Mixer):
             raise ValueError(f"sharing is {sharing!r}, wanted one of {', '.join(SHARING)}")
         if init not in INITS:
             raise ValueError(f"init is {init!r}, wanted one of {', '.join(INITS)}")
-        if d_model % self.num_heads or d_model // self.num_heads > MOST_COLUMNS:
+        if d_model % self.num_heads or d_model // self.num_heads > MAX_HEADDIM:
             came = f"{self.num_heads}, for heads of 64" if num_heads is None else num_heads
             raise ValueError(
-                f"num_heads is {came}, wanted a divisor of d_model = {d_model} for heads of at most {MOST_COLUMNS}"
+                f"num_heads is {came}, wanted a divisor of d_model = {d_model} for heads of at most {MAX_HEADDIM}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {dropout}, wanted 0 <= dropout < 1")
@@ -104,8 +104,8 @@ class LinformerAttention(Mixer):
         for name, source in attention.named_children():
             if not isinstance(source, nn.Linear):
                 raise TypeError(
-                    f"{name} is a {type(source).__name__}, wanted a torch.nn.Linear, whose weights are taken over: an "
-                    "adapter is to be merged before, and quantization to come after"
+                    f"{name} is a {type(source).__name__}, wanted a torch.nn.Linear, whose weights are taken over: "
+                    "merge adapters before converting, quantize afterwards"
                 )
         mixer = super().from_attention(attention, config, **options)
         for to, source in zip(mixer._projections(), attention.children()):

@@ -5,11 +5,11 @@ import torch
 from linconv import ops
 from linconv.mixers.causal import CausalConv, CausalMixer, MambaState
 from linconv.mixers.protocol import Linear
-from linconv.mixers.state_space import DualMixer, GatedRMSNorm, scan_flops
+from linconv.mixers.state_space import GatedRMSNorm, SSDMixer, scan_flops
 from linconv.ops.columns import split
 
 
-class Mamba2(CausalMixer, DualMixer):
+class Mamba2(CausalMixer, SSDMixer):
     """Mamba-2, causal; its state dict has the names and shapes of `mamba_ssm`'s Mamba2.
 
     Args:

@@ -58,7 +58,7 @@ class Mixer(nn.Module, abc.ABC):
                 raise TypeError(f"{cls.__name__} has no option {name!r}, wanted one of {', '.join(known)}")
         weight = next((p for p in attention.parameters() if p.is_floating_point()), None)
         if weight is None:
-            raise TypeError("attention has no weights in floating point, wanted some: quantization is to come after")
+            raise TypeError("attention has no floating-point weights, wanted some: convert first, quantize afterwards")
         with torch.device("meta" if weight.is_meta else "cpu"):
             mixer = cls(config.hidden_size, **options)
         return mixer.to(device=weight.device, dtype=weight.dtype)
@@ -101,8 +101,8 @@ class Mixer(nn.Module, abc.ABC):
         weight = next(self.parameters(), None)
         if weight is not None and (weight.dtype == torch.float64) != (hidden_states.dtype == torch.float64):
             raise TypeError(
-                f"hidden_states has dtype {hidden_states.dtype}, wanted torch.float64 just where the weights have it: "
-                f"they have {weight.dtype}"
+                f"hidden_states has dtype {hidden_states.dtype}, the weights have {weight.dtype}, wanted "
+                "torch.float64 for both or neither"
             )
 
     @abc.abstractmethod
@@ -114,10 +114,10 @@ class Mixer(nn.Module, abc.ABC):
         """Initialise every parameter again."""
 
 
-MOST = 2**24  # for any size: the bytes of a weight with two such axes still fit 64 bits
+MAX_WIDTH = 2**24  # for any size: the bytes of a weight with two such axes still fit 64 bits
 
 
-def check_integer(name: str, value, low: int = 1, high: int = MOST) -> None:
+def check_integer(name: str, value, low: int = 1, high: int = MAX_WIDTH) -> None:
     """Check that ``value`` of the option ``name`` is an int from ``low`` to ``high``.
 
     Raises:

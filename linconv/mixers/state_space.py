@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from linconv import ops
-from linconv.mixers.protocol import MOST, Mixer, Weights, check_integer, check_number
+from linconv.mixers.protocol import MAX_WIDTH, Mixer, Weights, check_integer, check_number
 from linconv.ops.short_conv import WIDTHS
 from linconv.ops.ssd.arguments import MAX_SIZE
 
@@ -59,8 +59,10 @@ class StateSpaceMixer(Mixer):
         check_number("expand", expand)
         if not expand > 0:
             raise ValueError(f"expand is {expand}, wanted a number above 0")
-        if not expand * d_model <= MOST:
-            raise ValueError(f"expand is {expand}, wanted at most {MOST} for expand * d_model, d_model being {d_model}")
+        if not expand * d_model <= MAX_WIDTH:
+            raise ValueError(
+                f"expand is {expand}, wanted at most {MAX_WIDTH} for expand * d_model, d_model being {d_model}"
+            )
         self.d_state, self.d_conv = d_state, d_conv
         self.d_inner = round(expand * d_model)
 
@@ -74,8 +76,9 @@ class StateSpaceMixer(Mixer):
             child.reset_parameters()
 
 
-class DualMixer(StateSpaceMixer):
-    """Shared parts of the Mamba-2 type mixers: heads with the parameters A_log, D and dt_bias.
+class SSDMixer(StateSpaceMixer):
+    """What the mixers on the state space dual scan share (Mamba-2), of one direction or two: heads with the parameters
+    A_log, D and dt_bias.
 
     Args:
         chunk_size: an int or None; not used.
@@ -138,8 +141,8 @@ def draw_steps(bias: torch.Tensor) -> None:
 def scan_flops(length: int, heads: int, headdim: int, d_state: int, groups: int, *, directions: int) -> int:
     """Operations of the scan in chunks of 64 frames, whatever chunk a kernel uses.
 
-    Per frame and direction: updating and reading the state (2 heads * headdim * d_state multiply-adds), and half of
-    the products within the chunk, one triangle of two.
+    Per frame and direction: updating and reading the state (2 heads * headdim * d_state multiply-adds), and the two
+    products within the chunk, C B^T and weights times x, at half their cost, since they are triangles.
     """
     chunk = 64
     per_direction = 2 * heads * headdim * d_state + (chunk * heads * headdim + chunk * groups * d_state) // 2

@@ -1,4 +1,4 @@
-"""Operators: each is a ``torch.library`` operator, ``torch.ops.linconv.<name>``, with its public function here."""
+"""The public functions of the operators, which are registered with torch.library (csrc/library.cpp)."""
 
 from linconv.ops.bidirectional_ssd import bidirectional_ssd
 from linconv.ops.conv_scan import conv_scan

@@ -19,7 +19,7 @@ def remembered(check):
     only on its tensors' shapes, dtypes, devices and layouts, and on the type and value of other arguments.
     Its result is returned again, so it must be immutable.
     """
-    passed = {}
+    passed, missing = {}, object()
 
     @functools.wraps(check)
     def run(*arguments):
@@ -27,10 +27,10 @@ def remembered(check):
             return check(*arguments)
         try:
             kind = tuple(map(_kind, arguments))
-            found = passed.get(kind, passed)
+            found = passed.get(kind, missing)
         except (TypeError, RuntimeError):  # an unhashable argument, or a nested tensor, which has no shape
             return check(*arguments)
-        if found is not passed:
+        if found is not missing:
             return found
         result = check(*arguments)
         if len(passed) >= MOST_REMEMBERED:

@@ -1,4 +1,4 @@
-"""Columns of rows: taken apart as views, put together by one copy."""
+"""Columns of rows: split into views, joined by one copy."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ WORD = torch.int64
 def joined(columns: Sequence[torch.Tensor]) -> torch.Tensor:
     """``torch.cat`` along the last axis.
 
-    On a GPU torch copies element by element where rows are not one piece. Seen as words of 8 bytes, rows in 16 bits
-    have a quarter as many.
+    On a GPU torch copies rows that are not contiguous element by element. Viewed as words of 8 bytes, 16-bit rows have
+    a quarter as many.
     """
     if columns[0].is_cuda and not torch.compiler.is_compiling():
         return _joined_as_words(columns)

@@ -122,9 +122,9 @@ def _triton_problem() -> str | None:
     """Why no Triton kernel can run, or None."""
     if not _triton_operators:
         return "this version has no Triton kernels" if _cpu_problem is None else _cpu_problem
-    if torch.compiler.is_compiling():  # a guard on what is known would be broken by the first call
+    if torch.compiler.is_compiling():  # which would guard on the dictionary, and recompile once it is filled
         return _problem_with("triton")
-    if interpreting() not in _triton_problems:  # each call asks
+    if interpreting() not in _triton_problems:  # kept, since every call asks
         _triton_problems[interpreting()] = _problem_with("triton")
     return _triton_problems[interpreting()]
 
@@ -154,7 +154,7 @@ def _gpu_problem(index: int, architectures: str | None) -> str | None:
         runs, wanted = any(_runs_on(have, *a.split("-")) for a in architectures.split()), architectures
     if runs:
         return None
-    built = "" if architectures is None else ": build linconv anew, with LINCONV_CUDA_ARCHS for this GPU"
+    built = "" if architectures is None else ": rebuild linconv with LINCONV_CUDA_ARCHS for this GPU"
     return f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, wanted {wanted}{built}"
 
 
@@ -261,7 +261,7 @@ def run_triton(module: str, name: str, *arguments):
 
 
 def _is_told(x) -> bool:
-    """Whether a Triton kernel gets all of an argument's layout: it gets no stride for lengths and bounds."""
+    """Whether kernels get all of an argument's layout. They take no stride of lengths and bounds."""
     return (
         not isinstance(x, torch.Tensor)
         or x.dim() != 1
@@ -377,6 +377,6 @@ def pick(
         reasons.append(f"not on {wanted}: {reason}")
     if wanted == "cpu" and _isa_problem is not None and _isa_problem.startswith("LINCONV_CPU_ISA"):
         raise ValueError(_isa_problem)  # the user's own setting: no silent substitute
-    mend = f"To mend it, {REBUILD}" if device.type in ("cpu", "cuda") else "There are kernels for CPU and CUDA tensors"
+    mend = f"To fix this, {REBUILD}" if device.type in ("cpu", "cuda") else "There are kernels for CPU and CUDA tensors"
     warn_once(f"linconv: {op} runs on the slow reference backend, {'; '.join(reasons)}. {mend}.")
     return "reference"

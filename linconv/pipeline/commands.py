@@ -44,9 +44,9 @@ RANGES = {  # of arguments that transformers does not check: minimum, exclusive 
     "eval_accumulation_steps": (1, math.inf, "a whole number above 0"),
     "dataloader_num_workers": (0, math.inf, "a whole number from 0 up"),
     "dataloader_prefetch_factor": (1, math.inf, "a whole number above 0"),
-    "learning_rate": (0, math.inf, "no number below 0"),
-    "weight_decay": (0, math.inf, "no number below 0"),
-    "adam_epsilon": (0, math.inf, "no number below 0"),
+    "learning_rate": (0, math.inf, "a number from 0 up"),
+    "weight_decay": (0, math.inf, "a number from 0 up"),
+    "adam_epsilon": (0, math.inf, "a number from 0 up"),
     "adam_beta1": (0, 1, "a number from 0 up, below 1"),
     "adam_beta2": (0, 1, "a number from 0 up, below 1"),
 }

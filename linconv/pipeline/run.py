@@ -210,7 +210,7 @@ class Run:
     def _check_checkpoint(self, checkpoint: str) -> None:
         """Raises UserError if a checkpoint belongs to another run, or training cannot continue from it."""
         if self.trainer.args.save_only_model:
-            raise UserError("--resume: save_only_model leaves checkpoints nothing to go on from; want it false")
+            raise UserError("--resume: checkpoints saved with save_only_model=true cannot be resumed; want false")
         file = Path(checkpoint) / RECIPE_FILE
         if not file.is_file():
             return

@@ -73,7 +73,7 @@ def read_run(folder: str | Path) -> RunFolder:
     try:
         return _read(path)
     except (AttributeError, LookupError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(f"RUN: {path} holds other files than a run leaves, or parts of them: {error!r}") from error
+        raise UserError(f"RUN: {path} has missing, incomplete or foreign files: {error!r}") from error
 
 
 def _read(path: Path) -> RunFolder:

@@ -309,7 +309,7 @@ def test_what_mixers_cannot_honour_is_refused(layers):
     with pytest.raises(ValueError, match=re.escape("attention_mask is (2, 21, 21), wanted (batch, L)")):
         student(inputs["input_ids"], attention_mask=torch.ones(2, 21, 21))
     packed = torch.tensor([[*range(10), *range(11)]])
-    with pytest.raises(ValueError, match="position_ids start anew within a row, wanted one sequence a row"):
+    with pytest.raises(ValueError, match="position_ids restart within a row, wanted one sequence per row"):
         student(inputs["input_ids"], position_ids=packed, use_cache=False)
 
 

@@ -318,7 +318,7 @@ def test_a_signal_is_masked_once_for_both_and_the_batch_is_left_as_it_is(tmp_pat
     times, bins = (heard["student"][1] == 0).all(1), (heard["student"][1] == 0).all(2)
     assert 0 < times[0].sum() < 60 and bins.any() and not bins.all()
     assert (student.config.mask_time_prob, teacher.config.mask_feature_prob) == (0.3, 0.2)
-    with pytest.raises(ValueError, match="teacher_cache: the teacher hears the student's SpecAugment"):
+    with pytest.raises(ValueError, match="teacher_cache: the teacher gets the student's SpecAugment"):
         trainer(tmp_path, student, teacher, teacher_cache=str(tmp_path / "cache"))
 
 

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from linconv.benchmarking.suite import Absent, Cost, Implementation
 from linconv.ops.packages import import_singly
 
-_PACKAGES = {  # module: (what is installed, how)
+_PACKAGES = {  # module: package
     "mamba_ssm": "mamba-ssm",
     "causal_conv1d": "causal-conv1d",
     "fla": "flash-linear-attention",

@@ -42,12 +42,12 @@ def checked(
         raise ValueError(f"dstate is {dstate}, wanted 1 to {MAX_SIZE}")
     if heads < 1 or ngroups < 1 or heads % ngroups:
         raise ValueError(f"ngroups is {ngroups}, wanted a divisor of the {heads} heads of dt")
-    states = Layout.states(directions == 2 and not both) * ngroups * dstate
-    headdim = (channels - states) // heads
-    if not 1 <= headdim <= MAX_SIZE or heads * headdim + states != channels:
+    BC_channels = Layout.BC_blocks(directions == 2 and not both) * ngroups * dstate
+    headdim = (channels - BC_channels) // heads
+    if not 1 <= headdim <= MAX_SIZE or heads * headdim + BC_channels != channels:
         raise ValueError(
             f"xBC has {channels} channels, wanted heads * headdim = {heads} * headdim, headdim 1 to {MAX_SIZE}, and "
-            f"{states} for B and C"
+            f"{BC_channels} for B and C"
         )
     check_diagonal(diagonal)
     check_window("conv_weight", conv_weight.shape[-1], lookahead)

@@ -15,7 +15,7 @@ __all__ = ["conv_scan", "scan_gradients"]
 
 
 class _Launches(Steps):
-    """What Triton's operators launch, and not these operators, each of which would be repeated on its own."""
+    """Steps that call the Triton functions directly: all their launches are recorded and repeated as one call."""
 
     def operators(self, suffix=""):
         modules = dict(short_conv=short_conv, ssd=ssd, bidirectional_ssd=bidirectional_ssd)

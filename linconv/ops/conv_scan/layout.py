@@ -26,12 +26,12 @@ class Layout:
         """From arguments whose sizes were checked."""
         directions, heads = 2 if 4 in (xBC.dim(), dt.dim()) else 1, dt.shape[-1]
         shared = directions == 2 and xBC.dim() == 3
-        x = xBC.shape[-1] - cls.states(shared) * ngroups * dstate
+        x = xBC.shape[-1] - cls.BC_blocks(shared) * ngroups * dstate
         return cls(directions, shared, heads, x // heads, ngroups, dstate)
 
     @staticmethod
-    def states(shared: bool) -> int:
-        """The number of B and C among a convolution's channels, all groups counted as one."""
+    def BC_blocks(shared: bool) -> int:
+        """How many blocks of ngroups * dstate channels hold B and C: two, or four for two directions of one x."""
         return 4 if shared else 2
 
     def operands(self, convolved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

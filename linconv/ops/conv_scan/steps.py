@@ -24,13 +24,13 @@ class Steps:
         if not self.per_direction:  # the convolution's kernels have an axis of directions
             xBC, conv_weight = xBC[None], conv_weight[None]
             conv_bias = None if conv_bias is None else conv_bias[None]
-        self.of_conv = (xBC, conv_weight, conv_bias, True, False, lookahead, seq_lens, None)
+        self.conv_arguments = (xBC, conv_weight, conv_bias, True, False, lookahead, seq_lens, None)
         self.names = "short_conv", "ssd" if self.layout.directions == 1 else "bidirectional_ssd"
-        self.dt, self.A, self.of_scan = dt, A, (D, dt_bias, True, 0.0, INF)
+        self.dt, self.A, self.scan_arguments = dt, A, (D, dt_bias, True, 0.0, INF)
         if self.layout.directions == 1:
-            self.of_scan += (None, seq_lens, None, False)
+            self.scan_arguments += (None, seq_lens, None, False)
         else:
-            self.of_scan += (diagonal, seq_lens, None)
+            self.scan_arguments += (diagonal, seq_lens, None)
 
     def operators(self, suffix=""):
         """Convolution and scan."""
@@ -39,11 +39,11 @@ class Steps:
     def scanned(self, convolved):
         """The arguments of the scan."""
         x, B, C = self.layout.operands(convolved)
-        return x, self.dt, self.A, B, C, *self.of_scan
+        return x, self.dt, self.A, B, C, *self.scan_arguments
 
     def run(self):
         convolve, scan = self.operators()
-        y = scan(*self.scanned(convolve(*self.of_conv)))
+        y = scan(*self.scanned(convolve(*self.conv_arguments)))
         return y[0] if self.layout.directions == 1 else y
 
     def scan_gradients(self, dy):
@@ -51,7 +51,7 @@ class Steps:
         convolve, _ = self.operators()
         _, scan_backward = self.operators("_backward")
         upstream = (dy, None) if self.layout.directions == 1 else (dy,)
-        return scan_backward(*upstream, *self.scanned(convolve(*self.of_conv)))[:7]
+        return scan_backward(*upstream, *self.scanned(convolve(*self.conv_arguments)))[:7]
 
     def gradients(self, dy):
         """Gradients of the tensor arguments, in order."""
@@ -59,15 +59,15 @@ class Steps:
         dx, ddt, dA, dB, dC, dD, ddt_bias = self.scan_gradients(dy)
         dconvolved = self.layout.joined(dx, dB, dC)
         del dx, dB, dC
-        of_conv = convolve_backward(dconvolved, *self.of_conv)
+        gradients = convolve_backward(dconvolved, *self.conv_arguments)
         if not self.per_direction:
-            of_conv = [gradient[0] for gradient in of_conv]
-        dxBC, dconv_weight, dconv_bias = of_conv
+            gradients = [gradient[0] for gradient in gradients]
+        dxBC, dconv_weight, dconv_bias = gradients
         return dxBC, ddt, dconv_weight, dconv_bias, dA, dD, ddt_bias
 
 
 class StepsOnTriton(Steps):
-    """Those whose kernels are all on Triton: launches that follow each other are repeated together.
+    """Steps on Triton alone: the convolution that is computed again and the scan's gradients are repeated as one call.
 
     Args: those of ``linconv::conv_scan``, but for the backends.
     """

@@ -16,7 +16,7 @@ from linconv.ops.linformer import reference
 
 __all__ = ["linformer_attention", "linformer_self_attention", "rewrite_pays"]
 
-MOST_RANKS, MOST_COLUMNS = 512, 256
+MAX_RANK, MAX_HEADDIM = 512, 256
 
 
 def linformer_attention(
@@ -165,6 +165,7 @@ def rewrite_pays(length, rank, d, width, *, shared):
 def _sum_then_project(hidden, wk, bk, wv, bv, proj_k, proj_v, summed, projected):
     """Projected keys and values, (batch, r, width) each, from sums of hidden states; proj_v is None if shared."""
     d = hidden.shape[-1]
+    # The kernels take heads, of a limited width: columns are passed as if they were some.
     blocks = next(n for n in range(1, d + 1) if d % n == 0 and d // n <= 64)
     columns = torch.unflatten(hidden, -1, (blocks, d // blocks)).transpose(1, 2)  # (batch, blocks, L, d / blocks)
     ones = hidden.new_ones(()).expand(hidden.shape[0], 1, hidden.shape[1], 1)
@@ -204,7 +205,7 @@ def _check(q, k, v, proj_k, proj_v):
         checks.shape(name, value, tuple(q.shape) if q.dim() == 4 else (None,) * 4, "(batch, heads, L, headdim)")
     _, heads, length, headdim = q.shape
     _check_projections(proj_k, proj_v, heads, length, q)
-    _check_columns("headdim", headdim)
+    _check_headdim(headdim)
 
 
 @checks.remembered
@@ -228,7 +229,7 @@ def _check_self(hidden, wq, bq, wk, bk, wv, bv, proj_k, proj_v, num_heads):
     if width % num_heads:
         raise ValueError(f"num_heads is {num_heads}, wanted a divisor of the {width} rows of wq")
     _check_projections(proj_k, proj_v, num_heads, length, hidden)
-    _check_columns("headdim", width // num_heads)
+    _check_headdim(width // num_heads)
 
 
 def _check_projections(proj_k, proj_v, heads, length, like):
@@ -240,8 +241,8 @@ def _check_projections(proj_k, proj_v, heads, length, like):
         checks.shape(name, proj, wanted, "(heads, Lmax, r)" if proj.dim() == 3 else "(Lmax, r)")
         if length > proj.shape[-2]:
             raise ValueError(f"{name} has Lmax = {proj.shape[-2]} frames, wanted at least L = {length}")
-        if not 1 <= proj.shape[-1] <= MOST_RANKS:
-            raise ValueError(f"{name} has r = {proj.shape[-1]}, wanted 1 to {MOST_RANKS}")
+        if not 1 <= proj.shape[-1] <= MAX_RANK:
+            raise ValueError(f"{name} has r = {proj.shape[-1]}, wanted 1 to {MAX_RANK}")
         ranks.append(proj.shape[-1])
     if ranks[0] != ranks[1]:
         raise ValueError(f"proj_v has r = {ranks[1]}, wanted {ranks[0]} as proj_k")
@@ -255,9 +256,9 @@ def _per_head(proj_k, proj_v):
     return proj_k, proj_v if proj_v.dim() == 3 else proj_v[None]
 
 
-def _check_columns(name, columns):
-    if not 1 <= columns <= MOST_COLUMNS:
-        raise ValueError(f"{name} is {columns}, wanted 1 to {MOST_COLUMNS}")
+def _check_headdim(headdim):
+    if not 1 <= headdim <= MAX_HEADDIM:
+        raise ValueError(f"headdim is {headdim}, wanted 1 to {MAX_HEADDIM}")
 
 
 def _scale(scale, headdim):
