@@ -1,12 +1,13 @@
-"""Held-out splits for data without them."""
+"""The splits of data, and held-out ones for data without them."""
 
 from collections.abc import Iterable
 
 from linconv.errors import UserError, unknown
 
-__all__ = ["hold_out"]
+__all__ = ["SPLITS", "hold_out"]
 
-SPLITS = ("validation", "test")
+SPLITS = ("train", "validation", "test")
+HELD_OUT = SPLITS[1:]
 
 
 def hold_out(groups: Iterable[list], shares: dict[str, float]) -> dict[str, list]:
@@ -20,8 +21,8 @@ def hold_out(groups: Iterable[list], shares: dict[str, float]) -> dict[str, list
         UserError: an unknown split, a share not between 0 and 1, or shares that leave nothing to train on.
     """
     for split, share in shares.items():
-        if split not in SPLITS:
-            raise unknown("data.holdout", split, SPLITS)
+        if split not in HELD_OUT:
+            raise unknown("data.holdout", split, HELD_OUT)
         if not 0 < share < 1:
             raise UserError(f"data.holdout.{split}: got {share}; want a share between 0 and 1")
     if sum(shares.values()) >= 1:

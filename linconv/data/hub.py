@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 
+from linconv.data.holdout import SPLITS
 from linconv.errors import UserError, first_of, no_folder, unknown
 from linconv.recipe import Data
 
 __all__ = ["class_name", "class_names", "load_from_hub"]
-
-SPLITS = ("train", "validation", "test")
 
 
 def load_from_hub(data: Data, columns: dict[str, str], **options) -> Iterator[tuple[str, object]]:

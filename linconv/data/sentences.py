@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from linconv.data.holdout import hold_out
+from linconv.data.holdout import SPLITS, hold_out
 from linconv.data.hub import class_name, class_names, load_from_hub
 from linconv.data.tables import SEPARATORS, read_table
 from linconv.errors import UserError, may_be_on_hub, no_folder, unknown
@@ -15,7 +15,6 @@ from linconv.recipe import Data
 
 __all__ = ["FOLDER", "Sentences", "load_rows", "load_sentences"]
 
-SPLITS = ("train", "validation", "test")
 FOLDER = "/"  # stands for folders among file suffixes
 
 Reader = Callable[[Path], "Sentences"]

@@ -11,7 +11,7 @@ import torch
 
 from linconv.data.audio import duration, read_audio
 from linconv.data.documents import Blocks, load_documents
-from linconv.data.holdout import hold_out
+from linconv.data.holdout import SPLITS, hold_out
 from linconv.data.hub import class_name, class_names, load_from_hub
 from linconv.data.sentences import Sentences, load_sentences
 from linconv.data.tables import read_table
@@ -19,8 +19,6 @@ from linconv.errors import UserError, first_of, may_be_on_hub, no_folder, unknow
 from linconv.recipe import Data
 
 __all__ = ["AudioClips", "AudioStream", "HubClips", "Splits", "durations", "load_splits"]
-
-SPLITS = ("train", "validation", "test")
 
 
 class AudioClips(torch.utils.data.Dataset):

@@ -6,6 +6,7 @@ from torch import nn
 from linconv import ops
 from linconv.mixers.protocol import Linear, Mixer, check_integer, check_number
 from linconv.ops.linformer import MAX_HEADDIM, MAX_RANK, rewrite_pays
+from linconv.ops.masks import frame_mask
 
 INITS = ("frames", "normal")
 SHARING = ("none", "headwise", "key_value", "layerwise")
@@ -166,8 +167,7 @@ class LinformerAttention(Mixer):
         y = self.out_proj(y)
         if seq_lens is None:
             return y
-        padding = torch.arange(length, device=y.device) >= seq_lens[:, None]
-        return y.masked_fill(padding[..., None], 0)
+        return y.masked_fill(~frame_mask(seq_lens, length)[..., None], 0)
 
     def flops(self, length):
         d, r, shared = self.d_model, self.r, self.proj_v is None

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from linconv.data import Splits, build_bpe_tokenizer, build_tokenizer, load_splits
+from linconv.data.holdout import SPLITS
 from linconv.distillation import (
     DistillationArguments,
     DistillationTrainer,
@@ -30,7 +31,7 @@ from linconv.distillation.learning_rate import set_training
 from linconv.errors import UserError, check_output, unknown
 from linconv.pipeline.checkpoints import OF_TEXT, TRAINED_IN, load_model, load_tokenizer, load_trained
 from linconv.pipeline.models import any_length, base_model, make_student, name_classes, override, task_config
-from linconv.pipeline.preprocessing import SPLITS, cut_into_blocks, feature_extractor_of, make_preprocessing
+from linconv.pipeline.preprocessing import cut_into_blocks, feature_extractor_of, make_preprocessing
 from linconv.pipeline.processes import by_main_process
 from linconv.pipeline.run import KeepRecipe, Run, is_score, size_of, streamed
 from linconv.progress import Progress

@@ -13,6 +13,7 @@ from transformers import AutoFeatureExtractor, PreTrainedModel
 from transformers.utils import FEATURE_EXTRACTOR_NAME
 
 from linconv.data import BlockCollator, Collator, SentenceCollator, Splits, in_blocks
+from linconv.data.holdout import SPLITS
 from linconv.data.metrics import Metrics, Perplexity
 from linconv.distillation import DistillationArguments
 from linconv.errors import UserError, unknown
@@ -20,7 +21,6 @@ from linconv.pipeline.checkpoints import OF_TEXT, check_vocabulary, family_of, p
 from linconv.pipeline.processes import by_main_process
 from linconv.recipe import Recipe
 
-SPLITS = ("train", "validation", "test")
 BLOCK = 1024  # tokens, unless the recipe or the model's positions set another length
 
 

@@ -13,12 +13,13 @@ import transformers
 
 from linconv.benchmarking.machine import provenance
 from linconv.data import Blocks, Splits
+from linconv.data.holdout import SPLITS
 from linconv.data.sources import durations
 from linconv.distillation import DistillationTrainer
 from linconv.distillation.probe import Probe
 from linconv.errors import UserError, first_of
 from linconv.pipeline.checkpoints import TRAINED_IN, family_of, load_model
-from linconv.pipeline.preprocessing import SPLITS, shortest_clip
+from linconv.pipeline.preprocessing import shortest_clip
 from linconv.pipeline.processes import by_main_process
 from linconv.recipe import Recipe
 

@@ -82,7 +82,9 @@ def test_from_attention_takes_the_weights_that_a_parametrization_makes():
 def test_from_attention_wants_linear_layers():
     source = attention()
     source.key = nn.Sequential(source.key)
-    with pytest.raises(TypeError, match="key is a Sequential, wanted a torch.nn.Linear, .* merge adapters before converting"):
+    with pytest.raises(
+        TypeError, match="key is a Sequential, wanted a torch.nn.Linear, .* merge adapters before converting"
+    ):
         LinformerAttention.from_attention(source, Config)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from linconv.ops.masks import frame_mask
 from linconv.ops.ssd import reference as one_direction
 
 # Dimensions each argument has when both directions share it; one more is a leading axis (forward, backward).
@@ -28,7 +29,7 @@ def bidirectional_ssd(
     seq_lens=None, cu_seqlens=None, scan=one_direction.chunked,
 ):  # fmt: skip
     """The function of `linconv.ops.bidirectional_ssd`, differentiable by torch."""
-    valid = None if seq_lens is None else one_direction.frame_mask(seq_lens, x.shape[-3])[..., None, None]
+    valid = None if seq_lens is None else frame_mask(seq_lens, x.shape[-3])[..., None, None]
     if valid is not None:
         x = x.masked_fill(~valid, 0)
     arguments = dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)

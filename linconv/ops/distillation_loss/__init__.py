@@ -15,6 +15,7 @@ from linconv.ops import checks, dispatch
 from linconv.ops.autograd import once_differentiable
 from linconv.ops.distillation_loss import reference
 from linconv.ops.distillation_loss.arguments import (
+    STATISTICS,
     check_pair,
     check_temperature,
     checked_mask,
@@ -282,9 +283,6 @@ def _fake(student, teacher, mask, layer_norm, student_logits, teacher_logits, lo
     rows = 0 if student_logits is None else student_logits.shape[0] * student_logits.shape[1]
     kd = like.new_empty(1, dtype=_math(student_logits, teacher_logits))
     return *layers, kd, like.new_empty(rows, STATISTICS, dtype=torch.float64)
-
-
-STATISTICS = 6  # numbers that the kernels keep per row of logits
 
 
 def _fake_backward(grad_mse, grad_kd, student, teacher, mask, layer_norm, student_logits, teacher_logits, *rest):

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from linconv.ops import checks
 
-__all__ = ["check_pair", "check_temperature", "checked_mask", "checked_states", "checked_weights", "valid_rows"]
+__all__ = [
+    "STATISTICS",
+    "check_pair",
+    "check_temperature",
+    "checked_mask",
+    "checked_states",
+    "checked_weights",
+    "valid_rows",
+]
+
+STATISTICS = 6  # numbers that kernels keep of each row of logits
 
 
 def checked_states(name: str, states) -> list:

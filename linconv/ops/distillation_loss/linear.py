@@ -9,7 +9,7 @@ from torch import Tensor
 from linconv.ops import checks, dispatch
 from linconv.ops.autograd import once_differentiable, register_autograd
 from linconv.ops.distillation_loss import reference
-from linconv.ops.distillation_loss.arguments import check_temperature, checked_mask, valid_rows
+from linconv.ops.distillation_loss.arguments import STATISTICS, check_temperature, checked_mask, valid_rows
 
 __all__ = ["linear_kd_loss"]
 
@@ -192,7 +192,7 @@ def _forward(hidden_s, weight_s, hidden_t, weight_t, mask, temperature, backend=
     indices = _indices(mask)
     rows = hidden_s.shape[0] if indices is None else len(indices)
     of_s, of_t = _multiplied_as(hidden_s, weight_s), _multiplied_as(hidden_t, weight_t)
-    statistics, scratch = hidden_s.new_empty(rows, 6, dtype=torch.float64), _Scratch(hidden_s, math)
+    statistics, scratch = hidden_s.new_empty(rows, STATISTICS, dtype=torch.float64), _Scratch(hidden_s, math)
     for index, place in _tiles(hidden_s, indices):
         s, t = scratch.cast("s", hidden_s[index], of_s), scratch.cast("t", hidden_t[index], of_t)
         known = None
@@ -211,7 +211,7 @@ def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, s
     indices = _indices(mask)
     rows = hidden_s.shape[0] if indices is None else len(indices)
     checks.shape("grad", grad, (1,), "(1,)")
-    checks.shape("statistics", statistics, (rows, 6), "(rows that count, 6)")
+    checks.shape("statistics", statistics, (rows, STATISTICS), f"(rows that count, {STATISTICS})")
     of_s, of_t = _multiplied_as(hidden_s, weight_s), _multiplied_as(hidden_t, weight_t)
     # The mean's factor is applied last: with it, a tile's gradient might be too small for float16.
     scale = (grad / max(len(statistics), 1)).to(math)
@@ -243,7 +243,7 @@ def _backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, s
 def _fake(hidden_s, weight_s, hidden_t, weight_t, mask, temperature):
     math = torch.promote_types(hidden_s.dtype, torch.float32)
     rows = hidden_s.shape[0] if mask is None else torch.library.get_ctx().new_dynamic_size()
-    return hidden_s.new_empty(1, dtype=math), hidden_s.new_empty(rows, 6, dtype=torch.float64)
+    return hidden_s.new_empty(1, dtype=math), hidden_s.new_empty(rows, STATISTICS, dtype=torch.float64)
 
 
 def _fake_backward(grad, hidden_s, weight_s, hidden_t, weight_t, mask, temperature, statistics):
@@ -268,7 +268,7 @@ def _gradients(ctx, backend, grad, *saved):
 
 
 def _fake_statistics(student, teacher, before, temperature):
-    return student.new_empty(student.shape[0], 6, dtype=torch.float64)
+    return student.new_empty(student.shape[0], STATISTICS, dtype=torch.float64)
 
 
 def _fake_gradient(student, teacher, statistics, scale, temperature):

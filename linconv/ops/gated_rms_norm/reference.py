@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from linconv.ops.masks import frame_mask
+
 
 def directions(x, z, weight):
     """x and z with their leading axis of directions, (1 or 2, ..., d) each, and weight (1 or 2, d)."""
@@ -18,7 +20,7 @@ def gated_rms_norm(x, z, weight, *, eps=1e-5, group_size=None, seq_lens=None):
     dtype, per_direction = x.dtype, weight.dim() == 2
     x, z, weight = directions(x, z, weight)
     if seq_lens is not None:  # before any product: 0 * NaN is NaN, in gradients too
-        valid = (torch.arange(x.shape[-2], device=x.device) < seq_lens[:, None])[..., None]
+        valid = frame_mask(seq_lens, x.shape[-2])[..., None]
         x, z = (t.masked_fill(~valid, 0) for t in (x, z))
     d = x.shape[-1]
     y = x.to(math) * F.silu(z.to(math))

@@ -13,6 +13,7 @@ from linconv.ops import checks, dispatch
 from linconv.ops.autograd import call, once_differentiable
 from linconv.ops.linear import linear
 from linconv.ops.linformer import reference
+from linconv.ops.masks import frame_mask
 
 __all__ = ["linformer_attention", "linformer_self_attention", "rewrite_pays"]
 
@@ -111,7 +112,7 @@ def linformer_self_attention(
             scale, normalize, seq_lens,
         )  # fmt: skip
     if seq_lens is not None:  # the padding must not affect the gradients of weights
-        hidden = hidden.masked_fill(~reference.valid_frames(seq_lens, length)[..., None], 0)
+        hidden = hidden.masked_fill(~frame_mask(seq_lens, length)[..., None], 0)
 
     def heads(x):
         # The function: before torch 2.15 the method does not compile under a default device.

@@ -4,12 +4,9 @@ import math
 
 import torch
 
+from linconv.ops.masks import frame_mask
+
 MASK, STEP = 0xFFFFFFFF, 0x9E3779B9
-
-
-def valid_frames(seq_lens, length):
-    """bool (batch, length): the frames that are not padding."""
-    return torch.arange(length, device=seq_lens.device) < seq_lens[:, None]
 
 
 def project(x, proj, *, normalize=True, seq_lens=None):
@@ -21,7 +18,7 @@ def project(x, proj, *, normalize=True, seq_lens=None):
     x, proj = x.to(dtype), proj[:, :length].to(dtype)
     lengths = length if seq_lens is None else seq_lens
     if seq_lens is not None:  # before the product: 0 * NaN is NaN, in gradients too
-        x = x.masked_fill(~valid_frames(seq_lens, length)[:, None, :, None], 0)
+        x = x.masked_fill(~frame_mask(seq_lens, length)[:, None, :, None], 0)
     out = proj.mT @ x
     if normalize:
         lengths = torch.as_tensor(lengths, device=x.device).clamp(min=1).to(dtype)
@@ -32,7 +29,7 @@ def project(x, proj, *, normalize=True, seq_lens=None):
 def attend(q, k, v, *, scale, dropout_p=0.0, seed=None, seq_lens=None):
     """softmax(scale q k^T) v with dropout of the weights, zero in the padding: shape and dtype of q."""
     dtype, length = torch.promote_types(q.dtype, torch.float32), q.shape[2]
-    padding = None if seq_lens is None else ~valid_frames(seq_lens, length)[:, None, :, None]
+    padding = None if seq_lens is None else ~frame_mask(seq_lens, length)[:, None, :, None]
     math_q = q.to(dtype) if padding is None else q.to(dtype).masked_fill(padding, 0)
     weights = (scale * math_q @ k.to(dtype).mT).softmax(-1)
     if dropout_p > 0:

@@ -7,6 +7,8 @@ Mamba (Gu and Dao, arXiv 2312.00752), Algorithm 2. `recurrence` is the definitio
 import torch
 import torch.nn.functional as F
 
+from linconv.ops.masks import frame_mask
+
 
 def recurrence(decay, added, C, state):
     """h_t = decay_t h_{t-1} + added_t, y_t = C_t h_t, in a loop over time.
@@ -68,7 +70,7 @@ def selective_scan(
     math = torch.promote_types(dtype, torch.float32)
     valid = None
     if seq_lens is not None:  # before any product: 0 * NaN is NaN, in gradients too
-        valid = torch.arange(x.shape[1], device=x.device) < seq_lens[:, None]  # (b, L)
+        valid = frame_mask(seq_lens, x.shape[1])
         x, dt, z = (None if t is None else t.masked_fill(~valid[..., None], 0) for t in (x, dt, z))
         B, C = (t.masked_fill(~valid[..., None, None], 0) for t in (B, C))
     x, dt, A, B, C = (t.to(math) for t in (x, dt, A, B, C))

@@ -4,6 +4,7 @@ import torch
 
 from linconv.ops import checks, dispatch
 from linconv.ops.autograd import once_differentiable
+from linconv.ops.masks import frame_mask
 from linconv.ops.ssd import arguments, reference
 
 INF = float("inf")
@@ -84,7 +85,7 @@ def pick(device, length, backend=None):
 def _gated(y, z, seq_lens, dtype, gate):
     """y silu(z), rounded to dtype."""
     if seq_lens is not None:  # before the product: 0 * NaN is NaN, in gradients too
-        z = z.masked_fill(~reference.frame_mask(seq_lens, z.shape[1])[..., None, None], 0)
+        z = z.masked_fill(~frame_mask(seq_lens, z.shape[1])[..., None, None], 0)
     return gate(y, z).to(dtype)
 
 

@@ -7,6 +7,7 @@ tested against; `chunked` is the same function as dense products, and serves as 
 import torch
 import torch.nn.functional as F
 
+from linconv.ops.masks import frame_mask
 from linconv.ops.ssd import mamba_ssm
 
 
@@ -74,11 +75,6 @@ def gate(y, z):
     """y silu(z) in fp32, or fp64 for fp64 input."""
     math = torch.promote_types(y.dtype, torch.float32)
     return y.to(math) * F.silu(z.to(math))
-
-
-def frame_mask(lengths, length):
-    """bool (batch, L), True at the valid frames of each sequence."""
-    return torch.arange(length, device=lengths.device) < lengths[:, None]
 
 
 def ssd(
