@@ -7,6 +7,11 @@
 
 namespace linconv {
 
+// Throws unless a tensor is computed in the math dtype of x, in which partial gradients are kept.
+inline void require_math(const Tensor& tensor, DType math, const char* name) {
+  require(math_type(dtype_of(tensor, name)) == math, "of ", name, " and x one is float64, wanted both or neither");
+}
+
 // A tensor shaped as `like`: the sum of parts in its math type, as PartsArgs says.
 inline Tensor sum_of_parts(const Tensor& parts, const Tensor& like, const char* name, int64_t outer, int64_t outer_stride,
                            int64_t inner = 1, int64_t inner_stride = 0) {

@@ -18,14 +18,18 @@ SelectiveScanArgs arguments(const SelectiveScanTensors& tensors, bool dt_softplu
                             bool reverse, std::vector<Span>& spans) {
   SelectiveScanArgs a{};
   set_tensors(a, tensors);
+  const DType math = math_type(a.x.dtype);
+  require_math(tensors.dt, math, "dt");
+  require_math(tensors.B, math, "B");
+  require_math(tensors.C, math, "C");
+  if (tensors.z) require_math(*tensors.z, math, "z");
   spans = sequence_spans(seq_lens, cu_seqlens, a.x.size[1], a.frames);
   a.spans = spans.data();
   a.sequences = static_cast<int64_t>(spans.size());
   a.packed = cu_seqlens.has_value();
   a.dt_softplus = dt_softplus;
   a.reverse = reverse;
-  a.initial_states = states_view(tensors.initial_states, a.sequences, a.channels, a.dstate, math_type(a.x.dtype),
-                                 "initial_states");
+  a.initial_states = states_view(tensors.initial_states, a.sequences, a.channels, a.dstate, math, "initial_states");
   a.block = std::min(kSelectiveChannels, a.group_channels());
   return a;
 }

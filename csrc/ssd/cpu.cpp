@@ -36,6 +36,7 @@ Tensor per_head(const Tensor& tensor, int directions, int64_t heads, DType math,
   require(tensor.dim() == 1 || (tensor.dim() == 2 && directions == 2 && tensor.size(0) == 2), name, " has ", tensor.dim(),
           " dimensions, wanted (heads,)", directions == 2 ? " or (2, heads)" : "");
   require_shape(tensor, {heads}, name);
+  require_strided(tensor, tensor.dim(), name);
   require(dtype_of(tensor, name) == math, name, " is not of the math dtype");
   Tensor out = empty({directions, heads}, math);
   const int64_t size = element_size(math), stride = tensor.stride(tensor.dim() - 1);
@@ -83,6 +84,9 @@ Prepared prepare(const Scan& scan, SsdArgs& args) {
   require_shape(scan.dt, {batch, length, heads}, "dt");
   require_shape(scan.B, {batch, length, groups, dstate}, "B");
   require_shape(scan.C, {batch, length, groups, dstate}, "C");
+  require_math(scan.dt, held.math, "dt");
+  require_math(scan.B, held.math, "B");
+  require_math(scan.C, held.math, "C");
   args.heads = static_cast<int>(heads);
   args.groups = static_cast<int>(groups);
   args.headdim = static_cast<int>(headdim);
@@ -167,6 +171,7 @@ ScanGradients scan_backward(const Scan& scan, const Tensor& dy, const std::optio
   const int64_t heads = args.heads, groups = args.groups, dstate = args.dstate;
   require_shape(dy, {batch, length, heads, args.headdim}, "dy");
   require(dy.dim() == scan.x.dim(), "dy has ", dy.dim(), " dimensions, wanted those of x");
+  require_math(dy, math, "dy");
   args.dy = frames(dy, 4, scan.directions, "dy");
   const std::optional<Tensor> dfinal = states(dfinal_states, args, math, "dfinal_states");
   args.dfinal_states = data(dfinal);

@@ -196,6 +196,21 @@ def test_no_heads():
         assert not gradients[3].any() and not gradients[4].any()
 
 
+@pytest.mark.parametrize("name", NAMES[:5])
+def test_the_operators_themselves_refuse_float64_among_float32(name):
+    arguments = {n: t.detach() for n, t in scan_arguments(1, 100, dtype=torch.float32).items()}
+    x = arguments["x"]
+    arguments[name] = arguments[name].double()
+    (*tensors,), rest = split(arguments)
+    options = (*rest.values(), False, 0.0, math.inf, "both", None, None)
+    for run in (
+        lambda: torch.ops.linconv.bidirectional_ssd(*tensors, *options),
+        lambda: torch.ops.linconv.bidirectional_ssd_backward(x, *tensors, *options),
+    ):
+        with pytest.raises(RuntimeError, match="float64, wanted both or neither|is not of the math dtype"):
+            run()
+
+
 def test_expanded_arguments_and_upstream():
     """Strides of 0, in the arguments and in the gradient that sum() sends back."""
     arguments = scan_arguments(2, 70)
