@@ -41,8 +41,10 @@ inline double time_of_chunks(const SsdArgs& args, double chunks) {
   return rounds(chunks * args.directions * args.blocks()) * (kSharedCost + (1 + kByChunks) * heads_of_task(args));
 }
 
-inline bool may_cut_time(const SsdArgs& args) {
-  return torch::stable::get_num_threads() > 1 && args.heads > 0 && args.longest() > kSsdChunk;
+// Not where there is memory for far more chunks than there are: it is as long for each sequence as for the longest one.
+inline bool may_cut_time(const SsdArgs& args, double chunks) {
+  const double places = static_cast<double>(args.sequences * args.chunks_of(args.longest()));
+  return torch::stable::get_num_threads() > 1 && args.heads > 0 && args.longest() > kSsdChunk && places <= 2 * chunks;
 }
 
 // Chooses the cut with the least expected time. Results do not depend on it: every head, column and chunk is computed alike.
@@ -60,7 +62,7 @@ inline bool cut_forward(SsdArgs& args) {
     args.column_block = columns;
     for (args.head_block = args.group_heads(); args.head_block >= 1; --args.head_block) {
       consider(time_of_sequences(args, chunks), false);
-      if (columns == args.headdim && may_cut_time(args)) consider(time_of_chunks(args, chunks), true);
+      if (columns == args.headdim && may_cut_time(args, chunks)) consider(time_of_chunks(args, chunks), true);
     }
     if (columns <= kMinColumns) break;
   }
@@ -72,7 +74,7 @@ inline bool cut_forward(SsdArgs& args) {
 // Backward's heads of a task are given. Returns whether tasks take one chunk.
 inline bool cut_backward(const SsdArgs& args) {
   const double chunks = chunks_of_all(args);
-  return may_cut_time(args) && time_of_chunks(args, chunks) < time_of_sequences(args, chunks);
+  return may_cut_time(args, chunks) && time_of_chunks(args, chunks) < time_of_sequences(args, chunks);
 }
 
 // How many chunks are computed before the next ones, so that every thread has some and their states stay in its cache.
