@@ -63,7 +63,11 @@ class Backward : public BackwardStates<T> {
       Sums sums[kSsdBackwardHeads];
       save_states(task, direction, steps);
       for (int h = 0; h < task.heads; ++h) read_state({task, h, width_}, args_.dfinal_states, dstate_ + h * state_size());
-      for (int64_t c = steps.chunks() - 1; c >= 0; --c) chunk(task, direction, steps, c, sums);
+      for (int64_t c = steps.chunks() - 1; c >= 0; --c) {
+        Sums of_chunk[kSsdBackwardHeads];  // added up as where a task takes one chunk
+        chunk(task, direction, steps, c, of_chunk);
+        for (int h = 0; h < task.heads; ++h) sums[h] += of_chunk[h];
+      }
       for (int h = 0; h < task.heads; ++h) {
         write_sums(task.sequence, direction, task.head + h, sums[h]);
         write_state({task, h, width_}, dstate_ + h * state_size());

@@ -167,7 +167,7 @@ def test_packed_equals_alone():
         assert torch.equal(packed[:, start:end], compiled(own))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("diagonal", DIAGONALS)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_threads_do_not_change_a_bit(regime, diagonal, dtype):
