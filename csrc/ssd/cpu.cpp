@@ -87,6 +87,8 @@ Prepared prepare(const Scan& scan, SsdArgs& args) {
   require_math(scan.dt, held.math, "dt");
   require_math(scan.B, held.math, "B");
   require_math(scan.C, held.math, "C");
+  constexpr int64_t kMost = 1 << 20;  // so that numbers of tasks are far from their type's end
+  require(heads <= kMost && groups <= kMost, "x has ", heads, " heads and B ", groups, " groups, wanted at most ", kMost);
   args.heads = static_cast<int>(heads);
   args.groups = static_cast<int>(groups);
   args.headdim = static_cast<int>(headdim);

@@ -211,6 +211,12 @@ def test_the_operators_themselves_refuse_float64_among_float32(name):
             run()
 
 
+def test_more_heads_or_groups_than_can_be_counted():
+    x, dt, A, B = (torch.empty(shape) for shape in ((1, 0, 0, 4), (1, 0, 0), (0,), (1, 0, 2**32, 4)))
+    with pytest.raises(RuntimeError, match="4294967296 groups, wanted at most"):
+        torch.ops.linconv.bidirectional_ssd(x, dt, A, B, B, None, None, False, 0.0, math.inf, "both", None, None)
+
+
 def test_expanded_arguments_and_upstream():
     """Strides of 0, in the arguments and in the gradient that sum() sends back."""
     arguments = scan_arguments(2, 70)

@@ -147,6 +147,19 @@ def test_threads_do_not_change_a_bit(dtype, reverse):
     alike_for_threads(results, (1, 2, 7, 40))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_threads_do_not_change_a_bit_of_a_long_sequence(reverse):
+    """Whose chunks are computed some at a time, so that states are carried from one lot to the next."""
+    arguments = scan_arguments(1, 1_300, 1, 16, 1, 8, dtype=torch.float32)
+    arguments["initial_states"] = torch.randn(1, 1, 16, 8)
+
+    def results():
+        (y, states), gradients = with_gradients(ssd(here()), arguments, dt_softplus=True, reverse=reverse)
+        return [y, states, *gradients.values()]
+
+    alike_for_threads(results, (1, 2, 3))
+
+
 def test_one_scan_is_two_with_the_state_handed_over():
     arguments = scan_arguments(2, 150)
     y, states = ssd(here())(arguments)
