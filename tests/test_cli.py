@@ -1100,7 +1100,7 @@ MISTAKES = {
         "model.overrides.hidden_act: no 'gelo'; did you mean 'gelu'?",
     ),
     "activation of a new model": (
-        ["finetune", "RECIPE", "--set", "model.config.hidden_act=3"], "model.config.hidden_act: no '3'; there is"
+        ["finetune", "RECIPE", "--set", "model.config.hidden_act=3"], "model.config.hidden_act: no '3'; known: "
     ),
     "no output": (["convert", "FOLDER/teacher", "--output", ""], "--output: got ''; want a folder"),
     "report": (["report", "FOLDER/student", "--output", "RECIPE"], "--output: RECIPE is a file; want a folder"),

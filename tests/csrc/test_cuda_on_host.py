@@ -39,7 +39,7 @@ TESTS = {
     "and not at_once and not a_padded_row",
     "distillation_loss": "not instruction_set and not outside_the_tensor and not past_the_caches "
     "and not number_of_threads and not gradcheck and not (strides and not dtype1)",
-    "selective_scan": "not instruction_set and not number_of_threads",
+    "selective_scan": "not instruction_set and not number_of_threads and not the_cpu_kernel",
     "ssd": "forward or padding_is_never_read or handed_over",
     "bidirectional_ssd": "fused and not tritons",
 }

@@ -138,9 +138,9 @@ def test_a_full_disk_ends_the_keeping_not_the_run(tmp_path, monkeypatch, caplog)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("trajectory", "TrajectoryGuided.* moves"),
-        ("waypoint", "WaypointGuided.* moves"),
-        ("hybrid", "TrajectoryGuided.* moves"),
+        ("trajectory", "TrajectoryGuided.* changes"),
+        ("waypoint", "WaypointGuided.* changes"),
+        ("hybrid", "TrajectoryGuided.* changes"),
         ("augment", "SpecAugment"),
         ("no teacher", "no teacher"),
     ],

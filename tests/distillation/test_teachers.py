@@ -81,7 +81,7 @@ def test_an_optimizer_may_share_out_the_parameters_itself(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "lomo"])
 def test_an_optimizer_that_steps_in_the_backward_pass_is_refused(tmp_path, optim):
-    with pytest.raises(ValueError, match=f"optim: got {optim}, which takes its steps in the backward pass"):
+    with pytest.raises(ValueError, match=f"optim: got {optim}, which steps during the backward pass"):
         trained(tmp_path, TrajectoryGuided(), optim=optim)
 
 

@@ -352,11 +352,15 @@ def test_the_kernel_checks_what_it_reads():
         changed = [*tensors[:i], tensors[i].float(), *tensors[i + 1 :]]
         with pytest.raises(RuntimeError, match=f"{name} is not of the math dtype"):
             torch.ops.linconv.selective_scan(*changed, True, None, None, None, False)
-    for i, name in ((1, "dt"), (3, "B"), (4, "C"), (6, "z")) if here() == "cpu" else ():
-        changed = [*tensors[:i], tensors[i].float(), *tensors[i + 1 :]]
-        with pytest.raises(RuntimeError, match=f"of {name} and x one is float64, wanted both or neither"):
-            torch.ops.linconv.selective_scan(*changed, True, None, None, None, False)
     with pytest.raises(RuntimeError, match="initial_states is not of the math dtype"):
         torch.ops.linconv.selective_scan(*tensors, True, torch.zeros(2, 6, 3), None, None, False)
     with pytest.raises(RuntimeError, match="initial_states has size 3"):
         torch.ops.linconv.selective_scan(*tensors, True, torch.zeros(3, 6, 3).double(), None, None, False)
+
+
+def test_the_cpu_kernel_refuses_float64_among_others():
+    tensors = [tensor.cpu() for tensor in arguments_of(2, 9).values()]
+    for i, name in ((1, "dt"), (3, "B"), (4, "C"), (6, "z")):
+        changed = [*tensors[:i], tensors[i].float(), *tensors[i + 1 :]]
+        with pytest.raises(RuntimeError, match=f"of {name} and x one is float64, wanted both or neither"):
+            torch.ops.linconv.selective_scan(*changed, True, None, None, None, False)

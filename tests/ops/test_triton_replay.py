@@ -118,7 +118,7 @@ def attention(length=600):
 
 
 def layer(directions=2, shared=True, dstate=8, heads=4, headdim=16):
-    channels = heads * headdim + Layout.states(shared) * dstate
+    channels = heads * headdim + Layout.BC_blocks(shared) * dstate
     per_direction = (2,) if directions == 2 and not shared else ()
     xBC = torch.randn(*per_direction, 2, 40, channels + 8)[..., :channels]
     two = (2,) if directions == 2 else ()
