@@ -48,7 +48,7 @@ class Backward : public BackwardStates<T> {
 
   int64_t state_size() const { return int64_t(width_) * states_; }
   int64_t own_states() const { return whole_ ? args_.head_block * state_size() : 0; }
-  int64_t longest_chunks() const { return (args_.longest() + kQ - 1) / kQ; }
+  int64_t longest_chunks() const { return args_.chunks_of(args_.longest()); }
   size_t bytes() const {
     return 6 * Arena::bytes<T>(kQ * states_) + 4 * Arena::bytes<T>(kQ * kQ) + 6 * Arena::bytes<T>((kQ + 1) * width_) +
            Arena::bytes<T>(own_states()) + Arena::bytes<T>(longest_chunks() * own_states()) +
@@ -85,9 +85,9 @@ class Backward : public BackwardStates<T> {
     if (c + 1 >= steps.chunks()) return;
     read_rows(args_.B, steps, direction, task.group, c * kQ, kQ, kQ, 0, args_.dstate, states_, B_);
     for (int h = 0; h < task.heads; ++h) {
-      const int64_t at = args_.states.at(task.sequence, direction, args_.heads, task.head + h);
-      add_to_state<Update::kStore>(task, direction, steps, c, h, nullptr, entering<T>(args_.states, at, c));
-      decay_of<T>(args_.states, at, c) = decays_.whole;
+      T* state = entering<T>(args_.states, task, direction, c, task.head + h);
+      add_to_state<Update::kStore>(task, direction, steps, c, h, nullptr, state);
+      decay_of<T>(args_.states, task, direction, c, task.head + h) = decays_.whole;
     }
   }
 
@@ -99,11 +99,10 @@ class Backward : public BackwardStates<T> {
     const int count = steps.count(c);
     read_rows(args_.C, steps, direction, task.group, c * kQ, count, round_up(count, kTileRows), 0, args_.dstate, states_, C_);
     for (int h = 0; h < task.heads; ++h) {
-      const int64_t at = args_.dstates.at(task.sequence, direction, args_.heads, task.head + h);
       decays_.read(args_, steps, direction, task.head + h, c * kQ, count);
       read_dy(task, direction, steps, c, h);
-      add_to_gradient<Update::kStore>(count, entering<T>(args_.dstates, at, c));
-      decay_of<T>(args_.dstates, at, c) = decays_.whole;
+      add_to_gradient<Update::kStore>(count, entering<T>(args_.dstates, task, direction, c, task.head + h));
+      decay_of<T>(args_.dstates, task, direction, c, task.head + h) = decays_.whole;
     }
   }
 
@@ -114,18 +113,18 @@ class Backward : public BackwardStates<T> {
     Sums sums[kSsdBackwardHeads];
     chunk(task, direction, steps, task.chunk, sums);
     for (int h = 0; h < task.heads; ++h) {
-      double* to = sums_of(task.sequence, direction, task.head + h, task.chunk);
+      double* to = sums_of(task.sequence, task.chunk, direction, task.head + h);
       to[0] = sums[h].A, to[1] = sums[h].D, to[2] = sums[h].dt_bias;
     }
   }
 
   T* saved(const Task& task, int direction, int64_t chunk, int h) const {
     if (whole_) return saved_ + (chunk * args_.head_block + h) * state_size();
-    return entering<T>(args_.states, args_.states.at(task.sequence, direction, args_.heads, task.head + h), chunk);
+    return entering<T>(args_.states, task, direction, chunk, task.head + h);
   }
   T* gradient(const Task& task, int direction, int64_t chunk, int h) const {
     if (whole_) return dstate_ + h * state_size();
-    return entering<T>(args_.dstates, args_.dstates.at(task.sequence, direction, args_.heads, task.head + h), chunk);
+    return entering<T>(args_.dstates, task, direction, chunk, task.head + h);
   }
 
   void save_states(const Task& task, int direction, const Steps& steps) {
@@ -189,7 +188,7 @@ class Backward : public BackwardStates<T> {
       transpose(x_, width_, kQ, width_, x_by_column_, kQ);
       gemm<T, Update::kStore, Triangle::kResult>(tiled, kQ, args_.headdim, {dy_, width_, 1}, x_by_column_, kQ, dweights_, kQ,
                                                  whole_ ? rows.ahead(h, steps, c, task.columns)
-                                                        : next_state<T>(args_, args_.dstates, task, direction, next, width_, states_));
+                                                        : next_state<T>(args_.dstates, task, direction, next, width_, states_));
       const T skip = skip_of<T>(args_, direction, head);
       const double skip_gradient = weigh(count, args_.direction[direction].strict, args_.shifted ? T(0) : skip);
       sums[h].D += args_.shifted ? dot(x_, dy_at_step_, count * width_) : skip_gradient;
@@ -230,7 +229,7 @@ class Backward : public BackwardStates<T> {
     return rows_ahead(args_.x, steps, direction, next.head, next.chunk, 0, args_.headdim);
   }
   Ahead next_saved(const Task& task, int direction, const Next& next) const {
-    if (!whole_) return next_state<T>(args_, args_.states, task, direction, next, width_, states_);
+    if (!whole_) return next_state<T>(args_.states, task, direction, next, width_, states_);
     if (next.chunk < 0) return {};
     const int64_t row = states_ * sizeof(T);
     return {saved(task, direction, next.chunk, next.h), row, width_, row};

@@ -9,12 +9,12 @@
 namespace linconv::LINCONV_ISA {
 namespace {
 
-// Scratch is padded so that products run on whole tiles: rows to kTileRows, columns to the vector width.
 template <class T>
 constexpr DType math_dtype() {
   return sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
 }
 
+// Scratch is padded so that products run on whole tiles: rows to kTileRows, columns to the vector width.
 template <class T>
 constexpr int kPad = kTileRows > kWidth<T> ? kTileRows : kWidth<T>;
 
@@ -36,12 +36,11 @@ struct Task {
     sequence = index / ways;
   }
   // Tasks of one block follow each other as chunks do: upwards, or downwards where onward is -1.
-  Task(const SsdArgs& args, int64_t index, const SsdStates& states, int onward) : directions(1) {
-    const int64_t i = index % states.chunks;
-    chunk = states.first + (onward > 0 ? i : states.chunks - 1 - i);
-    index = take_block(args, index / states.chunks);
-    first_direction = states.first_direction + index % states.ways;
-    sequence = index / states.ways;
+  Task(const SsdArgs& args, int64_t index, const SsdRange& range, int onward) : directions(1) {
+    const int64_t i = index % range.count, place = range.first + (onward > 0 ? i : range.count - 1 - i);
+    sequence = range.sequence_of(place);
+    chunk = place - range.starts[sequence];
+    first_direction = range.first_direction + int(take_block(args, index / range.count));
   }
 
  private:

@@ -9,7 +9,9 @@
 namespace linconv {
 namespace {
 
-constexpr int64_t kOperations = 8;  // about, for each entry of the state and frame: tells how many threads are worth it
+// About how many operations, for each entry of the state: of a frame, and of the passing of a state by a chunk. They tell how
+// many threads are worth it.
+constexpr int64_t kForward = 8, kBackward = 20, kPassing = 2;
 
 SsdTensor frames(const Tensor& tensor, int dims, int directions, const char* name) {
   const int leading = static_cast<int>(tensor.dim()) - dims;
@@ -138,29 +140,32 @@ std::tuple<Tensor, Tensor> scan_forward(const Scan& scan) {
   Tensor final_states = scan.directions == 1 ? empty({args.sequences, args.heads, args.headdim, args.dstate}, held.math)
                                              : empty(none, held.math);
   args.final_states = scan.directions == 1 ? final_states.mutable_data_ptr() : nullptr;
-  const auto forward = [&](SsdStage stage, int64_t tasks) {
+  const auto forward = [&](SsdStage stage, int64_t tasks, int64_t operations) {
     const auto work = [&args, &held, stage](int64_t begin, int64_t end) {
       LINCONV_PICK(ssd_forward)(args, stage, held.math == DType::kFloat64, begin, end);
     };
-    run({tasks, work, kOperations * scan.x.numel() * args.dstate});
+    run({tasks, work, operations});
   };
-  if (cut_forward(args)) {
-    const int ways = args.summed ? 1 : args.directions;
-    const int64_t chunks = args.chunks_of(args.longest()), at_once = chunks_at_once(args, ways);
+  const Chunks chunks(args);
+  const int ways = args.summed ? 1 : args.directions;
+  if (cut_forward(args, ways, chunks.count(), StatesInMemory::size(args) * element_size(held.math))) {
+    const int64_t at_once = chunks_at_once(args, ways, chunks.count());
     StatesInMemory states(args, held.math, ways, at_once);
     const std::optional<Tensor> summed = args.staged(args.y.dtype) ? std::optional(empty_as(y, held.math)) : std::nullopt;
     args.summed_in = summed ? summed->mutable_data_ptr() : nullptr;
     for (int direction = 0; direction < args.directions; direction += ways)
-      for (int64_t first = 0; first < chunks; first += at_once) {
-        args.states = states.of(direction, first, std::min(at_once, chunks - first));
-        forward(SsdStage::kAdded, args.tasks_of_chunks(args.states));
-        forward(SsdStage::kPassed, args.tasks_of_rows(args.states, args.dstate));
-        forward(SsdStage::kResults, args.tasks_of_chunks(args.states));
+      for (int64_t first = 0; first < chunks.count(); first += at_once) {
+        args.states = states.of(chunks.range(direction, ways, first, std::min(at_once, chunks.count() - first)));
+        const int64_t tasks = args.tasks_of_chunks(args.states), entries = args.entries_of_states(args.states);
+        forward(SsdStage::kAdded, tasks, kForward / 4 * kSsdChunk * entries);
+        forward(SsdStage::kPassed, args.tasks_of_rows(args.states, args.dstate), kPassing * entries);
+        forward(SsdStage::kResults, tasks, kForward * kSsdChunk * entries);
       }
-    args.states = pieces_of_frames(args);
-    if (summed || args.padded()) forward(SsdStage::kFinished, args.tasks_of_chunks(args.states));
+    const Chunks pieces(args, true);
+    args.pieces = pieces.all(0, ways);
+    if (summed || args.padded()) forward(SsdStage::kFinished, args.tasks_of_chunks(args.pieces), y.numel());
   } else {
-    forward(SsdStage::kWhole, args.tasks());
+    forward(SsdStage::kWhole, args.tasks(), kForward * scan.x.numel() * args.dstate);
   }
   return {y, final_states};
 }
@@ -199,36 +204,40 @@ ScanGradients scan_backward(const Scan& scan, const Tensor& dy, const std::optio
   Tensor dinitial = held.initial_states ? empty_as(*held.initial_states, math) : empty(none, math);
   args.dinitial_states = held.initial_states ? dinitial.mutable_data_ptr() : nullptr;
 
-  const auto backward = [&](SsdStage stage, int64_t tasks) {
-    run({tasks, [&args, math, stage](int64_t begin, int64_t end) {
-           LINCONV_PICK(ssd_backward)(args, stage, math == DType::kFloat64, begin, end);
-         }});
+  const auto backward = [&](SsdStage stage, int64_t tasks, int64_t operations) {
+    const auto work = [&args, math, stage](int64_t begin, int64_t end) {
+      LINCONV_PICK(ssd_backward)(args, stage, math == DType::kFloat64, begin, end);
+    };
+    run({tasks, work, operations});
   };
-  if (cut_backward(args)) {
-    const int64_t chunks = args.chunks_of(args.longest());
-    const int ways = args.summed || !StatesInMemory::few(args, math, args.directions, chunks) ? 1 : args.directions;
-    const int64_t at_once = chunks_at_once(args, ways);
-    StatesInMemory states(args, math, ways, chunks), dstates(args, math, ways, at_once);
-    Tensor sums_of_chunks = empty({args.sequences, directions, heads, chunks, 3}, DType::kFloat64);
-    args.chunks = chunks;
+  const Chunks chunks(args);
+  const int ways = backward_ways(args, math, chunks.count());
+  if (cut_backward(args, ways, chunks.count())) {
+    const int64_t at_once = chunks_at_once(args, ways, chunks.count());
+    StatesInMemory states(args, math, ways, chunks.count()), dstates(args, math, ways, at_once);
+    Tensor sums_of_chunks = empty({chunks.count(), directions, heads, 3}, DType::kFloat64);
     args.sums = static_cast<double*>(sums_of_chunks.mutable_data_ptr());
     const std::optional<Tensor> summed = args.staged(args.dx.dtype) ? std::optional(empty_as(dx, math)) : std::nullopt;
     args.summed_in = summed ? summed->mutable_data_ptr() : nullptr;
+    const auto stages = [&](SsdStage added, SsdStage passed, const SsdStates& states) {
+      const int64_t entries = args.entries_of_states(states);
+      backward(added, args.tasks_of_chunks(states), kForward / 4 * kSsdChunk * entries);
+      backward(passed, args.tasks_of_rows(states, args.headdim), kPassing * entries);
+    };
     for (int direction = 0; direction < directions; direction += ways) {
-      args.states = states.of(direction, 0, chunks);
-      backward(SsdStage::kAdded, args.tasks_of_chunks(args.states));
-      backward(SsdStage::kPassed, args.tasks_of_rows(args.states, args.headdim));
-      for (int64_t first = (chunks - 1) / at_once * at_once; first >= 0; first -= at_once) {
-        args.dstates = dstates.of(direction, first, std::min(at_once, chunks - first));
-        backward(SsdStage::kGradientsAdded, args.tasks_of_chunks(args.dstates));
-        backward(SsdStage::kGradientsPassed, args.tasks_of_rows(args.dstates, args.headdim));
-        backward(SsdStage::kResults, args.tasks_of_chunks(args.dstates));
+      args.states = states.of(chunks.all(direction, ways));
+      stages(SsdStage::kAdded, SsdStage::kPassed, args.states);
+      for (int64_t first = (chunks.count() - 1) / at_once * at_once; first >= 0; first -= at_once) {
+        args.dstates = dstates.of(chunks.range(direction, ways, first, std::min(at_once, chunks.count() - first)));
+        stages(SsdStage::kGradientsAdded, SsdStage::kGradientsPassed, args.dstates);
+        backward(SsdStage::kResults, args.tasks_of_chunks(args.dstates), kBackward * kSsdChunk * args.entries_of_states(args.dstates));
       }
     }
-    args.dstates = pieces_of_frames(args);
-    backward(SsdStage::kFinished, args.tasks_of_chunks(args.dstates));
+    const Chunks pieces(args, true);
+    args.pieces = pieces.all(0, args.summed ? 1 : args.directions);
+    backward(SsdStage::kFinished, args.tasks_of_chunks(args.pieces), dx.numel());
   } else {
-    backward(SsdStage::kWhole, args.tasks());
+    backward(SsdStage::kWhole, args.tasks(), kBackward * scan.x.numel() * dstate);
   }
 
   const auto of_directions = [&](const Tensor& argument, int64_t dims) { return per_direction(argument, dims) ? 1 : directions; };

@@ -64,11 +64,11 @@ class Forward : public ForwardStates<T> {
     const int count = steps.count(c);
     read_rows(args_.B, steps, direction, task.group, c * kQ, count, round_up(count, kTileRows), 0, args_.dstate, states_, B_);
     for (int h = 0; h < task.heads; ++h) {
-      const int64_t at = args_.states.at(task.sequence, direction, args_.heads, task.head + h);
-      decays_.read(args_, steps, direction, task.head + h, c * kQ, count);
-      read_rows(args_.x, steps, direction, task.head + h, c * kQ, count, count, task.column, task.columns, width_, x_);
-      add<Update::kStore>(count, entering<T>(args_.states, at, c), next_x(task, direction, steps, c, h));
-      decay_of<T>(args_.states, at, c) = decays_.whole;
+      const int head = task.head + h;
+      decays_.read(args_, steps, direction, head, c * kQ, count);
+      read_rows(args_.x, steps, direction, head, c * kQ, count, count, task.column, task.columns, width_, x_);
+      add<Update::kStore>(count, entering<T>(args_.states, task, direction, c, head), next_x(task, direction, steps, c, h));
+      decay_of<T>(args_.states, task, direction, c, head) = decays_.whole;
     }
   }
 
@@ -92,8 +92,7 @@ class Forward : public ForwardStates<T> {
     gemm<T, Update::kStore, Triangle::kResult>(tiled, kQ, states_, {C_, states_, 1}, B_by_state_, kQ, scores_, kQ);
     for (int h = 0; h < task.heads; ++h) {
       const int head = task.head + h;
-      T* state = whole_ ? state_ + h * state_size()
-                        : entering<T>(args_.states, args_.states.at(task.sequence, direction, args_.heads, head), c);
+      T* state = whole_ ? state_ + h * state_size() : entering<T>(args_.states, task, direction, c, head);
       decays_.read(args_, steps, direction, head, c * kQ, count);
       // A shifted result lands one step later, on the skip of that step: one more frame is needed.
       const T skip = skip_of<T>(args_, direction, head);
@@ -111,7 +110,7 @@ class Forward : public ForwardStates<T> {
         gemm<T, Update::kAdd, Triangle::kLeft>(
             tiled, width_, count, weights, x_, width_, y_, width_,
             whole_ ? next_BC(args_, task, steps, direction, c + 1, h)
-                   : next_state<T>(args_, args_.states, task, direction, Next(task, c, h, +1), states_, width_));
+                   : next_state<T>(args_.states, task, direction, Next(task, c, h, +1), states_, width_));
       } else {
         gemm<T, Update::kStore, Triangle::kLeft>(tiled, width_, count, weights, x_, width_, y_, width_);
       }

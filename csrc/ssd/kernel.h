@@ -27,30 +27,47 @@ struct SsdDirection {
   bool strict;    // y_t leaves out the term of frame t itself
 };
 
-// States of consecutive chunks, which stand in memory where a task takes one chunk. Chunks are counted in their direction's
-// own order; `ways` directions from first_direction on are computed at once.
-struct SsdStates {
+// Chunks first … first + count - 1 of a batch, in `ways` directions from first_direction on. The sequences of a batch follow
+// one another, each with its chunks in the direction's own order; one without frames has a place all the same.
+struct SsdRange {
+  const int64_t* starts;  // (sequences + 1): a sequence's first place
+  int64_t sequences, first, count;
   int first_direction, ways;
-  int64_t first, chunks;
-  int64_t size;   // of a state, as it is padded
-  void* entering; // (sequences, ways, heads, chunks, size) in the math dtype: of gradients, leaving
-  void* decays;   // (sequences, ways, heads, chunks): of each whole chunk
-  void* carried;  // (sequences, ways, heads, size): from one range of chunks to the next
 
-  // Rows of a state that are passed on by themselves, and how many such parts it has.
+  int64_t sequence_of(int64_t place) const {
+    int64_t low = 0, high = sequences;  // starts[low] <= place < starts[high]
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (starts[middle] <= place ? low : high) = middle;
+    }
+    return low;
+  }
+  int64_t first_sequence() const { return sequence_of(first); }
+  int64_t sequences_here() const { return sequence_of(first + count - 1) + 1 - first_sequence(); }
+  // Whether a sequence's first chunk is here, and its last one.
+  bool begins(int64_t sequence) const { return first <= starts[sequence]; }
+  bool ends(int64_t sequence) const { return starts[sequence + 1] <= first + count; }
+  // A sequence's own chunks begin … end - 1 are here.
+  int64_t begin(int64_t sequence) const { return begins(sequence) ? 0 : first - starts[sequence]; }
+  int64_t end(int64_t sequence) const {
+    return (ends(sequence) ? starts[sequence + 1] : first + count) - starts[sequence];
+  }
+};
+
+// The states of some chunks, in memory, where a task takes one chunk. All in the math dtype.
+struct SsdStates : SsdRange {
+  int heads;
+  int64_t size;  // of a state, as it is padded
+  void *entering, *decays;  // (count, ways, heads, size), of gradients leaving; (count, ways, heads), of each whole chunk
+  const void* carried_in;   // (ways, heads, size): of a sequence that goes on from the last range, or on to the next
+  void* carried_out;
+
+  // A state is passed on by parts of so many rows.
   static constexpr int kRows = 16;
   static int parts(int rows) { return (rows + kRows - 1) / kRows; }
-  // Which of (sequences, ways, heads).
-  int64_t at(int64_t sequence, int direction, int64_t heads, int64_t head) const {
-    return (sequence * ways + direction - first_direction) * heads + head;
-  }
-  // How many of a sequence's chunks there are, and whether its last one is here; one without any is as if it had one.
-  int64_t of(int64_t chunks_of_sequence) const {
-    const int64_t left = chunks_of_sequence - first;
-    return left < 0 ? 0 : left < chunks ? left : chunks;
-  }
-  bool last_of(int64_t chunks_of_sequence) const {
-    return (first == 0 || first < chunks_of_sequence) && chunks_of_sequence <= first + chunks;
+  int64_t at(int direction, int head) const { return (direction - first_direction) * int64_t(heads) + head; }
+  int64_t at(int64_t sequence, int64_t chunk, int direction, int head) const {
+    return (starts[sequence] + chunk - first) * ways * heads + at(direction, head);
   }
 };
 
@@ -63,7 +80,7 @@ enum class SsdStage {
   kGradientsAdded,   // backward: likewise, of the gradients of the states that leave each chunk
   kGradientsPassed,
   kResults,          // what a chunk's frames get, of one direction
-  kFinished,         // what was summed is rounded, padding is zeroed
+  kFinished,         // what was summed is rounded, padding is zeroed; backward: what chunks add to dA, dD, ddt_bias is summed
 };
 
 struct SsdArgs {
@@ -87,6 +104,7 @@ struct SsdArgs {
   int column_block;  // columns of headdim that one task takes
   // Where a task takes one chunk.
   SsdStates states;
+  SsdRange pieces;  // of all frames, padding included, as long as chunks: for kFinished
   void* summed_in;  // as the result, in the math dtype, where directions are summed before they are rounded; or null
 
   int64_t length(int64_t sequence) const { return spans[sequence].end - spans[sequence].begin; }
@@ -109,9 +127,10 @@ struct SsdArgs {
   int column_blocks() const { return (headdim + column_block - 1) / column_block; }
   int blocks() const { return groups * head_blocks() * column_blocks(); }
   int64_t tasks() const { return sequences * (summed ? 1 : directions) * blocks(); }
-  int64_t tasks_of_chunks(const SsdStates& states) const { return sequences * states.ways * blocks() * states.chunks; }
-  int64_t tasks_of_rows(const SsdStates& states, int rows) const {
-    return sequences * states.ways * heads * SsdStates::parts(rows);
+  int64_t tasks_of_chunks(const SsdRange& range) const { return range.count * range.ways * blocks(); }
+  int64_t entries_of_states(const SsdRange& range) const { return range.count * range.ways * heads * headdim * dstate; }
+  int64_t tasks_of_rows(const SsdRange& range, int rows) const {
+    return range.sequences_here() * range.ways * heads * SsdStates::parts(rows);
   }
 };
 
@@ -132,8 +151,7 @@ struct SsdBackwardArgs : SsdArgs {
   void* dinitial_states;      // as initial_states, or null
   // Where a task takes one chunk.
   SsdStates dstates;          // gradients of the states that leave each chunk
-  double* sums;               // (sequences, directions, heads, all chunks, 3): what each adds to dA, dD and ddt_bias
-  int64_t chunks;             // of the longest sequence
+  double* sums;               // (all chunks, directions, heads, 3): what each adds to dA, dD and ddt_bias
 };
 
 LINCONV_KERNEL(void, ssd_forward, const SsdForwardArgs& args, SsdStage stage, bool fp64, int64_t begin, int64_t end);

@@ -10,10 +10,8 @@ namespace {
 // Some rows of one head's state, as it is padded: all of them, or a task that passes them from chunk to chunk.
 struct StateRows {
   int64_t sequence;
-  int head, column, columns;  // columns: of headdim
+  int direction = 0, head, column, columns;  // columns: of headdim
   int row, rows;
-  int direction = 0;
-  int64_t at = 0;  // see SsdStates
 
   StateRows(const Task& task, int h, int rows)
       : sequence(task.sequence), head(task.head + h), column(task.column), columns(task.columns), row(0), rows(rows) {}
@@ -25,58 +23,67 @@ struct StateRows {
     head = index % args.heads;
     index /= args.heads;
     direction = states.first_direction + index % states.ways;
-    sequence = index / states.ways;
-    at = states.at(sequence, direction, args.heads, head);
+    sequence = states.first_sequence() + index / states.ways;
   }
 };
 
-// The state that enters a chunk, of one head.
+// The state that enters a chunk, of one head; of gradients, that leaves it.
 template <class T>
-inline T* entering(const SsdStates& states, int64_t at, int64_t chunk) {
-  return static_cast<T*>(states.entering) + (at * states.chunks + chunk - states.first) * states.size;
+inline T* entering(const SsdStates& states, const Task& task, int direction, int64_t chunk, int head) {
+  return static_cast<T*>(states.entering) + states.at(task.sequence, chunk, direction, head) * states.size;
 }
 template <class T>
-inline T* carried(const SsdStates& states, int64_t at) {
-  return static_cast<T*>(states.carried) + at * states.size;
-}
-template <class T>
-inline T& decay_of(const SsdStates& states, int64_t at, int64_t chunk) {
-  return static_cast<T*>(states.decays)[at * states.chunks + chunk - states.first];
+inline T& decay_of(const SsdStates& states, const Task& task, int direction, int64_t chunk, int head) {
+  return static_cast<T*>(states.decays)[states.at(task.sequence, chunk, direction, head)];
 }
 
-// From what each chunk adds to a state the one that enters it, in place, `chunks` of them onward from the one that the
-// carried state enters. What leaves the last one is carried on, unless nothing was added for it.
+// That which enters a task's next chunk or head, to be asked for ahead: behind a sequence's last chunk, the next one's first.
 template <class T>
-inline void pass_states(const SsdStates& states, const StateRows& part, int columns, int64_t chunks, int onward,
-                        bool added_by_last) {
-  const int64_t first = part.row * columns;
-  const int n = part.rows * columns;
-  T* state = carried<T>(states, part.at) + first;
-  for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t chunk = states.first + (onward > 0 ? i : chunks - 1 - i);
-    T* to = entering<T>(states, part.at, chunk) + first;
-    if (i + 1 == chunks && !added_by_last) {
-      __builtin_memcpy(to, state, n * sizeof(T));
+inline Ahead next_state(const SsdStates& states, const Task& task, int direction, const Next& next, int rows, int columns) {
+  const int64_t place = states.starts[task.sequence] + next.chunk, row = columns * sizeof(T);
+  if (place < states.first || place >= states.first + states.count) return {};
+  return {entering<T>(states, task, direction, next.chunk, next.head), row, rows, row};
+}
+
+// Rows of a state on their way from chunk to chunk.
+template <class T>
+class PassedRows {
+ public:
+  PassedRows(const SsdStates& states, const StateRows& part, int columns)
+      : states_(states), part_(part), first_(int64_t(part.row) * columns), n_(part.rows * columns) {}
+
+  T* data() { return state_; }
+  void carry_in() { __builtin_memcpy(state_, static_cast<const T*>(states_.carried_in) + carried(), n_ * sizeof(T)); }
+  void carry_out() const { __builtin_memcpy(static_cast<T*>(states_.carried_out) + carried(), state_, n_ * sizeof(T)); }
+
+  // In place of what a chunk adds, the state that enters it; this becomes the one that leaves it, if anything was added.
+  void pass(int64_t chunk, bool added) {
+    const int64_t at = states_.at(part_.sequence, chunk, part_.direction, part_.head);
+    T* to = static_cast<T*>(states_.entering) + at * states_.size + first_;
+    if (!added) {
+      __builtin_memcpy(to, state_, n_ * sizeof(T));
       return;
     }
-    const Vec<T> decay = splat(decay_of<T>(states, part.at, chunk));
-    for (int j = 0; j < n; j += kWidth<T>) {
-      const Vec<T> added = load(to + j), before = load(state + j);
+    const Vec<T> decay = splat(static_cast<const T*>(states_.decays)[at]);
+    for (int j = 0; j < n_; j += kWidth<T>) {
+      const Vec<T> adds = load(to + j), before = load(state_ + j);
       store(to + j, before);
-      store(state + j, add_product(added, decay, before));
+      store(state_ + j, add_product(adds, decay, before));
     }
   }
-}
 
-// That which enters a task's next chunk or head, to be asked for ahead.
-template <class T>
-inline Ahead next_state(const SsdArgs& args, const SsdStates& states, const Task& task, int direction, const Next& next,
-                        int rows, int columns) {
-  const int64_t chunk = next.chunk - states.first, row = columns * sizeof(T);
-  if (chunk < 0 || chunk >= states.chunks) return {};
-  const int64_t at = states.at(task.sequence, direction, args.heads, next.head) * states.chunks + chunk;
-  return {static_cast<const T*>(states.entering) + at * states.size, row, rows, row};
-}
+ private:
+  static constexpr int kMostColumns = 256;  // of headdim and dstate
+  static_assert(SsdStates::kRows % kPad<T> == 0 && kMostColumns % kPad<T> == 0);
+
+  int64_t carried() const { return states_.at(part_.direction, part_.head) * states_.size + first_; }
+
+  const SsdStates& states_;
+  const StateRows& part_;
+  const int64_t first_;
+  const int n_;
+  alignas(64) T state_[SsdStates::kRows * kMostColumns];
+};
 
 // Of the forward pass, with stages that take no scratch. Rows of a state are those of dstate.
 template <class T>
@@ -88,17 +95,18 @@ class ForwardStates {
 
   void run(SsdStage stage, int64_t index) {
     if (stage == SsdStage::kPassed) passed(StateRows(args_, args_.states, states_, index));
-    if (stage == SsdStage::kFinished) finished(Task(args_, index, args_.states, +1));
+    if (stage == SsdStage::kFinished) finished(Task(args_, index, args_.pieces, +1));
   }
 
  protected:
   void passed(const StateRows& part) {
     const SsdStates& states = args_.states;
-    const int64_t chunks = Steps(args_, part.sequence, part.direction).chunks();
-    T* state = carried<T>(states, part.at) + part.row * width_;
-    if (states.first == 0) read_state(part, state);
-    pass_states<T>(states, part, width_, states.of(chunks), +1, !states.last_of(chunks) || args_.final_states);
-    if (states.last_of(chunks)) write_state(part, state);
+    const int64_t chunks = Steps(args_, part.sequence, part.direction).chunks(), end = states.end(part.sequence);
+    PassedRows<T> rows(states, part, width_);
+    states.begins(part.sequence) ? read_state(part, rows.data()) : rows.carry_in();
+    for (int64_t c = states.begin(part.sequence); c < end && c < chunks; ++c)
+      rows.pass(c, c + 1 < chunks || args_.final_states);
+    states.ends(part.sequence) ? write_state(part, rows.data()) : rows.carry_out();
   }
 
   void finished(const Task& task) const {
@@ -140,7 +148,7 @@ class BackwardStates {
   void run(SsdStage stage, int64_t index) {
     if (stage == SsdStage::kPassed) passed(StateRows(args_, args_.states, width_, index));
     if (stage == SsdStage::kGradientsPassed) gradients_passed(StateRows(args_, args_.dstates, width_, index));
-    if (stage == SsdStage::kFinished) finished(Task(args_, index, args_.dstates, +1));
+    if (stage == SsdStage::kFinished) finished(Task(args_, index, args_.pieces, +1));
   }
 
  protected:
@@ -150,20 +158,21 @@ class BackwardStates {
     void operator+=(const Sums& other) { A += other.A, D += other.D, dt_bias += other.dt_bias; }
   };
 
+  // The states of all chunks are in memory, so that none is carried in or out.
   void passed(const StateRows& part) {
-    const SsdStates& states = args_.states;
-    if (states.first == 0) read_state(part, args_.initial_states, carried<T>(states, part.at) + part.row * states_);
     const int64_t chunks = Steps(args_, part.sequence, part.direction).chunks();
-    pass_states<T>(states, part, states_, states.of(chunks), +1, !states.last_of(chunks));
+    PassedRows<T> rows(args_.states, part, states_);
+    read_state(part, args_.initial_states, rows.data());
+    for (int64_t c = 0; c < chunks; ++c) rows.pass(c, c + 1 < chunks);
   }
 
   void gradients_passed(const StateRows& part) {
     const SsdStates& states = args_.dstates;
-    T* state = carried<T>(states, part.at) + part.row * states_;
-    const int64_t chunks = Steps(args_, part.sequence, part.direction).chunks();
-    if (states.last_of(chunks)) read_state(part, args_.dfinal_states, state);
-    pass_states<T>(states, part, states_, states.of(chunks), -1, leaves(states.first));
-    if (states.first == 0) write_state(part, state);
+    const int64_t chunks = Steps(args_, part.sequence, part.direction).chunks(), end = states.end(part.sequence);
+    PassedRows<T> rows(states, part, states_);
+    states.ends(part.sequence) ? read_state(part, args_.dfinal_states, rows.data()) : rows.carry_in();
+    for (int64_t c = (end < chunks ? end : chunks) - 1; c >= states.begin(part.sequence); --c) rows.pass(c, leaves(c));
+    states.begins(part.sequence) ? write_state(part, rows.data()) : rows.carry_out();
   }
 
   void finished(const Task& task) {
@@ -176,7 +185,7 @@ class BackwardStates {
       for (int h = 0; h < task.heads && task.chunk == 0; ++h) {
         Sums sums;
         for (int64_t c = chunks - 1; c >= 0; --c) {
-          const double* of_chunk = sums_of(task.sequence, direction, task.head + h, c);
+          const double* of_chunk = sums_of(task.sequence, c, direction, task.head + h);
           sums += {of_chunk[0], of_chunk[1], of_chunk[2]};
         }
         write_sums(task.sequence, direction, task.head + h, sums);
@@ -188,8 +197,9 @@ class BackwardStates {
   // Whether the gradient of the state that enters a chunk is wanted.
   bool leaves(int64_t c) const { return c > 0 || args_.dinitial_states; }
 
-  double* sums_of(int64_t sequence, int direction, int64_t head, int64_t chunk) const {
-    return args_.sums + (((sequence * args_.directions + direction) * args_.heads + head) * args_.chunks + chunk) * 3;
+  double* sums_of(int64_t sequence, int64_t chunk, int direction, int head) const {
+    const int64_t place = args_.states.starts[sequence] + chunk;
+    return args_.sums + ((place * args_.directions + direction) * args_.heads + head) * 3;
   }
 
   void write_sums(int64_t sequence, int direction, int head, const Sums& sums) {
