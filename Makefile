@@ -19,7 +19,7 @@ export LINCONV_CUDA_ARCHS ?= $(or $(GPUS),90a)
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # Tests run in JOBS processes of one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 CONFIGURE := $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 

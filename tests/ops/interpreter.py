@@ -94,6 +94,31 @@ def _remember_dtypes():
     interpreter._get_np_dtype = np_dtype
 
 
+def _remember_shapes():
+    """The interpreter would make the same few shapes for every block anew, which is a third of all its time."""
+    from triton.runtime import interpreter
+
+    core = interpreter.tl.core
+    make_tensor, make_type = core.tensor.__init__, core.block_type.__init__
+    of_tensors, of_types = {}, {}
+
+    def tensor(self, handle, type):
+        shape = (*type.shape.values,) if type.is_block() else ()
+        if shape not in of_tensors:
+            make_tensor(self, handle, type)
+            of_tensors[shape] = {name: vars(self)[name] for name in ("shape", "numel")}
+        vars(self).update(of_tensors[shape], handle=handle, type=type, dtype=type.scalar)
+
+    def block_type(self, element_ty, shape):
+        key = (element_ty.name, *[size if type(size) is int else size.value for size in shape])
+        if key not in of_types:
+            make_type(self, element_ty, shape)
+            of_types[key] = vars(self).copy()
+        vars(self).update(of_types[key])
+
+    core.tensor.__init__, core.block_type.__init__ = tensor, block_type
+
+
 if INTERPRETING:
     import sanitizer
     from triton.runtime import interpreter as _interpreter
@@ -102,6 +127,7 @@ if INTERPRETING:
     _mend_interpreter()
     _patch_language_once()
     _remember_dtypes()
+    _remember_shapes()
     sanitizer.install(_interpreter)
 
 
