@@ -131,6 +131,15 @@ if INTERPRETING:
     sanitizer.install(_interpreter)
 
 
+def small_convolution_tile(monkeypatch):
+    """In the interpreter, which is slow for each step, programs walk few steps of many slices."""
+    if INTERPRETING:
+        from linconv.ops.short_conv import triton as convolution
+
+        tile = lambda width, *_, **__: convolution.Tile(256, 64, width + 1, 2)  # noqa: E731
+        monkeypatch.setattr(convolution, "choose_tile", tile)
+
+
 def small_scan_tiles(monkeypatch):
     """In the interpreter, which is slow, the scans have small chunks; a GPU runs the tiles that are shipped."""
     if INTERPRETING:

@@ -11,6 +11,12 @@ from linconv import ops
 from linconv.ops import dispatch
 
 
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    interpreter.small_convolution_tile(monkeypatch)
+    interpreter.small_scan_tiles(monkeypatch)
+
+
 @pytest.mark.parametrize("length, padded", [(11, False), (11, True), (1, False), (0, True)])
 @pytest.mark.parametrize("form", FORMS)
 def test_agrees_with_the_definition(form, length, padded):

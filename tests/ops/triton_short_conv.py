@@ -21,8 +21,7 @@ from linconv.ops.short_conv import triton as module
 def triton(monkeypatch):
     """What the tests call the compiled backend is this one, and tensors are made where it wants them."""
     monkeypatch.setattr(judge, "_here", "triton")
-    if interpreter.INTERPRETING:  # which is slow for each step: few steps of many slices
-        monkeypatch.setattr(module, "choose_tile", lambda width, *_, **__: module.Tile(256, 64, width + 1, 2))
+    interpreter.small_convolution_tile(monkeypatch)
     torch.set_default_device(interpreter.DEVICE)
     yield
     torch.set_default_device(None)
