@@ -4,6 +4,12 @@
 #include "common/pages.h"
 #include "common/vec.h"
 
+namespace linconv {
+
+[[noreturn]] void out_of_memory(size_t bytes);  // throws
+
+}  // namespace linconv
+
 namespace linconv::LINCONV_ISA {
 namespace {
 
@@ -12,7 +18,7 @@ class Arena {
  public:
   // Zeroed, so that what pads a tile is finite; a large block's pages cost nothing until they are written.
   explicit Arena(size_t bytes) : base_(static_cast<char*>(__builtin_calloc(bytes + kAlign, 1))) {
-    if (base_ == nullptr) __builtin_trap();
+    if (base_ == nullptr) out_of_memory(bytes);
     prefer_large_pages(base_, bytes + kAlign);
     next_ = base_ + (kAlign - reinterpret_cast<uintptr_t>(base_) % kAlign);
   }

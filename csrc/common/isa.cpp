@@ -27,7 +27,7 @@ struct Features {
   uint64_t kept = 0;  // registers that the operating system keeps for each thread
 
   Features() {
-    uint32_t a, b, c, d;
+    uint32_t a = 0, b = 0, c = 0, d = 0;
     if (__get_cpuid(1, &a, &b, &c, &d)) leaf1_c = c;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) leaf7_b = b;
     if (leaf7_b && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) leaf7_1_a = a;

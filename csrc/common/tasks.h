@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <initializer_list>
 #include <limits>
@@ -84,12 +85,23 @@ inline void run_together(std::span<const Tasks> all) {
   std::vector<Share> shares(all.size() * threads);
   for (size_t i = 0; i < all.size(); ++i)
     for (int64_t thread = 0; thread < threads; ++thread) shares[i * threads + thread].assign(all[i], thread, threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  const auto work = [&](int64_t begin, int64_t end) {
     for (int64_t own = begin; own < end; ++own)
       for (size_t i = 0; i < all.size(); ++i) shares[i * threads + own].work(all[i]);
     for (size_t i = 0; i < all.size(); ++i)
       for (int64_t behind = 1; behind < threads; ++behind) shares[i * threads + (begin + behind) % threads].work(all[i]);
+  };
+  // torch would say that a thread threw, but not what.
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    try {
+      work(begin, end);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 inline void run_together(std::initializer_list<Tasks> all) { run_together(std::span(all.begin(), all.size())); }

@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -194,6 +197,27 @@ def test_no_heads():
             gradients = torch.ops.linconv.bidirectional_ssd_backward(arguments[0], *arguments, *options)
         assert [g.shape for g in gradients[:5]] == [t.shape for t in arguments]
         assert not gradients[3].any() and not gradients[4].any()
+
+
+LITTLE_MEMORY = """
+import resource, sys, torch
+from linconv import ops
+torch.set_num_threads(int(sys.argv[1]))
+sizes = (1, 65_536, 8, 64), (2, 1, 65_536, 8), (2, 1, 65_536, 1, 64), (2, 1, 65_536, 1, 64)  # 64 MiB of results
+x, dt, B, C = [torch.zeros((), dtype=torch.bfloat16).expand(size) for size in sizes]
+A = torch.zeros(2, 8)
+ops.bidirectional_ssd(x[:, :128], dt[:, :, :128], A, B[:, :, :128], C[:, :, :128])  # whose threads take memory too
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
+ops.bidirectional_ssd(x, dt, A, B, C)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "asan" in os.environ.get("LD_PRELOAD", ""), reason="has no such limit")
+@pytest.mark.parametrize("number", [1, 2])
+def test_too_little_memory_for_scratch_is_an_error(number):
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, str(number)], capture_output=True, text=True)
+    assert "RuntimeError: a task wanted" in done.stderr and "which there is no memory for" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES[:5])

@@ -147,14 +147,16 @@ def test_threads_do_not_change_a_bit(dtype, reverse):
     alike_for_threads(results, (1, 2, 7, 40))
 
 
+@pytest.mark.parametrize("lengths", [(1_300,), (500, 0, 140, 659, 1), (0, 64, 900, 64, 64, 64, 64, 80)])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_threads_do_not_change_a_bit_of_a_long_sequence(reverse):
-    """Whose chunks are computed some at a time, so that states are carried from one lot to the next."""
+def test_threads_do_not_change_a_bit_of_many_chunks(reverse, lengths):
+    """They are computed some at a time, so that states are carried from one lot to the next, within any sequence."""
     arguments = scan_arguments(1, 1_300, 1, 16, 1, 8, dtype=torch.float32)
-    arguments["initial_states"] = torch.randn(1, 1, 16, 8)
+    arguments["initial_states"] = torch.randn(len(lengths), 1, 16, 8)
+    options = dict(dt_softplus=True, reverse=reverse, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
 
     def results():
-        (y, states), gradients = with_gradients(ssd(here()), arguments, dt_softplus=True, reverse=reverse)
+        (y, states), gradients = with_gradients(ssd(here()), arguments, **options)
         return [y, states, *gradients.values()]
 
     alike_for_threads(results, (1, 2, 3))
