@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import linconv.auto  # noqa: F401  holds the classes of converted models, under the names in their checkpoints
 from linconv import mixers
 from linconv.conversion import families
-from linconv.conversion.models import ConvertedModel, Recipe, auto_map, converted_config_class, install
+from linconv.conversion.models import Conversion, ConvertedModel, auto_map, converted_config_class, install
 
 
 def convert(
@@ -34,7 +34,7 @@ def convert(
         mixer_kwargs: options of the mixer.
 
     Returns:
-        The converted model, with the recipe in ``config.linconv``.
+        The converted model, with its conversion in ``config.linconv``.
 
     Raises:
         TypeError: the model cannot be converted, the mixer does not have an option, or an option or ``layers`` has
@@ -49,13 +49,13 @@ def convert(
     family = convertible_family(teacher)
     check_mixer(mixer, family)
     check_weights(teacher)
-    recipe = Recipe(mixer, layer_indices(layers, len(family.blocks(teacher))), mixer_kwargs)
-    check_direction(teacher, mixer, recipe.layers, family)
+    conversion = Conversion(mixer, layer_indices(layers, len(family.blocks(teacher))), mixer_kwargs)
+    check_direction(teacher, mixer, conversion.layers, family)
 
     entries = teacher.config.to_dict()
     del entries["model_type"]
     config = converted_config_class(family).from_dict(entries)
-    config.linconv = recipe.to_config()
+    config.linconv = conversion.to_config()
     config.auto_map = auto_map(family)
     if family.layer_drop is not None:
         setattr(config, family.layer_drop, 0.0)
@@ -63,7 +63,7 @@ def convert(
     # References to the teacher's config become references to the student's.
     student = copy.deepcopy(teacher, {id(teacher.config): config})
     check_forwards(teacher, student)
-    install(student, family, recipe)
+    install(student, family, conversion)
     student.set_attn_implementation(teacher.config._attn_implementation)
     return student
 
@@ -77,7 +77,7 @@ def convertible_family(teacher: PreTrainedModel) -> families.Family:
     family, stock = families.of(teacher, "teacher"), type(teacher)
     heads = [family.stock_class(name) for name in family.heads.values()]
     if isinstance(teacher, ConvertedModel):
-        if Recipe.from_config(teacher.config).layers:
+        if Conversion.from_config(teacher.config).layers:
             raise TypeError(
                 f"teacher is a {stock.__name__}, converted already; wanted a stock model, which `linconv distill` "
                 "converts by itself, or one with no layer converted"

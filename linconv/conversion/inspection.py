@@ -12,7 +12,7 @@ from linconv import mixers
 from linconv.conversion import families
 from linconv.conversion.convert import check_direction, check_mixer, convertible_family, layer_indices
 from linconv.conversion.crossover import MeasuredCrossover, measured_crossover
-from linconv.conversion.models import ConvertedModel, Recipe
+from linconv.conversion.models import Conversion, ConvertedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def inspect(
     for length in lengths:
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise ValueError(f"lengths has {length!r}, wanted whole numbers from 1 up")
-    if isinstance(teacher, ConvertedModel) and (recipe := Recipe.from_config(teacher.config)).layers:
+    if isinstance(teacher, ConvertedModel) and (conversion := Conversion.from_config(teacher.config)).layers:
         given = [
             name for name, value in {"mixer": mixer, "layers": layers, **mixer_kwargs}.items() if value is not None
         ]
@@ -131,14 +131,14 @@ def inspect(
                 f"teacher is a {type(teacher).__name__}, converted already, of which nothing would be swapped, and got "
                 f"{', '.join(given)}; wanted no mixer, layers and options, or a model that is not converted"
             )
-        found = _compare(_original(teacher), recipe, lengths)
+        found = _compare(_original(teacher), conversion, lengths)
         parameters = sum(p.numel() for p in teacher.parameters())
         return dataclasses.replace(found, model=type(teacher).__name__, parameters_after=parameters, converted=True)
     family, mixer = convertible_family(teacher), "bimamba2" if mixer is None else mixer
     check_mixer(mixer, family)
     indices = layer_indices(layers, len(family.blocks(teacher)))
     check_direction(teacher, mixer, indices, family)
-    return _compare(teacher, Recipe(mixer, indices, mixer_kwargs), lengths)
+    return _compare(teacher, Conversion(mixer, indices, mixer_kwargs), lengths)
 
 
 def _original(converted: PreTrainedModel) -> PreTrainedModel:
@@ -159,14 +159,14 @@ def _original(converted: PreTrainedModel) -> PreTrainedModel:
     return original
 
 
-def _compare(teacher: PreTrainedModel, recipe: Recipe, lengths: Sequence[int]) -> Inspection:
-    """Compares a stock model, or one with no layer converted, with its conversion by the recipe."""
-    family, mixer_class, indices = families.of(teacher), mixers.get(recipe.mixer), recipe.layers
+def _compare(teacher: PreTrainedModel, conversion: Conversion, lengths: Sequence[int]) -> Inspection:
+    """Compares a stock model, or one with no layer converted, after the conversion."""
+    family, mixer_class, indices = families.of(teacher), mixers.get(conversion.mixer), conversion.layers
     blocks = family.blocks(teacher)
     attentions = [block.get_submodule(family.attention) for block in blocks]
     width = teacher.config.hidden_size
     sizes_only = [copy.deepcopy(family.self_attention(blocks[i])).to("meta") for i in indices or (0,)]
-    layers_of_mixer = [mixer_class.from_attention(sizes, teacher.config, **recipe.options) for sizes in sizes_only]
+    layers_of_mixer = [mixer_class.from_attention(sizes, teacher.config, **conversion.options) for sizes in sizes_only]
     mixer_class.join(layers_of_mixer)
     new = layers_of_mixer[0]
 
@@ -196,7 +196,7 @@ def _compare(teacher: PreTrainedModel, recipe: Recipe, lengths: Sequence[int]) -
         mixer=mixer_class.__name__,
         options={  # the mixer replaces None by a value
             name: getattr(new, name, None) if value is None else value
-            for name, value in {**mixer_class.options(), **recipe.options}.items()
+            for name, value in {**mixer_class.options(), **conversion.options}.items()
         },
         blocks=len(blocks),
         layers=indices,
@@ -208,5 +208,5 @@ def _compare(teacher: PreTrainedModel, recipe: Recipe, lengths: Sequence[int]) -
         },
         crossover_frames=crossover,
         frames_per_second=family.frames_per_second,
-        measured_crossover=measured_crossover(recipe.mixer, width, new.flops(1)),
+        measured_crossover=measured_crossover(conversion.mixer, width, new.flops(1)),
     )

@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Conversion:
     """What was converted: the ``linconv`` block of a config.
 
     mixer: name in `linconv.mixers`; layers: indices of the converted blocks; options: keywords of the mixer.
@@ -40,7 +40,7 @@ class Recipe:
         }
 
     @classmethod
-    def from_config(cls, config) -> "Recipe":
+    def from_config(cls, config) -> "Conversion":
         """Reads the ``linconv`` block of a config.
 
         Raises:
@@ -76,9 +76,9 @@ class ConvertedModel:
     linconv_family: ClassVar[Family]
 
     def __init__(self, config, *args, **kwargs):
-        recipe = Recipe.from_config(config)
+        conversion = Conversion.from_config(config)
         super().__init__(config, *args, **kwargs)
-        install(self, self.linconv_family, recipe)
+        install(self, self.linconv_family, conversion)
 
     def _init_weights(self, module):
         if isinstance(module, mixers.Mixer):
@@ -127,13 +127,13 @@ class ConvertedModel:
         return (model, info) if output_loading_info else model
 
 
-def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
+def install(model: PreTrainedModel, family: Family, conversion: Conversion) -> None:
     """Converts a stock model in place: its class, the classes of its modules, and its attention.
 
     The model's config must already be that of a converted model.
 
     Raises:
-        TypeError, ValueError: the recipe has an unknown mixer, options that do not fit, or a layer that does not exist.
+        TypeError, ValueError: the mixer is unknown, its options do not fit, or a layer does not exist.
     """
     classes = converted_classes(family)
     for module in model.modules():
@@ -142,20 +142,20 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
             module.__class__ = converted
             if hasattr(module, "_old_forward"):  # accelerate's hook calls it; it was bound when the hook was added
                 module._old_forward = types.MethodType(converted.forward, module)
-    blocks, mixer_class = family.blocks(model), mixers.get(recipe.mixer)
-    for index in recipe.layers:
+    blocks, mixer_class = family.blocks(model), mixers.get(conversion.mixer)
+    for index in conversion.layers:
         if not 0 <= index < len(blocks):
             raise ValueError(
                 f"the config's 'linconv' block has layer {index}, wanted 0 to {len(blocks) - 1}: "
                 f"the model has {len(blocks)} blocks"
             )
     new = [
-        mixer_class.from_attention(family.self_attention(blocks[i]), model.config, **recipe.options)
-        for i in recipe.layers
+        mixer_class.from_attention(family.self_attention(blocks[i]), model.config, **conversion.options)
+        for i in conversion.layers
     ]
     mixer_class.join(new)
-    family.keep_for_others(blocks, recipe.layers)
-    for index, mixer in zip(recipe.layers, new):
+    family.keep_for_others(blocks, conversion.layers)
+    for index, mixer in zip(conversion.layers, new):
         attention = blocks[index].get_submodule(family.attention)
         if family.cache is None:
             slot = masks.AttentionSlot(mixer, family.attention_outputs)
@@ -166,7 +166,7 @@ def install(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
             for module in slot.modules():
                 module._is_hf_initialized = True  # else a later init_weights would reset it
         family.replace_attention(blocks[index], slot)
-    if len(recipe.layers) == len(blocks):
+    if len(conversion.layers) == len(blocks):
         family.drop_attention_only(model)
 
 
