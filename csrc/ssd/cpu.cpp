@@ -9,9 +9,9 @@
 namespace linconv {
 namespace {
 
-// About how many operations, for each entry of the state: of a frame, and of the passing of a state by a chunk. They tell how
-// many threads are worth it.
-constexpr int64_t kForward = 8, kBackward = 20, kPassing = 2;
+// About how many operations, for each entry of the state: of a frame, of what it adds to the state, and of passing the state
+// by a chunk. They tell how many threads are worth it.
+constexpr int64_t kForward = 8, kBackward = 20, kAdding = 2, kPassing = 2;
 
 SsdTensor frames(const Tensor& tensor, int dims, int directions, const char* name) {
   const int leading = static_cast<int>(tensor.dim()) - dims;
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor> scan_forward(const Scan& scan) {
       for (int64_t first = 0; first < chunks.count(); first += at_once) {
         args.states = states.of(chunks.range(direction, ways, first, std::min(at_once, chunks.count() - first)));
         const int64_t tasks = args.tasks_of_chunks(args.states), entries = args.entries_of_states(args.states);
-        forward(SsdStage::kAdded, tasks, kForward / 4 * kSsdChunk * entries);
+        forward(SsdStage::kAdded, tasks, kAdding * kSsdChunk * entries);
         forward(SsdStage::kPassed, args.tasks_of_rows(args.states, args.dstate), kPassing * entries);
         forward(SsdStage::kResults, tasks, kForward * kSsdChunk * entries);
       }
@@ -221,7 +221,7 @@ ScanGradients scan_backward(const Scan& scan, const Tensor& dy, const std::optio
     args.summed_in = summed ? summed->mutable_data_ptr() : nullptr;
     const auto stages = [&](SsdStage added, SsdStage passed, const SsdStates& states) {
       const int64_t entries = args.entries_of_states(states);
-      backward(added, args.tasks_of_chunks(states), kForward / 4 * kSsdChunk * entries);
+      backward(added, args.tasks_of_chunks(states), kAdding * kSsdChunk * entries);
       backward(passed, args.tasks_of_rows(states, args.headdim), kPassing * entries);
     };
     for (int direction = 0; direction < directions; direction += ways) {

@@ -136,8 +136,7 @@ def small_convolution_tile(monkeypatch):
     if INTERPRETING:
         from linconv.ops.short_conv import triton as convolution
 
-        tile = lambda width, *_, **__: convolution.Tile(256, 64, width + 1, 2)  # noqa: E731
-        monkeypatch.setattr(convolution, "choose_tile", tile)
+        monkeypatch.setattr(convolution, "choose_tile", lambda width, *_, **__: convolution.Tile(256, 64, width + 1, 2))
 
 
 def small_scan_tiles(monkeypatch):
