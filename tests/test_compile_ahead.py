@@ -29,6 +29,29 @@ def test_a_committed_table_is_of_these_sources(table):
     assert source_digest.told_by(table) == source_digest.digest(*script.SOURCES), "run `make compile-ahead`"
 
 
+PYTHON = '"""What it does."""\n\nx = "# not one"\n\n\ndef f():\n    """Docs\n\n    of f."""\n    return x\n'
+CPP = '#include "a.h"\nauto x = "// not one"; const char c = \'"\';\nint y = 1 / 2;\n'
+
+
+@pytest.mark.parametrize(
+    "suffix, code, commented",
+    [
+        (".py", PYTHON, PYTHON.replace("Docs", "Other").replace("    return x", "    # why\n    return x  # what")),
+        (".py", PYTHON, PYTHON.replace('"""What it does."""', "")),
+        (".h", CPP, CPP.replace("int", "/* two\n lines */ int").replace("2;", "2;  // why")),
+    ],
+)
+def test_comments_make_no_other_source(tmp_path, suffix, code, commented):
+    source = tmp_path / f"source{suffix}"
+
+    def code_of(text):
+        source.write_text(text)
+        return source_digest.code_of(source).split()
+
+    assert code_of(code) == code_of(commented)
+    assert len({*map(tuple, map(code_of, (code, code.replace("not", "never"), code.replace("x", "z"))))}) == 3
+
+
 @pytest.mark.parametrize("table", TRITON_TABLES, ids=lambda path: path.stem)
 def test_a_committed_table_has_no_spill(table):
     lines = [line.split("|")[1:-1] for line in table.read_text().splitlines() if line.startswith("| ")]
