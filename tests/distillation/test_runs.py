@@ -5,9 +5,10 @@ import multiprocessing
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
 
@@ -31,26 +32,57 @@ def imported_once():
 
 def run(folder, *options):
     """run.py in a process of its own: its return code and its standard error."""
-    log = Path(folder).with_suffix(".log")
-    process = fresh.Process(target=_main, args=([str(folder), *options], log))
-    process.start()
-    process.join(300)
-    return subprocess.CompletedProcess(options, process.exitcode, stderr=log.read_text())
-
-
-def _main(options, log):
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    sys.argv[1:] = options
-    script.main()
+    (process,) = _run([(folder, options, {})])
+    return process
 
 
 def run_spread(folder, *options):
-    """run.py in two processes by torchrun."""
+    """run.py in two processes, with what torchrun would tell them. Where one fails the other is ended, as there."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        group["MASTER_PORT"] = str(found.getsockname()[1])
+    processes = _run([(folder, options, {**group, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")])
+    failed = [process for process in processes if process.returncode > 0] or [p for p in processes if p.returncode]
+    return (failed or processes)[0]
+
+
+def run_by_torchrun(folder, *options):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     command = [sys.executable, *launcher, script.__file__, str(folder), *options]
     environment = {**os.environ, **ENVIRONMENT}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def _run(calls):
+    """run.py in a process for each of (folder, options, what its environment has besides), at once."""
+    logs = [Path(folder).with_suffix(f".{i}.log") for i, (folder, _, _) in enumerate(calls)]
+    processes = [
+        fresh.Process(target=_main, args=([str(folder), *options], log, environment))
+        for (folder, options, environment), log in zip(calls, logs)
+    ]
+    for process in processes:
+        process.start()
+    running = {process.sentinel: process for process in processes}
+    while running:
+        codes = [running.pop(sentinel).exitcode for sentinel in connection.wait(running, timeout=300)]
+        if not codes or any(codes):
+            for process in running.values():
+                process.kill()
+    for process in processes:
+        process.join()
+    return [
+        subprocess.CompletedProcess(options, process.exitcode, stderr=log.read_text())
+        for process, log, (_, options, _) in zip(processes, logs, calls)
+    ]
+
+
+def _main(options, log, environment):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ.update(environment)
+    sys.argv[1:] = options
+    script.main()
 
 
 def steps(folder) -> list[dict]:
@@ -100,11 +132,11 @@ def assert_same_after_a_kill(tmp_path, *options, cached=False, last=8, kill_at=N
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("mode", ["hybrid", "trajectory"])
-def test_two_processes_give_the_result_of_one(tmp_path, mode):
+@pytest.mark.parametrize("mode, run_two", [("hybrid", run_by_torchrun), ("trajectory", run_spread)])
+def test_two_processes_give_the_result_of_one(tmp_path, mode, run_two):
     one, two = tmp_path / "one", tmp_path / "two"
     assert_done(run(one, "--batch", "4", "--mode", mode))
-    assert_done(run_spread(two, "--batch", "2", "--mode", mode))
+    assert_done(run_two(two, "--batch", "2", "--mode", mode))
     for a, b in zip(steps(one), steps(two), strict=True):
         assert a.keys() == b.keys()
         for name in a:

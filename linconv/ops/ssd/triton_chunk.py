@@ -113,8 +113,11 @@ def load_tile(
 def states_of(
     direction, states, other_states, slots, heads, headdim: tl.constexpr, dstate: tl.constexpr
 ):  # fmt: skip
-    """Where (direction, head, slot) counts from, of states (heads, slots, headdim, dstate) for each direction, which
-    may stand apart: each may be in memory that is no one's as yet."""
+    """The pointer from which state (direction * heads + head) * slots + slot of a direction is counted.
+
+    Each direction's states (heads, slots, headdim, dstate) may be a tensor of their own, since in the backward pass
+    memory of a result serves for as many as fit.
+    """
     size = tl.full([], headdim * dstate, tl.int64) * heads * slots
     return tl.where(direction == 0, states, other_states - size)
 
@@ -192,7 +195,7 @@ def decays_of(
 
 @triton.jit
 def store_decays(v_of, step_of, w_of, total_of, at, offset, v, step, total, kept, there):
-    """Leaves them for other kernels, at and offset being where; step_of or w_of is None."""
+    """Stores a chunk's v, dt and w = v - log2 dt at offset, its total at ``at``; step_of or w_of is None."""
     tl.store(v_of + offset, v, mask=kept)
     if step_of is not None:
         tl.store(step_of + offset, step, mask=kept)
@@ -203,7 +206,7 @@ def store_decays(v_of, step_of, w_of, total_of, at, offset, v, step, total, kept
 
 @triton.jit
 def decayed_step(until, v_of, step_of, w_of, offset):
-    """2^{until - v} dt, of which step_of or w_of is None."""
+    """2^{until - v} dt, from w where there is w_of, else from v and dt."""
     if w_of is not None:
         return tl.exp2(until - tl.load(w_of + offset))
     else:
@@ -212,7 +215,7 @@ def decayed_step(until, v_of, step_of, w_of, offset):
 
 @triton.jit
 def load_u(v_of, position, reverse, Q: tl.constexpr, SHIFTED: tl.constexpr):
-    """u at positions in a chunk, of whose v there is v_of."""
+    """u at positions in a chunk, whose v begins at v_of."""
     if SHIFTED:
         before = tl.where(reverse, position + 1, position - 1)
         return tl.load(v_of + before, mask=(before >= 0) & (before < Q), other=0)
@@ -224,7 +227,8 @@ def load_u(v_of, position, reverse, Q: tl.constexpr, SHIFTED: tl.constexpr):
 def added_by(
     rows, factor, scale, state, MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """state (headdim, dstate) plus the sum over frames of scale rows factor^T: rows by column, factor by frame."""
+    """state (headdim, dstate) + (scale * rows) factor, a product over frames: rows (headdim, frames), scale (frames,),
+    factor (frames, dstate)."""
     scaled = (rows * scale[None, :]).to(OPERAND)
     return tl.dot(scaled, factor, state, input_precision=PRECISION, out_dtype=MATH)
 
@@ -237,14 +241,15 @@ def is_strict(direction, ONCE: tl.constexpr, SHIFTED: tl.constexpr):
 
 @triton.jit
 def finite_power(exponent):
-    """2 to the power of it, and no overflow: what is out of sight has any exponent, and is times a score of zero."""
+    """2^exponent without overflow: of a pair that is out of sight the exponent may be anything, and its score, which
+    this multiplies, is zero."""
     MOST: tl.constexpr = 1023.0 if exponent.dtype == tl.float64 else 127.0
     return tl.exp2(tl.minimum(exponent, MOST))
 
 
 @triton.jit
 def scores_in_sight(scores, i, j, reverse, strict, GRADIENT: tl.constexpr):
-    """The scores (i, j) that weights are made of, the others zero; i, j count frames from the chunk's first on."""
+    """scores (i, j), those out of sight set to zero; i and j are positions in the chunk."""
     if GRADIENT:
         return tl.where(in_sight(j[None, :], i[:, None], reverse, strict), scores, 0)
     else:

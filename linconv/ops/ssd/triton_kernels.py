@@ -280,8 +280,8 @@ def _add_own(
     frame, q, p, valid, x_d, x_b, x_t, x_h, x_p, D_d, D_h, headdim: tl.constexpr, SUM_D: tl.constexpr, Q: tl.constexpr,
     MATH: tl.constexpr,
 ):  # fmt: skip
-    """result plus what is of the frame itself: values times D, and times the other direction's own_score and step.
-    Either factor may be None, as x and skipped_of, see `chunk_outputs`."""
+    """result plus the diagonal's part that is no product of tiles: values times D, and times the score and the step of
+    the other direction at the frame itself. D and own_score may be None, as x and skipped_of: see `chunk_outputs`."""
     if D is not None or own_score is not None:
         skip = tl.zeros(q.shape, MATH)
         if D is not None:
@@ -470,9 +470,9 @@ def _gradients_of(
     MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of own = C, from rows = dy, others = x and columns = B, or with OF_B that of own = B, from rows = x,
-    others = dy and columns = C; and what `step_gradients` takes from it.
+    others = dy and columns = C; and moved_of, given_of and carried_of, see `chunk_gradients`.
 
-    Nothing in the loop over heads is summed over more than a row: that is a warp's own, and no warp waits for another.
+    The loop over heads sums over rows only, each of which is in one warp: warps wait for each other at products alone.
     """
     COLUMNS: tl.constexpr = Q // 2 if Q >= 32 else Q  # of the chunk's weights at once: they stand in registers
     WHOLE: tl.constexpr = headdim <= BLOCK_P  # one tile has all columns of headdim, and is read once
@@ -539,8 +539,8 @@ def _gradients_of(
             whole_rows = load_tile(
                 rows, direction, row, begin + i, head, p, valid, headdim, r_d, r_b, r_t, r_h, r_p, OPERAND, False
             )
-        # 2^u is in all that a result takes, 2^-v and dt are in all that a frame gives: what they have for a gradient is
-        # the sum over C . dC, or B . dB. Through the state first.
+        # 2^u is a factor of all that a result takes, 2^-v dt of all that a frame gives, so the gradients by u and by -v
+        # are C . dC and B . dB. First what goes through the state.
         result = tl.zeros([Q, BLOCK_N], MATH)
         for start in range(0, headdim, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
@@ -560,8 +560,8 @@ def _gradients_of(
         moved = tl.sum(widened(own_tile, h, MATH) * result, 1)
         if OF_B:
             tl.store(given_of + of_tile * Q + q, moved)
-        # Then in the chunk. C's side and B's sum one matrix, over its rows and over its columns, so that the two cancel
-        # out where they should.
+        # Then what stays in the chunk. C . dC and B . dB are sums of one matrix over its rows and over its columns, so
+        # that the two cancel exactly where they should.
         for start_j in tl.static_range(0, Q, COLUMNS):
             q_j = start_j + tl.arange(0, COLUMNS)
             j = (chunk * Q).to(tl.int32) + q_j
@@ -628,15 +628,18 @@ def chunk_gradients(
     Q: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MATH: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of B and C, for one direction of a chunk, and what those of dt, A and dt_bias are made of.
+    """Gradients of B and C, for one direction of a chunk, and the sums that `step_gradients` makes those of dt, A and
+    dt_bias of.
 
-    dB, dC (heads / HEADS of a group, directions, batch, L, groups, dstate) may be parts of sums. A program takes
-    BLOCK_N columns of B or of C and what these give: both at once are more than there are registers. So of what is for
-    `step_gradients` there are parts by columns, dstate / BLOCK_N of them, twice as many of moved_of: B's, then C's.
+    A program takes BLOCK_N columns of B or BLOCK_N columns of C, and HEADS heads of a group: the registers do not hold
+    B's and C's at once. With T = dstate / BLOCK_N tiles of columns it writes
 
-    moved_of, given_of (parts, directions, heads, slots, Q): rows' sums over B . dB but for dt, or C . dC; of these what
-    B's rows give to the state that leaves the chunk. carried_of (parts, directions, heads, slots, headdim): sums over
-    the state that enters times the gradient of the one that leaves.
+    - dB, dC (heads of a group / HEADS, directions, batch, L, groups, dstate): the gradients, or parts to be summed.
+    - moved_of (2 T, directions, heads, slots, Q): for each frame, over the columns of a tile, B . dB without its factor
+      dt from the programs of B, then C . dC from those of C.
+    - given_of (T, directions, heads, slots, Q): of B . dB the part that comes through the state that leaves the chunk.
+    - carried_of (T, directions, heads, slots, headdim): the sum over the columns of a tile of the state that enters the
+      chunk times the gradient of the one that leaves it.
     """
     slot = (tl.program_id(0) // DIRECTIONS).to(tl.int64)
     direction = (tl.program_id(0) % DIRECTIONS).to(tl.int64)
@@ -732,8 +735,8 @@ def step_gradients(
     kept = (p < headdim)[None, :] & there[:, None]
     carried = _sum_of_tiles(carried_of, TILES, at[:, None] * headdim + p[None, :], tile_size * headdim, kept)
 
-    # The gradient of the log decay a_k = dt_k A is that of every u and v it is part of, and of the total, which is in
-    # what enters the chunk and in what frames give to what leaves it.
+    # The log decay a_k = dt_k A is part of u and v of every later frame, and of the chunk's total, which is a factor of
+    # the state that enters the chunk and of what each frame gives to the one that leaves it.
     total_gradient = tl.exp2(total) * tl.sum(carried, 1) + tl.sum(step * given, 1)
     change = into_results - step * from_frames
     prefix = tl.cumsum(change, 1)
@@ -786,7 +789,7 @@ def sum_parts(
     B_terms, B_size, C_terms, C_size, dt_terms, dt_size, A_terms, A_size, bias_terms, bias_size, D_terms, D_size,
     heads, slots, directions, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the parts of gradients that heads, directions, chunks or sequences share, in a fixed order."""
+    """Sums the parts of gradients over heads, directions, chunks and sequences, in a fixed order."""
     program = tl.program_id(0)
     B_programs = (B_size + BLOCK - 1) // BLOCK
     C_programs = (C_size + BLOCK - 1) // BLOCK
