@@ -12,9 +12,10 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 JOBS ?= 2
-# The GPUs that are here, or Hopper, for a short build where nvcc is installed; one without this variable has all of them.
+# Where nvcc is installed, for a short build: the GPUs that are here, or without any PTX alone, which the driver of a GPU
+# would compile. A build without this variable has machine code for all GPUs.
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sed 's/^90$$/90a/' | sort -u | paste -sd ';' -)
-export LINCONV_CUDA_ARCHS ?= $(or $(GPUS),90a)
+export LINCONV_CUDA_ARCHS ?= $(or $(GPUS),90-virtual)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check

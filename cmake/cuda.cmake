@@ -4,7 +4,8 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
 
-# Machine code for each architecture, and PTX for those still to come, of the last that is not for one GPU only (90a).
+# Machine code for each architecture, and PTX for those still to come, of the last that is not for one GPU only (90a); of
+# one that is named as 90-virtual PTX alone.
 set(archs ${LINCONV_CUDA_ARCHS})
 if(NOT archs)
   set(archs 80 90a)
@@ -14,7 +15,7 @@ if(NOT archs)
 endif()
 set(general ${archs})
 list(FILTER general INCLUDE REGEX "^[0-9]+$")
-list(TRANSFORM archs APPEND "-real")
+list(TRANSFORM archs APPEND "-real" REGEX "^[0-9]+[a-z]?$")
 set(CMAKE_CUDA_ARCHITECTURES ${archs})
 if(general)
   list(GET general -1 newest)

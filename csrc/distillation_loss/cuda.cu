@@ -23,34 +23,46 @@ constexpr int kRuns = 32 / sizeof(T);  // of kVector columns, that a thread hold
 template <class T>
 constexpr int kHeld = kRuns<T> * kVector;
 
-// Calls f with Type<S>{} for the storage type, which only a tagged tensor's kernel looks up.
-template <class S, class F>
-__device__ __forceinline__ void with_stored([[maybe_unused]] DType dtype, F&& f) {
-  if constexpr (std::is_same_v<S, Tagged>) with_storage(dtype, f);
-  else f(Type<S>{});
+// An element of a tagged tensor, by a call: the code of each type for each of the up to 64 elements that a thread has in
+// a pass would take longer to compile than all else.
+template <class T>
+__device__ __noinline__ T read_tagged(const void* data, DType dtype, int64_t index) {
+  return load_element<Tagged, T>(data, dtype, index);
+}
+template <class T>
+__device__ __noinline__ void write_tagged(void* data, DType dtype, int64_t index, T value) {
+  store_element<Tagged>(data, dtype, index, value);
 }
 
 // N runs of columns of a row, the first at `own`, each `stride` behind the one before. Columns that are not there are zeros.
 template <class S, class T, int N>
 __device__ __forceinline__ void read_runs(const Frames& frames, int64_t row, int64_t t, int64_t own, int64_t stride,
                                           int64_t width, T (&out)[N][kVector]) {
-  with_stored<S>(frames.dtype, [&](auto stored) {
-    using Stored = typename decltype(stored)::type;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int64_t c = own + i * stride;
-      Column<T, Stored, kVector>(frames, 0, row, c, present<kVector>(c, width)).read(t, out[i]);
+  for (int i = 0; i < N; ++i) {
+    const int64_t c = own + i * stride;
+    const Column<T, S, kVector> run(frames, 0, row, c, present<kVector>(c, width));
+    if constexpr (run.kTagged) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j)
+        out[i][j] = j < run.n ? read_tagged<T>(run.start, run.dtype, t * run.time + j * run.stride) : T(0);
+    } else {
+      run.read(t, out[i]);
     }
-  });
+  }
 }
 
 template <class S, class T>
 __device__ __forceinline__ void write_run(const Frames& frames, int64_t row, int64_t t, int64_t c, int64_t width,
                                           const T (&in)[kVector]) {
-  with_stored<S>(frames.dtype, [&](auto stored) {
-    using Stored = typename decltype(stored)::type;
-    Column<T, Stored, kVector>(frames, 0, row, c, present<kVector>(c, width)).write(t, in);
-  });
+  const Column<T, S, kVector> run(frames, 0, row, c, present<kVector>(c, width));
+  if constexpr (run.kTagged) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j)
+      if (j < run.n) write_tagged(run.start, run.dtype, t * run.time + j * run.stride, in[j]);
+  } else {
+    run.write(t, in);
+  }
 }
 
 // A gradient, contiguous in memory that is aligned to 16 bytes.
@@ -297,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, kNorm || sizeof(T) == 8 ? kNormBlock
 // With e = xs - xt the difference of the normalised rows: ds = scale_s g (e - xs mean(e xs)), mean(e) being 0; the
 // teacher's is the same with both signs of e turned. Not normalised: g e and -g e.
 template <class T, class S, bool kNorm>
-__global__ void __launch_bounds__(kThreads, kNorm || sizeof(T) == 8 ? 1 : 2) layers_backward(const __grid_constant__ LayerArguments a) {
+__global__ void __launch_bounds__(kThreads, kNorm || std::is_same_v<S, Tagged> ? 1 : 2) layers_backward(const __grid_constant__ LayerArguments a) {
   const Layer& layer = a.layers[blockIdx.y];
   const Place place(layer.team);
   const int64_t row = blockIdx.x / a.row_blocks, begin = blockIdx.x % a.row_blocks * kFrames;

@@ -90,9 +90,9 @@ def convolved(frames, weight, bias, lookahead):
 def scanned(x, dt, A, B, C):
     """x (L, heads, headdim), dt (L, heads), B and C (L, heads, dstate)."""
     state, y = x.new_zeros(*x.shape[1:], B.shape[-1]), []
-    for t in range(len(x)):
-        state = torch.exp(dt[t] * A)[:, None, None] * state + dt[t, :, None, None] * x[t, :, :, None] * B[t, :, None]
-        y.append((state * C[t, :, None]).sum(-1))
+    for x_t, dt_t, B_t, C_t in zip(x.unbind(), dt.unbind(), B.unbind(), C.unbind()):
+        state = torch.exp(dt_t * A)[:, None, None] * state + dt_t[:, None, None] * x_t[..., None] * B_t[:, None]
+        y.append((state * C_t[:, None]).sum(-1))
     return torch.stack(y) if y else x
 
 

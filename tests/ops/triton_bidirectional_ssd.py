@@ -93,7 +93,7 @@ def test_heads_of_a_program_change_no_bit(monkeypatch, regime):
     from linconv.ops.bidirectional_ssd.triton import _both_directions
     from linconv.ops.ssd import triton as scan
 
-    arguments = on_device(scan_arguments(1, 40, 4, 5, 1, 3, dtype=torch.bfloat16, per_direction=REGIMES[regime]))
+    arguments = on_device(scan_arguments(1, 20, 4, 5, 1, 3, dtype=torch.bfloat16, per_direction=REGIMES[regime]))
     dy = torch.randn_like(arguments["x"])
     found = []
     for heads in (1, 2, 4):
@@ -321,6 +321,7 @@ def test_repeats_bit_for_bit(plan):
             assert all(torch.equal(gradients[n], other[n]) for n in NAMES)
 
 
+@interpreter.calls_are_repeated
 @by_each_plan
 def test_a_call_seen_before_takes_its_own_tensors(plan):
     """Seen once, noted down, done again (triton_replay.py)."""

@@ -47,13 +47,14 @@ def test_what_torch_asks_of_an_operator(test):
     test("shared")
 
 
+@interpreter.calls_are_repeated
 def test_calls_seen_before_take_their_own_tensors():
     """Seen once, noted down, done again (triton_replay.py)."""
     for _ in range(interpreter.CALLS):
         cases.has_the_bits_of_two_calls("shared", torch.bfloat16, False, 20)
 
 
-@pytest.mark.skipif(interpreter.INTERPRETING, reason="nothing is repeated in the interpreter")
+@interpreter.calls_are_repeated
 def test_launches_are_repeated_by_compiled_code():
     from linconv.ops.conv_scan import launches
 

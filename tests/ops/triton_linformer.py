@@ -38,6 +38,7 @@ def test_matches_the_reference_in_fp64(length, headdim, rank, per_head, shared, 
     assert_matches_the_reference(length, headdim, rank, per_head, shared, dropout_p)
 
 
+@interpreter.calls_are_repeated
 def test_a_call_seen_before_takes_its_own_tensors():
     """Seen once, noted down, done again (triton_replay.py)."""
     for seed in range(interpreter.CALLS):

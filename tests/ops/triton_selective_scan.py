@@ -157,6 +157,7 @@ def test_rates_of_any_sign_and_size(monkeypatch):
     cases.test_rates_of_any_sign_and_size()
 
 
+@interpreter.calls_are_repeated
 def test_a_call_seen_before_takes_its_own_tensors():
     """Seen once, noted down, done again (triton_replay.py)."""
     for seed in range(interpreter.CALLS):

@@ -139,6 +139,7 @@ def test_bounds_of_any_stride():
     assert torch.equal(got, wanted)
 
 
+@interpreter.calls_are_repeated
 def test_a_call_seen_before_takes_its_own_tensors():
     """Seen once, noted down, done again (triton_replay.py)."""
     for seed in range(interpreter.CALLS):

@@ -69,6 +69,7 @@ def test_lengths_that_are_apart_in_memory(bounds, plan):
         assert torch.equal(got, wanted)
 
 
+@interpreter.calls_are_repeated
 def test_a_call_seen_before_takes_its_own_tensors():
     """Seen once, noted down, done again (triton_replay.py)."""
     for seed in range(interpreter.CALLS):

@@ -17,9 +17,10 @@ def recurrence(decay, added, C, state):
     the last state.
     """
     y = []
-    for t in range(decay.shape[1]):
-        state = decay[:, t] * state + added[:, t]
-        y.append((C[:, t] * state).sum(-1))
+    # Not by index: the gradient of one step of a tensor is as large as the tensor, and there are L of them.
+    for decay_t, added_t, C_t in zip(decay.unbind(1), added.unbind(1), C.unbind(1)):
+        state = decay_t * state + added_t
+        y.append((C_t * state).sum(-1))
     return torch.stack(y, dim=1) if y else decay.sum(-1), state
 
 

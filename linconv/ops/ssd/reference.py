@@ -28,14 +28,15 @@ def recurrence(x, dt, A, B, C, *, strict=False, initial_states=None):
     x (batch, L, heads, headdim), dt (batch, L, heads) discretized, A (heads,), B and C (batch, L, groups, dstate).
     strict leaves the term j = t out of y_t. Returns y, shaped as x, and the last state (batch, heads, headdim, dstate).
     """
-    batch, length, heads, headdim = x.shape
+    batch, _, heads, headdim = x.shape
     B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))
     h = x.new_zeros(batch, heads, headdim, B.shape[-1]) if initial_states is None else initial_states
     y = []
-    for t in range(length):
-        kept = torch.exp(dt[:, t] * A)[..., None, None] * h
-        h = kept + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
-        y.append(torch.einsum("bhn,bhpn->bhp", C[:, t], kept if strict else h))
+    # Not by index: the gradient of one step of a tensor is as large as the tensor, and there are L of them.
+    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
+        kept = torch.exp(dt_t * A)[..., None, None] * h
+        h = kept + torch.einsum("bh,bhp,bhn->bhpn", dt_t, x_t, B_t)
+        y.append(torch.einsum("bhn,bhpn->bhp", C_t, kept if strict else h))
     return torch.stack(y, dim=1) if y else torch.zeros_like(x), h
 
 
