@@ -25,9 +25,13 @@ fresh = multiprocessing.get_context("forkserver")
 @pytest.fixture(scope="module", autouse=True)
 def imported_once():
     """Processes are forked from one that has imported everything and done nothing."""
+    stop = forkserver._forkserver._stop
+    stop()  # that of other tests, which has imported something else
     fresh.set_forkserver_preload([script.__name__])
     with mock.patch.dict(os.environ, ENVIRONMENT):  # it looks for modules nowhere else
         forkserver.ensure_running()
+    yield
+    stop()
 
 
 def run(folder, *options):

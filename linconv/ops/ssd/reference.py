@@ -60,9 +60,9 @@ def chunked(x, dt, A, B, C, *, strict=False, initial_states=None, chunk_size=64)
     added = torch.einsum("bcqhn,bchq,bcqhp->bchpn", B, to_end, x)
     h = x.new_zeros(batch, heads, headdim, dstate) if initial_states is None else initial_states
     entering = []
-    for c in range(x.shape[1]):
+    for kept_c, added_c in zip(decay[..., -1].exp().unbind(1), added.unbind(1)):  # as in `recurrence`
         entering.append(h)
-        h = decay[:, c, :, -1].exp()[..., None, None] * h + added[:, c]
+        h = kept_c[..., None, None] * h + added_c
     if entering:
         y = y + torch.einsum("bcqhn,bchpn,bchq->bcqhp", C, torch.stack(entering, dim=1), decay.exp())
     return y.flatten(1, 2)[:, :length], h
