@@ -120,14 +120,13 @@ def _remember_shapes():
 
 
 def _match_operands_at_once():
-    """Nearly all operands are alike, or a tensor and a constant that was there before, and are looked at in full each
-    time; and each 32-bit result is checked by four operations of the language more."""
+    """The interpreter would look at the types and shapes of all operands in full, although nearly all are alike, or a
+    tensor and a constant that was there before."""
     from triton.runtime import interpreter
 
     tl, semantic = interpreter.tl, interpreter.TritonSemantic
-    match, check, constants = semantic.binary_op_type_checking_impl, semantic.binary_op_sanitize_overflow_impl, {}
+    match, constants = semantic.binary_op_type_checking_impl, {}
     plain = {dtype.name for dtype in (tl.int1, tl.int32, tl.int64, tl.float32, tl.float64)}
-    in_64_bits = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
     def matched(self, lhs, rhs, *options):
         if type(lhs) is tl.tensor and lhs.dtype.name in plain:
@@ -143,14 +142,7 @@ def _match_operands_at_once():
                     return lhs, constants[key]
         return match(self, lhs, rhs, *options)
 
-    def checked(self, lhs, rhs, binary_op):
-        if lhs.dtype.name != "int32" or binary_op.__name__ not in in_64_bits:
-            return check(self, lhs, rhs, binary_op)
-        exact = in_64_bits[binary_op.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data)
-        fits = exact.min() >= -(2**31) and exact.max() < 2**31
-        assert fits, f"int32 overflow detected for operation {binary_op.__name__}"
-
-    semantic.binary_op_type_checking_impl, semantic.binary_op_sanitize_overflow_impl = matched, checked
+    semantic.binary_op_type_checking_impl = matched
 
 
 if INTERPRETING:

@@ -10,6 +10,10 @@ from or stores to is looked up among the elements of the launch's tensors, each 
   what another loads. It may where both are the same position of blocks of one size that take all threads: the thread
   is the same then;
 - ``Uninitialized``: nothing was stored to it, and it was made by ``triton_launch.empty``.
+
+And every sum, difference and product of 32-bit integers that an address may be made of is taken in 64 bits too:
+
+- ``Overflow``: they differ.
 """
 
 import weakref
@@ -33,6 +37,10 @@ class Hazard(AssertionError):
 
 
 class Uninitialized(AssertionError):
+    pass
+
+
+class Overflow(AssertionError):
     pass
 
 
@@ -178,8 +186,30 @@ class _Listener:
         return self.made
 
 
+def _check_integers(interpreter) -> None:
+    """In place of the interpreter's own check, which takes four more operations of the language and tells nobody."""
+    builder, semantic = interpreter.InterpreterBuilder, interpreter.TritonSemantic
+    bitcast, operations = builder.create_bitcast, {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def create_bitcast(self, source, dtype):
+        handle = bitcast(self, source, dtype)
+        handle.wraps = True  # bits of a floating-point number, no size and no index
+        return handle
+
+    def check(self, lhs, rhs, operation):
+        if lhs.dtype.name != "int32" or hasattr(lhs.handle, "wraps"):
+            return
+        exact = operations[operation.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data)
+        low, high = exact.min(), exact.max()
+        if low < -(2**31) or high >= 2**31:
+            raise Overflow(f"{operation.__name__} of 32-bit integers gives {low if low < -(2**31) else high}")
+
+    builder.create_bitcast, semantic.binary_op_sanitize_overflow_impl = create_bitcast, check
+
+
 def install(interpreter) -> None:
     """Makes Triton's interpreter, a module, check every launch from now on in this thread."""
+    _check_integers(interpreter)
     listener = triton_launch.listener.current = _Listener()
     memory, builder = interpreter._interpreter, interpreter.interpreter_builder
     run, set_grid_idx, barrier = interpreter.GridExecutor.__call__, builder.set_grid_idx, builder.create_barrier

@@ -39,6 +39,16 @@ def store_and_load(memory, out, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def step(out, number, OPERATION: tl.constexpr):
+    if OPERATION == "add":
+        tl.store(out, number + number)
+    elif OPERATION == "sub":
+        tl.store(out, -2 - number)
+    else:
+        tl.store(out, tl.full([2], 1, tl.int32).sum() * number)
+
+
+@triton.jit
 def fold(out, size, BLOCK: tl.constexpr):
     offset = tl.arange(0, BLOCK)
     tl.store(out + offset % size, offset.to(tl.float32))
@@ -113,3 +123,11 @@ def test_what_was_never_stored_to():
     run(copy, source=memory, out=out, first=0, step=0, size=100, BLOCK=128)
     wider = dict(source=memory[50:], out=out, first=0, step=0, size=51, BLOCK=64)
     refused("Uninitialized", "element 50 behind the start of source", copy, **wider)
+
+
+@pytest.mark.parametrize("OPERATION", ["add", "sub", "mul"])
+def test_integers_beyond_32_bits(OPERATION):
+    out = torch.zeros(1, dtype=torch.int64)
+    refused("Overflow", f"{OPERATION} of 32-bit integers", step, out=out, number=2**31 - 1, OPERATION=OPERATION)
+    run(step, out=out, number=2**30 - 1, OPERATION=OPERATION)
+    run(step, out=out, number=2**31 + 1, OPERATION=OPERATION)  # of 64 bits
