@@ -1,7 +1,8 @@
 // Which instruction set's kernels run on this machine.
 //
-// Every csrc/<op>/kernel.cpp is compiled once per instruction set, each time inside `namespace linconv::LINCONV_ISA`
-// (v3 and v4 are x86-64-v3 and x86-64-v4, v4_bf16 is v4 with AVX512-BF16; neon is the aarch64 baseline). Its kernel.h declares each entry point with
+// Every csrc/<op>/kernel.cpp is compiled once per instruction set, each time inside `namespace linconv::LINCONV_ISA`: v3 and
+// v4 are x86-64-v3 and x86-64-v4, v4_bf16 is v4 with AVX512-BF16, neon is the aarch64 baseline. Its kernel.h declares each
+// entry point with
 //
 //     LINCONV_KERNEL(void, short_conv_forward, const ShortConvArgs& args, int64_t begin, int64_t end);
 //

@@ -16,20 +16,20 @@
 
 namespace linconv {
 
-// A kernel with its arguments: run(begin, end) does so many of `count` tasks, which depend on nothing of each other's.
+// A kernel and its arguments: run(begin, end) does tasks begin to end - 1 of `count` independent ones.
 struct Tasks {
   int64_t count;
   std::function<void(int64_t begin, int64_t end)> run;
-  // Of all tasks, about; left out where each has plenty.
+  // Roughly, of all tasks together; left out where each task has millions.
   int64_t operations = std::numeric_limits<int64_t>::max();
 
-  // How many tasks have so many operations.
+  // The number of tasks that together have `least` operations.
   int64_t with(int64_t least) const {
     return operations / least >= count ? 1 : (count * least + operations) / std::max<int64_t>(operations, 1);
   }
 };
 
-// The tasks of kernels alike, one kernel's behind another's.
+// Several kernels as one: the tasks of the first, then those of the second, and so on.
 inline Tasks chain(std::vector<Tasks> parts) {
   int64_t count = 0;
   for (const Tasks& part : parts) count += part.count;
@@ -42,7 +42,7 @@ inline Tasks chain(std::vector<Tasks> parts) {
           }};
 }
 
-// A thread's share of a kernel's tasks, of which it and those that help it take one piece after another.
+// A thread's share of a kernel's tasks. The thread, and others that help it, take it piece by piece.
 class alignas(64) Share {
  public:
   void assign(const Tasks& tasks, int64_t thread, int64_t threads) {
@@ -64,12 +64,12 @@ class alignas(64) Share {
   int64_t end_ = 0, piece_ = 1;
 };
 
-// Kernels that differ but depend on nothing of each other's either. A thread does its own share of every one, the same
-// tasks at every call, so that they find in its caches what it left there. Then it helps threads that are behind: cores
-// differ in speed, tasks in length, and other programs take time of some cores.
+// Runs independent kernels at once. A thread first does its own share of each, the same tasks at every call, which
+// therefore find their data in its caches. Then it helps threads that are behind: cores differ in speed, tasks in length,
+// and other programs take time of some cores.
 inline void run_together(std::span<const Tasks> all) {
-  // Operations of a thread: those that others keep from running are waited for, milliseconds on a busy machine, so what is
-  // done in microseconds is left to one.
+  // Operations that are worth a thread: on a busy machine one may start milliseconds late, and all wait for it, so one
+  // thread alone does what takes microseconds.
   constexpr int64_t kLeast = 1 << 16;
   int64_t threads = 0;
   for (const Tasks& tasks : all) {
@@ -91,7 +91,7 @@ inline void run_together(std::span<const Tasks> all) {
     for (size_t i = 0; i < all.size(); ++i)
       for (int64_t behind = 1; behind < threads; ++behind) shares[i * threads + (begin + behind) % threads].work(all[i]);
   };
-  // torch would say that a thread threw, but not what.
+  // torch would report that a thread threw, but not what.
   std::atomic<bool> failed{false};
   std::exception_ptr error;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

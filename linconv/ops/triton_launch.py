@@ -22,7 +22,8 @@ POISONED = os.environ.get("LINCONV_POISON") == "1"
 _record: list | None = None  # where launches go if they are not to be run
 _recorded_capability = 0  # and the GPUs they are for
 
-# Hears of what this thread makes and launches, as its `current`; see triton_replay.py.
+# Its attribute `current`, which each thread sets for itself, is told of the memory that is made and of the kernels that
+# are launched; see triton_replay.py.
 listener = threading.local()
 
 

@@ -81,7 +81,7 @@ class Calls:
 
 
 def _looked_at(argument):
-    """What may decide of an argument which launches there are."""
+    """What of an argument the launches may depend on."""
     if isinstance(argument, torch.Tensor):
         aligned = argument.data_ptr() % POINTER_ALIGNMENT == 0
         return argument.shape, argument.stride(), argument.dtype, argument.device, aligned
@@ -95,12 +95,12 @@ class _Recording:
         # Aliases: a tensor that is passed twice may be two tensors next time.
         self.arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
         self.number = {id(a): i for i, a in enumerate(self.arguments) if isinstance(a, torch.Tensor)}
-        self.starting: dict[tuple, list[int]] = {}  # the arguments that start somewhere
+        self.starting: dict[tuple, list[int]] = {}  # arguments by where they start
         for i in self.number.values():
             self.starting.setdefault(_start(self.arguments[i]), []).append(i)
         self.made: list[torch.Tensor] = []
-        self.memory: dict = {}  # the numbers of those
-        self.certain = True  # which argument each view is of
+        self.memory: dict = {}  # of each of them its number
+        self.certain = True  # of each view, which argument it is of
         self.launches: list[Launch] = []  # addresses from a tensor: an argument, then one that was made, by number
 
     def __enter__(self):
@@ -158,7 +158,8 @@ class _Call:
 
         arguments = [i for i, a in enumerate(recording.arguments) if isinstance(a, torch.Tensor)]
         self.arguments = arguments
-        # Where an address is counted from (the tensors among the arguments, own results, scratch), and how far.
+        # For each number of a recorded address: which start it is counted from (the tensors among the arguments, own
+        # results, scratch) and its offset there.
         start = {i: (at, 0) for at, i in enumerate(arguments)}
         total = 0
         for i, memory in enumerate(recording.made):
@@ -199,7 +200,7 @@ class _Call:
 
 
 def _memory(tensor: torch.Tensor):
-    """What two tensors in the same memory have in common; without elements there is no address, and any will do."""
+    """Equal for tensors in the same memory. One without elements has no address, and may stand for any other."""
     return tensor.untyped_storage().data_ptr() or tensor.dtype
 
 
@@ -219,7 +220,7 @@ def _seen(memory: torch.Tensor, view: tuple | None) -> torch.Tensor:
 
 
 def _view(result: torch.Tensor, memory: torch.Tensor) -> tuple | None:
-    """How a result is seen in its memory; None where it is all of it as it was made."""
+    """Shape, strides and offset of a result in its memory; None where it is all of it, as it was made."""
     if result is memory:
         return None
     return result.shape, result.stride(), result.storage_offset()

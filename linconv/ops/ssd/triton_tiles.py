@@ -50,10 +50,11 @@ class Tiles:
     gradient_stages: int = 1
 
 
-# By what products are taken in and the major compute capability; other GPUs do as the oldest. Columns are as many at
-# most. ("bf16", 9) is the fastest of what benchmarks/tune_gpu_scan.py tried on an H200, but for dx at dstate 128, whose
-# fastest spills with Triton 3.9. No GPU has told how fast the others are: in bfloat16 the nearest to it, else the
-# largest, of those tried that spill no registers in what ``shipped()`` lists.
+# By the type that products are taken in and the GPU's major compute capability; a GPU that is not listed takes the row
+# of 8. Numbers of columns are upper bounds, which `choose_tiles` cuts to headdim and dstate. ("bf16", 9) are the fastest
+# that benchmarks/tune_gpu_scan.py tried on an H200, except for dx at dstate 128, whose fastest spill with Triton 3.9.
+# The others were never timed. Of the tiles tried that spill no registers in what ``shipped()`` lists, they are those
+# nearest to ("bf16", 9) for bfloat16, and the largest otherwise.
 TILES = {
     ("bf16", 8): Tiles(
         chunk=64, rows=64, block_p=64, block_n=32, state_p=64, state_n=64, sweep_p=32, warps=4,
@@ -106,10 +107,10 @@ TILES = {
         gradient_chunk=16, gradient_p=16, gradient_n=32, gradient_heads=1, warps=4, stages=1,
     ),
 }  # fmt: skip
-# What is otherwise where dstate is 65 to 128, and where it is more, which no GPU has told of.
+# What differs where dstate is 65 to 128, and where it is more, which was never timed.
 WIDE = {("bf16", 9): {128: {"block_n": 128, "dx_n": 64, "resident": 1}, 256: {"stages": 1}}}
-# Bytes of registers that a thread may spill, most of them from before a kernel's loop until after it: on an H200 the
-# gradients take two thirds of the time of the fastest tiles that spill nothing.
+# Bytes of registers that a thread may spill, most of them values that a kernel's loop does not use. On an H200 the
+# gradients then take two thirds of the time of the fastest tiles that spill nothing.
 MAY_SPILL = {("bf16", 9): 32}
 
 
@@ -147,13 +148,13 @@ def power_of_two(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-# A program of the outputs with h heads takes the time of h + this many: 1.7 at dstate 64 and 3.1 at 128 by an H200's
-# times at 4,096 frames, of which such a sum explains those at dstate 64 to 1 %.
+# A program of the outputs with h heads takes a time proportional to h + this. Fitted to an H200's times at 4,096 frames
+# it is 1.7 at dstate 64, to within 1 %, and 3.1 at dstate 128.
 PROGRAM_IN_HEADS = 2
 
 PLANS = ("chunks", "sweeps")
-# Programs for each multiprocessor, by major compute capability, from which on sweeps are taken: for Hopper as
-# benchmarks/tune_gpu_scan.py told of an H200, for others taken to be the same. Others do as the newest.
+# The least number of programs per multiprocessor for which sweeps are taken, by major compute capability: measured by
+# benchmarks/tune_gpu_scan.py on an H200, assumed for the others. A GPU that is not listed takes the newest row.
 PROGRAMS_TO_SWEEP = {8: 0.6, 9: 0.6, 10: 0.6}
 
 
