@@ -51,10 +51,10 @@ class Tiles:
 
 
 # By the type that products are taken in and the GPU's major compute capability; a GPU that is not listed takes the row
-# of 8. Numbers of columns are upper bounds, which `choose_tiles` cuts to headdim and dstate. ("bf16", 9) are the fastest
-# that benchmarks/tune_gpu_scan.py tried on an H200, except for dx at dstate 128, whose fastest spill with Triton 3.9.
-# The others were never timed. Of the tiles tried that spill no registers in what ``shipped()`` lists, they are those
-# nearest to ("bf16", 9) for bfloat16, and the largest otherwise.
+# of 8. Numbers of columns are upper bounds, which `choose_tiles` cuts to headdim and dstate. ("bf16", 9) are the
+# fastest that benchmarks/tune_gpu_scan.py tried on an H200, except for dx at dstate 128, whose fastest spill with
+# Triton 3.9. The others were never timed. Of the tiles tried that spill no registers in what ``shipped()`` lists, they
+# are those nearest to ("bf16", 9) for bfloat16, and the largest otherwise.
 TILES = {
     ("bf16", 8): Tiles(
         chunk=64, rows=64, block_p=64, block_n=32, state_p=64, state_n=64, sweep_p=32, warps=4,
