@@ -4,7 +4,7 @@
 //   Vec<T>, kWidth<T>             the vector and its number of lanes
 //   splat, load, store            unaligned; load(p, n) and store(p, v, n) touch n lanes only, the rest reads as 0
 //   load_as<T>, store_as          the same from and to a storage type S: float, double, BFloat16, Float16
-//   load_row<T>, store_row        n elements, any stride, storage type by tag
+//   load_rows<T>, store_rows      rows of n elements, any strides, storage type by tag; load_row, store_row: one
 //   add_product                   sum + a * b, where kPairProducts of pairs of bfloat16 numbers too
 //   min, max, sum                 min and max keep a NaN in their second argument; sum is over lanes, in a fixed order
 //   Wide<T>                       sums of vectors in double, lane by lane: for sums that cancel
@@ -33,6 +33,7 @@
 #include "common/dtype.h"
 
 #define LINCONV_INLINE inline __attribute__((always_inline))
+#define LINCONV_NOINLINE __attribute__((noinline))
 
 namespace linconv::LINCONV_ISA {
 namespace {
@@ -213,29 +214,49 @@ LINCONV_INLINE void store_as(S* p, V v) {
   }
 }
 
-// out[i] = p[i * stride] for i < n, stride in elements.
+// Rows of n elements of any storage type; strides are in elements. Never inlined: kernels have dozens, with code for each of
+// four types.
+
+// out[r * width + i] = p[r * row_stride + i * stride] for r < rows, i < n.
 template <class T>
-inline void load_row(const void* p, DType dtype, int64_t stride, int64_t n, T* out) {
+LINCONV_NOINLINE void load_rows(const void* p, DType dtype, int64_t row_stride, int64_t stride, int64_t rows, int64_t n, T* out,
+                                int64_t width) {
   with_storage(dtype, [=](auto storage) {
-    const auto* from = static_cast<const typename decltype(storage)::type*>(p);
-    int64_t i = 0;
-    if (stride == 1)
-      for (; i + kWidth<T> <= n; i += kWidth<T>) store(out + i, load_as<T>(from + i));
-    for (; i < n; ++i) out[i] = to_math<T>(from[i * stride]);
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto* from = static_cast<const typename decltype(storage)::type*>(p) + r * row_stride;
+      T* to = out + r * width;
+      int64_t i = 0;
+      if (stride == 1)
+        for (; i + kWidth<T> <= n; i += kWidth<T>) store(to + i, load_as<T>(from + i));
+      for (; i < n; ++i) to[i] = to_math<T>(from[i * stride]);
+    }
+  });
+}
+// p[r * row_stride + i * stride] = in[r * width + i].
+template <class T>
+LINCONV_NOINLINE void store_rows(void* p, DType dtype, int64_t row_stride, int64_t stride, int64_t rows, int64_t n, const T* in,
+                                 int64_t width) {
+  with_storage(dtype, [=](auto storage) {
+    using S = typename decltype(storage)::type;
+    for (int64_t r = 0; r < rows; ++r) {
+      S* to = static_cast<S*>(p) + r * row_stride;
+      const T* from = in + r * width;
+      int64_t i = 0;
+      if (stride == 1)
+        for (; i + kWidth<T> <= n; i += kWidth<T>) store_as(to + i, load(from + i));
+      for (; i < n; ++i) to[i * stride] = to_storage<S>(from[i]);
+    }
   });
 }
 
-// p[i * stride] = in[i] for i < n, stride in elements.
+// The same of one row.
+template <class T>
+inline void load_row(const void* p, DType dtype, int64_t stride, int64_t n, T* out) {
+  load_rows(p, dtype, 0, stride, 1, n, out, 0);
+}
 template <class T>
 inline void store_row(void* p, DType dtype, int64_t stride, int64_t n, const T* in) {
-  with_storage(dtype, [=](auto storage) {
-    using S = typename decltype(storage)::type;
-    S* to = static_cast<S*>(p);
-    int64_t i = 0;
-    if (stride == 1)
-      for (; i + kWidth<T> <= n; i += kWidth<T>) store_as(to + i, load(in + i));
-    for (; i < n; ++i) to[i * stride] = to_storage<S>(in[i]);
-  });
+  store_rows(p, dtype, 0, stride, 1, n, in, 0);
 }
 
 // ---- Products ----

@@ -54,6 +54,8 @@ struct Steps {
       : row(args.spans[sequence].row), begin(args.spans[sequence].begin), end(args.spans[sequence].end), length(end - begin),
         reverse(args.reverse) {}
   int64_t frame(int64_t step) const { return reverse ? end - 1 - step : begin + step; }
+  // From the frame of a step to that of the next one.
+  int64_t stride(const View<4>& rows) const { return reverse ? -rows.stride[2] : rows.stride[2]; }
   int64_t chunks() const { return (length + kSteps - 1) / kSteps; }
   int count(int64_t chunk) const {
     const int64_t left = length - chunk * kSteps;
@@ -100,18 +102,18 @@ class Scan {
 
   void read_rows(const View<4>& rows, int64_t lead, const Steps& steps, int64_t chunk, int64_t column, int64_t columns,
                  int64_t width, T* out) const {
-    for (int s = 0; s < steps.count(chunk); ++s, out += width) {
-      load_row(at(rows, lead, steps.row, steps.frame(chunk * kSteps + s), column), rows.dtype, rows.stride[3], columns, out);
-      for (int64_t c = columns; c < width; ++c) out[c] = 0;
-    }
+    const int count = steps.count(chunk);
+    load_rows(at(rows, lead, steps.row, steps.frame(chunk * kSteps), column), rows.dtype, steps.stride(rows), rows.stride[3],
+              count, columns, out, width);
+    for (int s = 0; s < count && columns < width; ++s)
+      for (int64_t c = columns; c < width; ++c) out[s * width + c] = 0;
   }
   void read_channels(const View<4>& rows, const Task& task, const Steps& steps, int64_t chunk, T* out) const {
     read_rows(rows, 0, steps, chunk, task.channel, task.channels, width_, out);
   }
   void write_channels(const View<4>& rows, const Task& task, const Steps& steps, int64_t chunk, const T* from) const {
-    for (int s = 0; s < steps.count(chunk); ++s)
-      store_row(at(rows, 0, steps.row, steps.frame(chunk * kSteps + s), task.channel), rows.dtype, rows.stride[3],
-                task.channels, from + s * width_);
+    store_rows(at(rows, 0, steps.row, steps.frame(chunk * kSteps), task.channel), rows.dtype, steps.stride(rows), rows.stride[3],
+               steps.count(chunk), task.channels, from, width_);
   }
   void clear_padding(const View<4>& rows, const Task& task) const {
     const T zeros[kSelectiveChannels] = {};

@@ -81,10 +81,9 @@ template <class T>
 inline void read_rows(const SsdTensor& t, const Steps& steps, int direction, int64_t head, int64_t step, int count,
                       int total, int column, int columns, int width, T* out) {
   const int64_t from = steps.at(t, direction, head, step) + column * t.column, stride = steps.sign * t.time;
-  for (int i = 0; i < count; ++i) {
-    load_row(offset(t.data, t.dtype, from + i * stride), t.dtype, t.column, columns, out + i * width);
+  load_rows(offset(t.data, t.dtype, from), t.dtype, stride, t.column, count, columns, out, width);
+  for (int i = 0; i < count && columns < width; ++i)
     for (int j = columns; j < width; ++j) out[i * width + j] = 0;
-  }
   for (int i = count * width; i < total * width; ++i) out[i] = 0;
 }
 
