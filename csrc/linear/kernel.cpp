@@ -189,23 +189,17 @@ class Multiply {
   static constexpr int kLd = kLinearColumns + kWidth<T>, kLdTransposed = kLinearRows + kWidth<T>;
 
   void load(const View<2>& from, int64_t row, int rows, int64_t column, int columns) {
-    if (by_row(from)) {
-      for (int i = 0; i < rows; ++i) load_row(at(from, row + i, column), from.dtype, from.stride[1], columns, sums_ + i * kLd);
-      return;
-    }
-    for (int j = 0; j < columns; ++j)
-      load_row(at(from, row, column + j), from.dtype, from.stride[0], rows, transposed_ + j * kLdTransposed);
+    const void* start = at(from, row, column);
+    if (by_row(from)) return load_rows(start, from.dtype, from.stride[0], from.stride[1], rows, columns, sums_, kLd);
+    load_rows(start, from.dtype, from.stride[1], from.stride[0], columns, rows, transposed_, kLdTransposed);
     transpose(transposed_, kLdTransposed, round_up(columns, kWidth<T>), round_up(rows, kWidth<T>), sums_, kLd);
   }
 
   void store(const View<2>& to, int64_t row, int rows, int64_t column, int columns) {
-    if (by_row(to)) {
-      for (int i = 0; i < rows; ++i) store_row(at(to, row + i, column), to.dtype, to.stride[1], columns, sums_ + i * kLd);
-      return;
-    }
+    void* start = at(to, row, column);
+    if (by_row(to)) return store_rows(start, to.dtype, to.stride[0], to.stride[1], rows, columns, sums_, kLd);
     transpose(sums_, kLd, round_up(rows, kWidth<T>), round_up(columns, kWidth<T>), transposed_, kLdTransposed);
-    for (int j = 0; j < columns; ++j)
-      store_row(at(to, row, column + j), to.dtype, to.stride[0], rows, transposed_ + j * kLdTransposed);
+    store_rows(start, to.dtype, to.stride[1], to.stride[0], columns, rows, transposed_, kLdTransposed);
   }
 
   void multiply(int64_t row, int rows, int64_t column, int columns) {

@@ -46,8 +46,7 @@ Ahead rows_ahead(const View<4>& view, int64_t row, int64_t head, int64_t first, 
 
 template <class T>
 void store_rows(const View<4>& view, int64_t row, int64_t head, int64_t first, int64_t count, const T* from, int ld) {
-  for (int64_t i = 0; i < count; ++i)
-    store_row(at(view, row, head, first + i), view.dtype, view.stride[3], view.size[3], from + i * ld);
+  store_rows(at(view, row, head, first), view.dtype, view.stride[2], view.stride[3], count, view.size[3], from, int64_t(ld));
 }
 template <class T>
 void clear_rows(const View<4>& view, int64_t row, int64_t head, int64_t first, int64_t last) {
