@@ -1,14 +1,13 @@
 """Where tests of Triton kernels run: on a GPU, or in Triton's interpreter, which takes CPU tensors.
 
 Tests of the Triton kernels of an operator stand in ``tests/ops/triton_<op>.py``, which begins with ``import
-interpreter`` and makes its tensors on ``interpreter.DEVICE``. ``test_triton.py`` runs each such file in a process of
-its own, since Triton reads TRITON_INTERPRET when it is imported: with the variable set, and where there is a GPU
-without it too. In the interpreter sanitizer.py checks every launch. By hand:
+interpreter`` and makes its tensors on ``interpreter.DEVICE``. ``test_triton.py`` runs these files in processes of
+their own, since Triton reads TRITON_INTERPRET when it is imported: with the variable set, and where there is a GPU
+without it too. In the interpreter, made faster by fast_interpreter.py, sanitizer.py checks every launch. By hand:
 ``TRITON_INTERPRET=1 python -m pytest tests/ops/triton_<op>.py``.
 """
 
 import os
-import types
 from unittest import mock
 
 import numpy as np
@@ -69,92 +68,14 @@ def _mend_interpreter():
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
-def _patch_language_once():
-    """The interpreter would replace what triton.language offers at every launch and every call of a helper anew, which
-    takes as long as what the kernels compute. Nothing here needs it as it was before."""
-    from triton.runtime import interpreter
-
-    tl = interpreter.tl
-    interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    nothing_to_restore = interpreter._LangPatchScope()
-    interpreter._patch_lang = lambda kernel: nothing_to_restore
-
-
-def _remember_dtypes():
-    """The interpreter would make its table of them for each block that it makes."""
-    from triton.runtime import interpreter
-
-    look_up, found = interpreter._get_np_dtype, {}
-
-    def np_dtype(dtype):
-        if dtype.name not in found:
-            found[dtype.name] = look_up(dtype)
-        return found[dtype.name]
-
-    interpreter._get_np_dtype = np_dtype
-
-
-def _remember_shapes():
-    """The interpreter would make the same few shapes for every block anew, which is a third of all its time."""
-    from triton.runtime import interpreter
-
-    core = interpreter.tl.core
-    make_tensor, make_type = core.tensor.__init__, core.block_type.__init__
-    of_tensors, of_types = {}, {}
-
-    def tensor(self, handle, type):
-        shape = (*type.shape.values,) if type.is_block() else ()
-        if shape not in of_tensors:
-            make_tensor(self, handle, type)
-            of_tensors[shape] = {name: vars(self)[name] for name in ("shape", "numel")}
-        vars(self).update(of_tensors[shape], handle=handle, type=type, dtype=type.scalar)
-
-    def block_type(self, element_ty, shape):
-        key = (element_ty.name, *[size if type(size) is int else size.value for size in shape])
-        if key not in of_types:
-            make_type(self, element_ty, shape)
-            of_types[key] = vars(self).copy()
-        vars(self).update(of_types[key])
-
-    core.tensor.__init__, core.block_type.__init__ = tensor, block_type
-
-
-def _match_operands_at_once():
-    """The interpreter would look at the types and shapes of all operands in full, although nearly all are alike, or a
-    tensor and a constant that was there before."""
-    from triton.runtime import interpreter
-
-    tl, semantic = interpreter.tl, interpreter.TritonSemantic
-    match, constants = semantic.binary_op_type_checking_impl, {}
-    plain = {dtype.name for dtype in (tl.int1, tl.int32, tl.int64, tl.float32, tl.float64)}
-
-    def matched(self, lhs, rhs, *options):
-        if type(lhs) is tl.tensor and lhs.dtype.name in plain:
-            if type(rhs) is tl.tensor:
-                if lhs.dtype.name == rhs.dtype.name and lhs.shape is rhs.shape:
-                    return lhs, rhs
-            elif type(rhs) is int or (type(rhs) is float and rhs):  # zero may be negative
-                key = (lhs.dtype.name, id(lhs.shape), type(rhs), rhs, options)
-                if key not in constants:
-                    as_matched, constant = match(self, lhs, rhs, *options)
-                    constants[key] = constant if as_matched is lhs else None
-                if constants[key] is not None:
-                    return lhs, constants[key]
-        return match(self, lhs, rhs, *options)
-
-    semantic.binary_op_type_checking_impl = matched
-
-
 if INTERPRETING:
+    import fast_interpreter
     import sanitizer
     from triton.runtime import interpreter as _interpreter
 
     np.seterr(divide="ignore")  # a GPU's log2 of 0 says nothing
     _mend_interpreter()
-    _patch_language_once()
-    _remember_dtypes()
-    _remember_shapes()
-    _match_operands_at_once()
+    fast_interpreter.install(_interpreter)
     sanitizer.install(_interpreter)
 
 

@@ -186,7 +186,16 @@ class _Listener:
         return self.made
 
 
-def _check_integers(interpreter) -> None:
+def check_integers(operation, lhs: np.ndarray, rhs: np.ndarray | int) -> None:
+    """Raises Overflow if the operation, a function of NumPy, gives what 32 bits do not hold."""
+    exact = operation(lhs.astype(np.int64), rhs)
+    low, high = exact.min(), exact.max()
+    if low < -(2**31) or high >= 2**31:
+        name, result = operation.__name__, low if low < -(2**31) else high
+        raise Overflow(f"{name} of 32-bit integers gives {result}")
+
+
+def _watch_integers(interpreter) -> None:
     """In place of the interpreter's own check, which takes four more operations of the language and tells nobody."""
     builder, semantic = interpreter.InterpreterBuilder, interpreter.TritonSemantic
     bitcast, operations = builder.create_bitcast, {"add": np.add, "sub": np.subtract, "mul": np.multiply}
@@ -197,19 +206,15 @@ def _check_integers(interpreter) -> None:
         return handle
 
     def check(self, lhs, rhs, operation):
-        if lhs.dtype.name != "int32" or hasattr(lhs.handle, "wraps"):
-            return
-        exact = operations[operation.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data)
-        low, high = exact.min(), exact.max()
-        if low < -(2**31) or high >= 2**31:
-            raise Overflow(f"{operation.__name__} of 32-bit integers gives {low if low < -(2**31) else high}")
+        if lhs.dtype.name == "int32" and not hasattr(lhs.handle, "wraps"):
+            check_integers(operations[operation.__name__], lhs.handle.data, rhs.handle.data)
 
     builder.create_bitcast, semantic.binary_op_sanitize_overflow_impl = create_bitcast, check
 
 
 def install(interpreter) -> None:
     """Makes Triton's interpreter, a module, check every launch from now on in this thread."""
-    _check_integers(interpreter)
+    _watch_integers(interpreter)
     listener = triton_launch.listener.current = _Listener()
     memory, builder = interpreter._interpreter, interpreter.interpreter_builder
     run, set_grid_idx, barrier = interpreter.GridExecutor.__call__, builder.set_grid_idx, builder.create_barrier

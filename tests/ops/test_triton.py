@@ -8,28 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = Path(__file__).parent
-FILES = sorted(path.name for path in HERE.glob("triton_*.py"))
+FILES = sorted(Path(__file__).parent.glob("triton_*.py"))
+ON_A_GPU = [file for file in FILES if file.stem not in ("triton_fast_interpreter", "triton_sanitizer")]
 
 
-@pytest.mark.parametrize(
-    "where",
-    ["interpreter", pytest.param("gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
-)
-@pytest.mark.parametrize("file", FILES)
-def test_kernels(file, where):
-    pytest.importorskip("triton")
-    if (file, where) == ("triton_sanitizer.py", "gpu"):
-        pytest.skip("a GPU has compute-sanitizer")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    if where == "interpreter":
-        environment["TRITON_INTERPRET"] = "1"
+def run(files, **environment):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / file)],
-        env=environment,
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist", *files],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+    assert all(file.name in done.stdout for file in files), done.stdout
+
+
+@pytest.mark.parametrize("files", [FILES[::2], FILES[1::2]], ids=["first", "second"])  # two: to start takes seconds
+def test_in_the_interpreter(files):
+    pytest.importorskip("triton")
+    run(files, TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("file", ON_A_GPU, ids=lambda file: file.stem)
+def test_on_a_gpu(file):
+    pytest.importorskip("triton")
+    run([file], TRITON_INTERPRET="0")

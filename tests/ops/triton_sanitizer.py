@@ -42,7 +42,7 @@ def store_and_load(memory, out, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
 def step(out, number, OPERATION: tl.constexpr):
     if OPERATION == "add":
         tl.store(out, number + number)
-    elif OPERATION == "sub":
+    elif OPERATION == "subtract":
         tl.store(out, -2 - number)
     else:
         tl.store(out, tl.full([2], 1, tl.int32).sum() * number)
@@ -125,7 +125,7 @@ def test_what_was_never_stored_to():
     refused("Uninitialized", "element 50 behind the start of source", copy, **wider)
 
 
-@pytest.mark.parametrize("OPERATION", ["add", "sub", "mul"])
+@pytest.mark.parametrize("OPERATION", ["add", "subtract", "multiply"])
 def test_integers_beyond_32_bits(OPERATION):
     out = torch.zeros(1, dtype=torch.int64)
     refused("Overflow", f"{OPERATION} of 32-bit integers", step, out=out, number=2**31 - 1, OPERATION=OPERATION)
