@@ -198,12 +198,20 @@ def test_nothing_grows_with_the_square_of_the_length(masked):
 
 @OF_BOTH
 @LAYERS
-@pytest.mark.parametrize("masked", [True, False])
-def test_a_compiled_model_gives_the_same(options, masked, layers):
-    student, inputs = linconv.convert(make(), layers=layers, **options), tokens("left")
-    if not masked:
-        del inputs["attention_mask"]
-    inputs["use_cache"] = False
+def test_a_compiled_model_gives_the_same(options, layers):
+    compiled_gives_the_same(linconv.convert(make(), layers=layers, **options), tokens("left"))
+
+
+@OF_BOTH
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
+def test_a_compiled_model_without_a_mask_gives_the_same(options, layers):
+    inputs = tokens("left")
+    del inputs["attention_mask"]
+    compiled_gives_the_same(linconv.convert(make(), layers=layers, **options), inputs)
+
+
+def compiled_gives_the_same(student, inputs):
+    inputs, masked = {**inputs, "use_cache": False}, "attention_mask" in inputs
     torch._dynamo.reset()
     compiled = output_of(torch.compile(student, fullgraph=True, backend="aot_eager"), inputs)
     wanted = output_of(student, inputs)
