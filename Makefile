@@ -18,7 +18,7 @@ GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/
 export LINCONV_CUDA_ARCHS ?= $(or $(GPUS),90-virtual)
 
 PY := $(VENV)/bin/python
-# Python compiles a module when it is first imported, which most of these never are, and keeps it for other processes.
+# Python compiles a module when it is first imported, as most that are installed never are, and keeps it for other processes.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 # Tests run in JOBS processes of one thread each.

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter take half its time, with the same results.
+"""Makes Triton's interpreter faster, with the same results.
 
 Nearly all of that time is the language's own Python: what an operation computes, NumPy does in a fraction of it.
 """
@@ -37,7 +37,7 @@ def _call_at_once(interpreter):
 
 def _patch_language_once(interpreter):
     """The interpreter would replace what triton.language offers at every launch and every call of a helper anew, which
-    takes as long as what the kernels compute. Nothing here needs it as it was before."""
+    takes as long as what the kernels compute."""
     tl = interpreter.tl
     interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     nothing_to_restore = interpreter._LangPatchScope()
