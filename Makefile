@@ -120,8 +120,9 @@ $(VENV)/.torch:
 	$(PIP) "setuptools>=77" "cmake>=3.24" ninja
 	touch $@
 
+# The build begins while pip looks for packages; the one that pip starts waits for it and finds it done.
 $(VENV)/.installed: $(VENV)/.torch $(NATIVE) pyproject.toml
-	$(PIP) --no-build-isolation -e .[test]
+	$(PY) setup.py --quiet build_native --inplace & $(PIP) --no-build-isolation -e .[test]; status=$$?; wait; exit $$status
 	touch $@
 
 clean:

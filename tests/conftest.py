@@ -1,4 +1,3 @@
-import atexit
 import gc
 import os
 
@@ -21,10 +20,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_triton.py")
 
 
-def pytest_collection_finish():
-    """What was imported stays, so searches for garbage, one after each training, need not go through it."""
+@pytest.fixture(scope="module", autouse=True)
+def keep_what_stays():
+    """What was imported or compiled stays, so searches for garbage, one with each training, need not go through it."""
+    gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # for what is told of objects that outlive Python
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # for what is told of objects that outlive Python
 
 
 @pytest.fixture(autouse=True)

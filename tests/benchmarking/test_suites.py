@@ -781,7 +781,7 @@ def test_graphs_on_the_command_line(capsys):
 def test_models_are_checked_as_they_are_timed(mixed, monkeypatch):
     from linconv.benchmarking.suites import model
 
-    sizes = model._sizes(128, 2, 128, **model.LARGE)
+    sizes = model._sizes(128, 2, 128, conv_dim=(16,) * 7, **model.LARGE)
     monkeypatch.setitem(model.MODELS, "small", (model._wav2vec2, 1, sizes, ("hydra",)))
     model.check("small", "hydra", Setting(batch=3, mixed=mixed))
 

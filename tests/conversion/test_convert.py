@@ -167,7 +167,10 @@ def test_a_padded_clip_is_what_it_is_alone(head, layers, implementation):
         torch.testing.assert_close(got, single, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("model_class", [Wav2Vec2ForCTC, Wav2Vec2ConformerForCTC, *WHISPER])
+@pytest.mark.parametrize(
+    "model_class",
+    [Wav2Vec2ForCTC, Wav2Vec2ConformerForCTC, WhisperForAudioClassification, WhisperForConditionalGeneration],
+)
 def test_a_padded_batch_compiles_to_one_graph(model_class):
     student = linconv.convert(make(model_class), **MIXER)
     inputs = inputs_for(model_class, lengths=[400, 300] if model_class in WHISPER else [1000, 700])

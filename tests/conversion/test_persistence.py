@@ -16,6 +16,7 @@ from transformers import Wav2Vec2ConformerForCTC, Wav2Vec2ForCTC, WhisperForAudi
 import linconv
 from linconv.conversion.families import of
 
+from . import test_text as text
 from .conftest import MIXER, inputs_for, make, output_of
 
 
@@ -57,16 +58,21 @@ for folder, auto in json.loads(sys.argv[1]).items():
     "imports, arguments", [("import linconv.auto", ""), ("", ", trust_remote_code=True")], ids=["auto", "remote-code"]
 )
 def test_fresh_process(imports, arguments, tmp_path):
+    students = [
+        (linconv.convert(make(head), layers=layers, **MIXER), inputs_for(head), auto)
+        for head, auto, layers in (
+            (Wav2Vec2ForCTC, "AutoModelForCTC", None),
+            (Wav2Vec2ConformerForCTC, "AutoModelForCTC", [0]),
+            (WhisperForAudioClassification, "AutoModelForAudioClassification", [0]),
+        )
+    ]
+    # One projection for all layers.
+    roberta = linconv.convert(text.make("roberta"), sharing="layerwise", **text.LINFORMER)
+    students.append((roberta, text.inputs_for(), "AutoModelForSequenceClassification"))
     folders = {}
-    for head, auto, layers in (
-        (Wav2Vec2ForCTC, "AutoModelForCTC", None),
-        (Wav2Vec2ConformerForCTC, "AutoModelForCTC", [0]),
-        (WhisperForAudioClassification, "AutoModelForAudioClassification", [0]),
-    ):
-        folder = tmp_path / head.__name__
-        student = linconv.convert(make(head), layers=layers, **MIXER)
+    for student, inputs, auto in students:
+        folder = tmp_path / type(student).__name__
         student.save_pretrained(folder)
-        inputs = inputs_for(head)
         torch.save({"inputs": inputs, "logits": output_of(student, inputs)}, folder / "kept.pt")
         folders[str(folder)] = auto
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -75,9 +81,7 @@ def test_fresh_process(imports, arguments, tmp_path):
         capture_output=True, text=True, env=environment, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [
-        "LinconvWav2Vec2ForCTC", "LinconvWav2Vec2ConformerForCTC", "LinconvWhisperForAudioClassification"
-    ]  # fmt: skip
+    assert done.stdout.split() == [type(student).__name__ for student, *_ in students]
     for folder in folders:  # a checkpoint of a loaded model is as good as the first
         assert {"auto.py", "config.json", "model.safetensors"} <= set(os.listdir(f"{folder}/again"))
         first, again = (Path(path, "config.json").read_text() for path in (folder, f"{folder}/again"))

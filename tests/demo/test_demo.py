@@ -20,7 +20,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     write_audio_folder(folder / "speech", recordings(), clips={"train": 10, "validation": 2, "test": 5})
     out = folder / "out"
-    arguments = ["--data", str(folder / "speech"), "--out", str(out), "--steps", "3", "--lengths", "1,2,3,4"]
+    arguments = ["--data", str(folder / "speech"), "--out", str(out), "--steps", "3", "--lengths", "1,2"]
     assert main(arguments) == 0
     return out
 
@@ -30,7 +30,7 @@ def test_report_has_every_row_and_says_that_the_reload_was_exact(demo):
     for name in ("teacher", "unguided", "target-guided", "hybrid"):
         assert re.search(rf"^\| {name} \| \d+\.\d% \| 3 \| [\d,]+ \|", report, re.M), name
     assert "bit for bit" in report and "bug" not in report
-    for seconds in (1, 2, 3, 4):
+    for seconds in (1, 2):
         assert re.search(rf"^\| {seconds} s \| ~?[\d,.]+ m?s \| ~?[\d,.]+ m?s \| [\d.]+× \|", report, re.M)
     assert "Crossover" in report or "faster" in report
     assert (demo / "report.png").read_bytes().startswith(b"\x89PNG")

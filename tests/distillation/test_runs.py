@@ -51,13 +51,6 @@ def run_spread(folder, *options):
     return (failed or processes)[0]
 
 
-def run_by_torchrun(folder, *options):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    command = [sys.executable, *launcher, script.__file__, str(folder), *options]
-    environment = {**os.environ, **ENVIRONMENT}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def _run(calls):
     """run.py in a process for each of (folder, options, what its environment has besides), at once."""
     logs = [Path(folder).with_suffix(f".{i}.log") for i, (folder, _, _) in enumerate(calls)]
@@ -136,11 +129,11 @@ def assert_same_after_a_kill(tmp_path, *options, cached=False, last=8, kill_at=N
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("mode, run_two", [("hybrid", run_by_torchrun), ("trajectory", run_spread)])
-def test_two_processes_give_the_result_of_one(tmp_path, mode, run_two):
+@pytest.mark.parametrize("mode", ["hybrid", "trajectory"])
+def test_two_processes_give_the_result_of_one(tmp_path, mode):
     one, two = tmp_path / "one", tmp_path / "two"
     assert_done(run(one, "--batch", "4", "--mode", mode))
-    assert_done(run_two(two, "--batch", "2", "--mode", mode))
+    assert_done(run_spread(two, "--batch", "2", "--mode", mode))
     for a, b in zip(steps(one), steps(two), strict=True):
         assert a.keys() == b.keys()
         for name in a:

@@ -8,12 +8,15 @@ import types
 import numpy as np
 import sanitizer
 
+TO_A_COLUMN_OR_ROW = ((slice(None), None), (None, slice(None)))
+
 
 def install(interpreter) -> None:
     """Changes Triton's interpreter, a module, for good: nothing here needs it as it was before."""
     _call_at_once(interpreter)
     _patch_language_once(interpreter)
     _remember_dtypes(interpreter)
+    _trust_sizes(interpreter)
     _remember_shapes(interpreter)
     _compare_types_at_once(interpreter)
     _calculate_at_once(interpreter)
@@ -56,6 +59,11 @@ def _remember_dtypes(interpreter):
     interpreter._get_np_dtype = np_dtype
 
 
+def _trust_sizes(interpreter):
+    """The interpreter would compare NumPy's size of an element with the language's for every block that it makes."""
+    interpreter.TensorHandle.__post_init__ = lambda self: None
+
+
 def _remember_shapes(interpreter):
     """The interpreter would make the same few shapes for every block anew, which is a third of all its time."""
     core = interpreter.tl.core
@@ -90,12 +98,13 @@ def _calculate_at_once(interpreter):
     """The interpreter would take thirty calls to look at operands, cast them and spread them over a block, for each of
     the operations that are most of what kernels are made of. Both ways give the same: triton_fast_interpreter.py."""
     tl, make_handle = interpreter.tl, interpreter.TensorHandle
-    tensor, constant = tl.core.tensor, tl.constexpr
+    tensor, constant, semantic = tl.core.tensor, tl.constexpr, interpreter.TritonSemantic
     integers, floats = {"int32": tl.int32, "int64": tl.int64}, {"fp32": tl.float32, "fp64": tl.float64}
-    common = {(name, other): dtype for name, dtype in (integers | floats).items() for other in (name, int)}
-    common |= {(name, float): dtype for name, dtype in floats.items()}
-    common |= {("int32", "int64"): tl.int64, ("int64", "int32"): tl.int64}  # as NumPy casts them
+    common_integers = {(name, other): dtype for name, dtype in integers.items() for other in (name, int)}
+    common_integers |= {("int32", "int64"): tl.int64, ("int64", "int32"): tl.int64}  # as NumPy casts them
+    common = {(name, other): dtype for name, dtype in floats.items() for other in (name, int, float)} | common_integers
     compared, masks = dict.fromkeys(common, tl.int1), {("int1", "int1"): tl.int1}
+    may_overflow = (np.add, np.subtract, np.multiply)
     block_types = {}
 
     def as_tensor(data, dtype, is_block):
@@ -104,21 +113,25 @@ def _calculate_at_once(interpreter):
             block_types[key] = tl.core.block_type(dtype, [*data.shape])
         return tensor(make_handle(data, dtype), block_types[key] if is_block else dtype)
 
+    def operand(value):
+        """(its numbers, name of its type or the type of a constant, whether it is a block)"""
+        if type(value) is constant:
+            value = value.value
+        if type(value) is tensor:
+            return value.handle.data, value.dtype.name, value.type.is_block()
+        kind = type(value)
+        if kind is float and value == 0 or kind is int and not -(2**31) <= value < 2**31:
+            kind = None  # not at once: a zero of Triton 3.6 has no sign
+        return value, kind, False
+
     def at_once(operation, of_types, slow):
         def calculate(self, other):
-            if type(other) is constant:
-                other = other.value
-            data, dtype, is_block = self.handle.data, self.dtype, self.type.is_block()
-            if type(other) is tensor:
-                by, kind = other.handle.data, other.dtype.name
-                is_block |= other.type.is_block()
-            else:
-                by, kind = other, type(other)
-                if kind is float and other == 0 or kind is int and not -(2**31) <= other < 2**31:
-                    return slow(self, other)  # a zero of Triton 3.6 has no sign
+            data, dtype = self.handle.data, self.dtype
+            by, kind, is_block = operand(other)
+            is_block |= self.type.is_block()
             result = of_types.get((dtype.name, kind))
             if result is not None and not hasattr(self.handle, "wraps"):
-                if result is tl.int32:
+                if result is tl.int32 and operation in may_overflow:
                     sanitizer.check_integers(operation, data, by)
                 return as_tensor(operation(data, by), result, is_block)
             if operation is np.add and dtype.is_ptr() and kind in integers:
@@ -126,11 +139,57 @@ def _calculate_at_once(interpreter):
                 return as_tensor(data + itemsize * by.astype(np.uint64), dtype, is_block)
             return slow(self, other)
 
-        calculate.slow = slow
-        return calculate
+        return replaced(slow, calculate)
+
+    def quotient(data, by):
+        return (data - np.fmod(data, by)) // by  # towards zero
+
+    def index(self, slices):
+        data = self.handle.data
+        if type(slices) is tuple and slices in TO_A_COLUMN_OR_ROW and self.type.is_block() and data.ndim == 1:
+            return as_tensor(data[slices], self.dtype, True)
+        return index.slow(self, slices)
+
+    def to(self, dtype, *how, **named):
+        wanted = dtype.value if type(dtype) is constant else dtype
+        if not how and not named and wanted.name == self.dtype.name:
+            return self
+        return to.slow(self, dtype, *how, **named)
+
+    def where(condition, x, y):
+        if type(condition) is tensor and condition.dtype.name == "int1":
+            (x_data, x_kind, x_is_block), (y_data, y_kind, y_is_block) = operand(x), operand(y)
+            result = common.get((x_kind, y_kind)) or common.get((y_kind, x_kind))
+            if result is not None:
+                is_block = condition.type.is_block() or x_is_block or y_is_block
+                return as_tensor(np.where(condition.handle.data, x_data, y_data), result, is_block)
+        return where.slow(condition, x, y)
+
+    def broadcast(self, one, other):
+        is_block, other_is_block = one.type.is_block(), other.type.is_block()
+        shape, other_shape = one.handle.data.shape, other.handle.data.shape
+        if is_block and other_is_block and shape == other_shape:
+            return one, other
+        if is_block and not other_is_block:
+            return one, as_tensor(np.full(shape, other.handle.data), other.dtype, True)
+        return broadcast.slow(self, one, other)
+
+    def replaced(slow, fast):
+        fast.slow = slow
+        return fast
 
     calculations = dict(__add__=np.add, __radd__=np.add, __sub__=np.subtract, __mul__=np.multiply, __rmul__=np.multiply)
     comparisons = dict(__lt__=np.less, __le__=np.less_equal, __gt__=np.greater, __ge__=np.greater_equal)
-    for operations, of_types in ((calculations, common), (comparisons, compared), ({"__and__": np.logical_and}, masks)):
+    comparisons |= dict(__eq__=np.equal, __ne__=np.not_equal)
+    for operations, of_types in (
+        (calculations, common),
+        (dict(__floordiv__=quotient, __mod__=np.fmod), common_integers),
+        (comparisons, compared),
+        ({"__and__": np.logical_and}, masks),
+    ):
         for name, operation in operations.items():
             setattr(tensor, name, at_once(operation, of_types, getattr(tensor, name)))
+    tensor.__getitem__ = replaced(tensor.__getitem__, index)
+    tensor.to = replaced(tensor.to, to)
+    tl.where = tl.core.where = replaced(tl.where, where)
+    semantic.broadcast_impl_value = replaced(semantic.broadcast_impl_value, broadcast)

@@ -70,6 +70,9 @@ class _Touched:
         self.position = np.zeros(elements, np.int64)
         self.barrier = np.zeros(elements, np.int64)
 
+    def by_nobody(self, at):
+        return (self.program[at] == NOBODY).all()
+
     def by_another(self, at, program):
         return (self.program[at] != NOBODY) & (self.program[at] != program)
 
@@ -139,6 +142,8 @@ class _Launch:
             self._refuse(times[at] > 1, address, Race, "is stored to by two lanes at once", stores)
         others = [(self.stored, "stores to")] + ([(self.loaded, "loads")] if stores else [])
         for touched, does in others:
+            if touched.by_nobody(at):
+                continue
             another = touched.by_another(at, self.program)
             self._refuse(another, address, Race, f"is what another program {does}", stores)
             thread = touched.by_another_thread(at, self.program, position, self.barrier)
