@@ -10,6 +10,7 @@ import sys
 import warnings
 
 import numpy as np
+import processes
 import pytest
 import soundfile
 import torch
@@ -899,6 +900,12 @@ def test_help_does_not_wait_for_transformers():
     )
 
 
+@pytest.fixture(scope="module")
+def torch_imported():
+    with processes.importing("torch"):
+        yield
+
+
 @pytest.mark.parametrize(
     "argv, package",
     [
@@ -909,14 +916,12 @@ def test_help_does_not_wait_for_transformers():
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_without_the_packages_of_the_commands_the_way_to_them_is_told(argv, package, tmp_path):
+def test_without_the_packages_of_the_commands_the_way_to_them_is_told(argv, package, torch_imported, tmp_path):
     (tmp_path / "recipe.yaml").touch()
-    absent = f"import sys; sys.modules[{package!r}] = None"
-    paths = ":".join(filter(None, sys.path))
-    done = subprocess.run(
-        [sys.executable, "-c", f"{absent}; from linconv.cli import main; sys.exit(main({argv!r}))"],
-        cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": paths},
-    )  # fmt: skip
+    absent = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.modules[{package!r}] = None"
+    code = f"{absent}; from linconv.cli import main; sys.exit(main({argv!r}))"
+    log = tmp_path / "log"
+    done = processes.finished(processes.start(log, {}, exec, code, {"__name__": "__main__"}), log)
     said = f"linconv: error: {package} is not installed; pip install 'linconv[models]' brings what commands need\n"
     assert (done.returncode, done.stderr) == (2, said)
 

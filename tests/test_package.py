@@ -8,8 +8,10 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -38,15 +40,17 @@ for warning in caught:
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported_once():
+    with processes.importing("torch"):
+        yield
+
+
 def python(code, check=True, **variables):
-    """The code's output, and its errors, in a fresh interpreter."""
-    paths = os.pathsep.join([str(Path(linconv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": paths, **variables},
-        capture_output=True,
-        text=True,
-    )
+    """The code's output, and its errors, in a process that has imported torch alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        done = processes.finished(processes.start(log, variables, exec, code, {"__name__": "__main__"}), log)
     if check:
         assert done.returncode == 0, done.stderr
     return done

@@ -1,37 +1,24 @@
 """Whole runs in processes of their own: killed and resumed, and spread over two processes."""
 
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import socket
-import subprocess
 import sys
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from pathlib import Path
-from unittest import mock
 
+import processes
 import pytest
 import torch
 
 from . import run as script
 
-# What processes of their own are started with.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-fresh = multiprocessing.get_context("forkserver")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def imported_once():
-    """Processes are forked from one that has imported everything and done nothing."""
-    stop = forkserver._forkserver._stop
-    stop()  # that of other tests, which has imported something else
-    fresh.set_forkserver_preload([script.__name__])
-    with mock.patch.dict(os.environ, ENVIRONMENT):  # it looks for modules nowhere else
-        forkserver.ensure_running()
-    yield
-    stop()
+    with processes.importing(script.__name__):
+        yield
 
 
 def run(folder, *options):
@@ -46,38 +33,28 @@ def run_spread(folder, *options):
         found.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         group["MASTER_PORT"] = str(found.getsockname()[1])
-    processes = _run([(folder, options, {**group, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")])
-    failed = [process for process in processes if process.returncode > 0] or [p for p in processes if p.returncode]
-    return (failed or processes)[0]
+    both = _run([(folder, options, {**group, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")])
+    failed = [process for process in both if process.returncode > 0] or [p for p in both if p.returncode]
+    return (failed or both)[0]
 
 
 def _run(calls):
     """run.py in a process for each of (folder, options, what its environment has besides), at once."""
     logs = [Path(folder).with_suffix(f".{i}.log") for i, (folder, _, _) in enumerate(calls)]
-    processes = [
-        fresh.Process(target=_main, args=([str(folder), *options], log, environment))
+    started = [
+        processes.start(log, environment, _main, [str(folder), *options])
         for (folder, options, environment), log in zip(calls, logs)
     ]
-    for process in processes:
-        process.start()
-    running = {process.sentinel: process for process in processes}
+    running = {process.sentinel: process for process in started}
     while running:
         codes = [running.pop(sentinel).exitcode for sentinel in connection.wait(running, timeout=300)]
         if not codes or any(codes):
             for process in running.values():
                 process.kill()
-    for process in processes:
-        process.join()
-    return [
-        subprocess.CompletedProcess(options, process.exitcode, stderr=log.read_text())
-        for process, log, (_, options, _) in zip(processes, logs, calls)
-    ]
+    return [processes.finished(process, log) for process, log in zip(started, logs)]
 
 
-def _main(options, log, environment):
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    os.environ.update(environment)
+def _main(options):
     sys.argv[1:] = options
     script.main()
 
