@@ -88,6 +88,7 @@ class build_native(Command):
             "LINCONV_VERSION": self.distribution.get_version(),
             "LINCONV_SANITIZE": self.sanitize,
             "LINCONV_CUDA": os.environ.get("LINCONV_CUDA", "auto"),
+            "LINCONV_QUICK_BUILD": os.environ.get("LINCONV_QUICK_BUILD", "0"),
             "LINCONV_WERROR": os.environ.get("LINCONV_WERROR", "0"),
         }
         if "LINCONV_CUDA_ARCHS" in os.environ:
