@@ -111,7 +111,7 @@ class DistillationTrainer(Trainer):
         # Both state that compute_loss has already divided by the counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self._take(self.model, teacher)
+        self._use_student(self.model, teacher)
         self._check_losses(teacher)
         if teacher is not None:
             self.guide = make_teacher(teacher.to(args.device), mode, self)
@@ -139,10 +139,10 @@ class DistillationTrainer(Trainer):
         """The student that ``model_init`` makes: one at construction, a new one for each call of ``train``."""
         model = super().call_model_init(trial)
         accept_checkpoint_names(model)
-        self._take(model, self.teacher)
+        self._use_student(model, self.teacher)
         return model
 
-    def _take(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    def _use_student(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         """Makes ``model`` the student."""
         model = without_adapters(model)
         self.head = Head.of(model)
@@ -354,7 +354,7 @@ class DistillationTrainer(Trainer):
         measured = self.teacher is not None and self._logs_this_step()
         if with_layers or with_kd or measured:
             with_states = with_layers or measured
-            teacher_states, teacher_logits = self._teach(inputs, augment, frame_mask, with_states)
+            teacher_states, teacher_logits = self._teacher_outputs(inputs, augment, frame_mask, with_states)
             terms = distillation_terms(
                 self._states(student) if with_states else (),
                 teacher_states,
@@ -382,7 +382,7 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _teach(self, inputs, augment: SharedSpecAugment, frame_mask: Tensor, with_states: bool):
+    def _teacher_outputs(self, inputs, augment: SharedSpecAugment, frame_mask: Tensor, with_states: bool):
         """The teacher's hidden states, empty unless ``with_states``, and its logits."""
         if self.cache is not None:
             if (frame_mask[:, 1:] & ~frame_mask[:, :-1]).any():
@@ -392,12 +392,12 @@ class DistillationTrainer(Trainer):
             frames = frame_mask.sum(-1)
             keys = self.cache.keys(inputs, frames)
             if not all(key in self.cache for key in keys):
-                self.cache.add(keys, frames, *self._ask(inputs, augment))
+                self.cache.add(keys, frames, *self._run_teacher(inputs, augment))
             return self.cache.batch(keys, frame_mask.shape[1], frame_mask.device, with_states=with_states)
-        states, logits = self._ask(inputs, augment)
+        states, logits = self._run_teacher(inputs, augment)
         return (states if with_states else ()), logits
 
-    def _ask(self, inputs, augment: SharedSpecAugment) -> tuple[list[Tensor], Tensor]:
+    def _run_teacher(self, inputs, augment: SharedSpecAugment) -> tuple[list[Tensor], Tensor]:
         # Without labels that only the loss needs: the teacher may have other classes.
         inputs = {name: x for name, x in inputs.items() if name not in self.head.label_names}
         states = LayerStates(self.teacher_layers)

@@ -1,6 +1,6 @@
 """A small distillation to be started as a process of its own: run.py FOLDER [--steps N] [--batch N] [--accumulate N]
 [--kill-at STEP] [--resume] [--augment] [--layer-drop P] [--mode NAME] [--cache FOLDER] [--by-length]
-[--labels-of RANK] [--streamed] [--evaluate]. Under torchrun too."""
+[--labels-of RANK] [--streamed] [--evaluate]. Also in several processes, with what torchrun tells them."""
 
 import argparse
 import copy
