@@ -109,7 +109,7 @@ def library(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
             objects = [folder / f"{i}.o" for i in range(len(sources))]
-            header = folder / "header.h"  # compiled once, it is half of what there is to compile
+            header = folder / "header.h"  # compiled once for all sources
             header.write_text('#include "common/cuda.h"\n')
 
             def compile_one(source, target, language="c++"):
